@@ -1,0 +1,46 @@
+"""The `tessera` command: find the subcommand, run it, turn a refusal into one line and a code."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from launch.exit_codes import BAD_CONFIG, MEANINGS
+
+# One line each; the module is imported only when its command runs.
+COMMANDS = {
+    "train": ("launch.train", "train a model: tessera train experiment=demo"),
+    "list": ("launch.menu", "list experiments and the choices of every config group"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else BAD_CONFIG
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(f"tessera: no command {command!r}; {hint}see tessera --help", file=sys.stderr)
+        return BAD_CONFIG
+    run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
+    try:
+        return run(rest)
+    except ValueError as error:
+        print(f"tessera: {error}", file=sys.stderr)
+        return BAD_CONFIG
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())
+    codes = "\n".join(f"  {code:<3} {meaning}" for code, meaning in MEANINGS.items())
+    return (
+        "usage: tessera COMMAND [group=choice] [key=value] ...\n\n"
+        f"commands:\n{commands}\n\n"
+        f"exit codes:\n{codes}\n\n"
+        "tessera COMMAND --help says more."
+    )

@@ -1,0 +1,17 @@
+"""The exit codes that supervisors, schedulers and tests rely on. Standard library only."""
+
+FINISHED = 0
+BAD_CONFIG = 64
+DATA = 65
+INTERNAL = 70
+STORAGE = 74
+PREEMPTED = 75
+
+MEANINGS = {
+    FINISHED: "finished; the last step is committed",
+    BAD_CONFIG: "bad config, illegal number of processes, or the run directory is in use",
+    DATA: "the data cannot be read or used",
+    INTERNAL: "internal error, out of memory, or too many non-finite steps",
+    STORAGE: "no good checkpoint could be written or read",
+    PREEMPTED: "stopped by a signal; saved; start the same command again",
+}

@@ -1,0 +1,166 @@
+"""Starts N workers on this machine, forwards signals, and leaves nobody behind. Standard library only.
+
+Stands in for torchrun, which turns every exit code into 1, dies on SIGUSR1 with its workers running on, and
+leaves orphans when it is killed.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
+
+GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
+POLL_SECONDS = 0.05
+
+
+class Supervisor:
+    """One start of N workers."""
+
+    def __init__(self, processes: int, attempt: Path) -> None:
+        self.attempt, self.processes = attempt, processes
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.signals: list[int] = []
+        self.failed_at: float | None = None
+
+    def run(self) -> int:
+        """Start the workers, wait for all of them, and return the exit code of the run."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+        try:
+            self._start()
+            self._wait()
+        finally:
+            self._kill()
+        return self._verdict()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.signals.append(number)
+
+    def _start(self) -> None:
+        port = free_port()
+        for rank in range(self.processes):
+            self.workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "launch.worker"],
+                    env=self._environment(rank, port),
+                    start_new_session=True,  # the terminal's Ctrl-C reaches us alone: we forward it
+                )
+            )
+
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        ours = str(Path(__file__).resolve().parent.parent)
+        known = os.environ.get("PYTHONPATH")
+        environment = dict(os.environ)
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes))
+        )
+        return environment | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.processes),
+            "LOCAL_WORLD_SIZE": str(self.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TESSERA_ATTEMPT": str(self.attempt),
+            "TESSERA_SUPERVISOR_PID": str(os.getpid()),
+            # A models/ folder in the user's directory must not shadow ours.
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": f"{ours}:{known}" if known else ours,
+        }
+
+    def _wait(self) -> None:
+        forwarded = 0
+        while any(worker.poll() is None for worker in self.workers):
+            time.sleep(POLL_SECONDS)
+            while forwarded < len(self.signals):
+                self._send(self.signals[forwarded])
+                forwarded += 1
+            if forwarded > 1:
+                return  # a second signal: leave at once
+            has_failed = any(w.poll() not in (None, FINISHED, PREEMPTED) for w in self.workers)
+            if has_failed and self.failed_at is None:
+                self.failed_at = time.monotonic()
+            if self.failed_at and time.monotonic() - self.failed_at > GRACE_SECONDS:
+                return
+
+    def _send(self, number: int) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    def _kill(self) -> None:
+        """Kill what is left, with its children."""
+        for worker in self.workers:
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)
+        for worker in self.workers:
+            worker.wait()
+
+    def _verdict(self) -> int:
+        records = {rank: self._record(rank) for rank in range(self.processes)}
+        codes = {rank: self._code(worker, records[rank]) for rank, worker in enumerate(self.workers)}
+        if len(set(codes.values())) == 1 and codes[0] in (FINISHED, PREEMPTED):
+            return codes[0]
+        if len(self.signals) > 1:
+            print("tessera: stopped at once by a second signal", file=sys.stderr)
+            return 128 + self.signals[-1]
+        failed = [rank for rank, code in codes.items() if code not in (FINISHED, PREEMPTED)]
+        # A rank without a record was killed, and the others fail because of it: it comes first.
+        first = min(failed or codes, key=lambda rank: records[rank].get("time", 0.0))
+        code = codes[first] if failed else INTERNAL
+        reason = records[first].get("reason") or _ending(self.workers[first].returncode)
+        print(
+            f"tessera: rank {first} of {self.processes} failed first: {reason}; "
+            f"last committed step: {self._last_step()}; exit code {code} ({MEANINGS.get(code, '')})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return code
+
+    def _record(self, rank: int) -> dict[str, Any]:
+        try:
+            record = json.loads((self.attempt / f"exit.{rank:05d}.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    @staticmethod
+    def _code(worker: "subprocess.Popen[bytes]", record: dict[str, Any]) -> int:
+        """Return a worker's code; leaving with 0 but without a record is a failure."""
+        code = worker.returncode
+        return code if code in MEANINGS and record.get("code") == code else INTERNAL
+
+    def _last_step(self) -> str:
+        folder = self.attempt.parent.parent / "checkpoints"
+        steps = sorted(folder.glob("step_????????/MANIFEST.json"))
+        return steps[-1].parent.name.removeprefix("step_").lstrip("0") if steps else "none"
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code} without a record"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> int:
+    return Supervisor(int(sys.argv[1]), Path(sys.argv[2])).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

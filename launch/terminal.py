@@ -1,0 +1,34 @@
+"""Logging: rank 0 says what happens, the others only what is wrong, one screen with the progress bar."""
+
+import logging
+import socket
+
+
+class ScreenHandler(logging.Handler):
+    """Print through rich's console, which keeps a progress bar below the lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        import rich
+
+        rich.get_console().print(
+            self.format(record), markup=False, highlight=False, soft_wrap=True, emoji=False
+        )
+
+
+def configure_logging(rank: int) -> None:
+    """Set up our loggers; third-party ones speak from WARNING on."""
+    handler = ScreenHandler()
+    handler.setFormatter(_Formatter(rank))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in ("launch", "trainer", "models"):
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.origin = "" if rank == 0 else f"[{socket.gethostname()}:{rank}] "
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        return self.origin + level + record.getMessage()

@@ -1,0 +1,137 @@
+"""`tessera train`: compose, check, then train here, under our supervisor, or as a rank of torchrun."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.compose import compose
+from launch.menu import lines
+
+USAGE = """usage: tessera train [experiment=NAME] [group=choice] [key=value] ...
+
+  tessera train experiment=demo                          a small Llama on this machine
+  tessera train experiment=demo launch.processes=2       the same on two processes
+  tessera train experiment=pretrain_text data.path=DIR   your own text
+  dry_run=true                                           check and print the config, start nothing
+
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A composed command line, before anything of it was checked."""
+
+    tree: dict[str, Any]
+    """The resolved config, `launch` included: what config.yaml stores."""
+    is_dry: bool
+
+    def locate(self) -> Path:
+        """Choose the run's folder, refuse what it cannot go on with, and return a new attempt in it."""
+        folder = self.choose()
+        return self.write(folder)
+
+    def choose(self) -> Path:
+        """Return the run's folder; ValueError when it is in use or belongs to another config."""
+        import yaml
+
+        from trainer.checkpoint.commit import committed_steps
+        from trainer.checkpoint.lock import refuse_if_locked
+        from trainer.directory import CHECKPOINTS, CONFIG, choose_run
+        from trainer.drift import check_drift
+
+        tree = self.tree
+        folder = choose_run(tree["runs"], tree["name"], tree["max_steps"], tree["resume"])
+        refuse_if_locked(folder)
+        if committed_steps(folder / CHECKPOINTS) and (folder / CONFIG).exists():
+            old = yaml.safe_load((folder / CONFIG).read_text())
+            changes = check_drift(old, tree, tree["resume_allow"])
+            for key, (was, now) in changes.items():
+                if not key.startswith(("resume", "launch")):
+                    print(f"changed since this run was saved: {key}: {was} -> {now}")
+        return folder
+
+    def write(self, folder: Path) -> Path:
+        """Make a new attempt in `folder`, with the resolved config in it."""
+        import yaml
+
+        from trainer.directory import CONFIG, new_attempt
+        from trainer.files import write_text
+
+        attempt = new_attempt(folder)
+        write_text(attempt / CONFIG, yaml.safe_dump(self.tree, sort_keys=False))
+        return attempt
+
+
+def main(arguments: list[str]) -> int:
+    """Run `tessera train` and return the exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE + "\n".join(lines()))
+        return 0
+    request = _request(arguments)
+    if "RANK" in os.environ:
+        return _train_as_rank(request)
+    folder = request.choose()  # before torch is imported: a refusal is fast
+    run, processes = _bind(request.tree)
+    run.check(processes)
+    if request.is_dry:
+        import yaml
+
+        print(yaml.safe_dump(request.tree, sort_keys=False), end="")
+        print(f"# checked for {processes} process(es); would train in {folder}; nothing was started")
+        return 0
+    attempt = request.write(folder)
+    if processes == 1:
+        from launch.worker import execute
+        from trainer.distributed import Placement
+
+        return execute(run, Placement(), lambda: attempt)
+    return _become_supervisor(processes, attempt)
+
+
+def _request(arguments: list[str]) -> Request:
+    options = [word for word in arguments if word.startswith("dry_run=")]
+    composed = compose([word for word in arguments if word not in options])
+    tree = composed.tree
+    if tree.get("name") is None:
+        tree["name"] = composed.experiment or "run"
+    is_dry = options[-1].partition("=")[2].lower() if options else "false"
+    if is_dry not in ("true", "false"):
+        raise ValueError(f"dry_run={is_dry} is neither true nor false; set it to one of them")
+    return Request(tree=tree, is_dry=is_dry == "true")
+
+
+def _bind(tree: dict[str, Any]) -> tuple[Any, int]:
+    """Return the checked Run, and how many processes to start."""
+    from launch.binding import bind
+
+    run = bind({key: value for key, value in tree.items() if key != "launch"})
+    return run, bind(tree["launch"], "launch").processes
+
+
+def _train_as_rank(request: Request) -> int:
+    """Train as one rank of torchrun: rank 0 chooses the folder for all."""
+    from launch.worker import execute, placement_from
+
+    run, processes = _bind(request.tree)
+    placement = placement_from(os.environ)
+    if processes not in (1, placement.world_size):
+        raise ValueError(
+            f"launch.processes={processes} has no effect under torchrun, which started "
+            f"{placement.world_size}; leave it out"
+        )
+    code = execute(run, placement, request.locate)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's teardown after a lost peer can end in SIGABRT and hide the code
+
+
+def _become_supervisor(processes: int, attempt: Path) -> int:
+    """Replace this process, which has torch in memory, by a small one that watches the workers."""
+    ours = str(Path(__file__).resolve().parent.parent)
+    known = os.environ.get("PYTHONPATH")
+    os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ours}:{known}" if known else ours}
+    sys.stdout.flush()
+    arguments = [sys.executable, "-m", "launch.supervisor", str(processes), str(attempt)]
+    os.execv(sys.executable, arguments)

@@ -1,0 +1,132 @@
+"""One rank: from a config tree to an exit code and an exit record."""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from launch.exit_codes import BAD_CONFIG, DATA, FINISHED, INTERNAL, PREEMPTED, STORAGE
+
+if TYPE_CHECKING:
+    from trainer.control import StopRequest
+    from trainer.distributed import Placement
+    from trainer.run import Run
+
+log = logging.getLogger(__name__)
+PARENT = "TESSERA_SUPERVISOR_PID"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def placement_from(environ: Mapping[str, str]) -> "Placement":
+    """Read torchrun's variables."""
+    from trainer.distributed import Placement
+
+    if "RANK" not in environ:
+        return Placement()
+    try:
+        return Placement(
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            local_rank=int(environ["LOCAL_RANK"]),
+            is_distributed=True,
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"RANK is set, but WORLD_SIZE or LOCAL_RANK is missing or no number ({error}); "
+            "start with torchrun, or unset RANK"
+        ) from None
+
+
+def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> int:
+    """Train as one rank; return the exit code, after leaving a record beside the config."""
+    from launch.terminal import configure_logging
+    from trainer.construct import Start, fit
+    from trainer.control import StopRequest
+
+    configure_logging(placement.rank)
+    request = StopRequest()
+    _handle_signals(request)
+    located: list[Path] = []
+
+    def locate_once() -> Path:
+        located.append(locate())
+        return located[0]
+
+    try:
+        is_finished = fit(
+            run, Start(placement=placement, locate=locate_once, request=request)
+        )
+        code, reason = (FINISHED, "finished") if is_finished else (PREEMPTED, "stopped by a signal")
+    except Exception as error:  # the one place where every failure becomes an exit code
+        code, reason = _code_of(error), f"{type(error).__name__}: {error}"
+        _report(error, code)
+    attempt = os.environ.get("TESSERA_ATTEMPT") or (located[0] if located else None)
+    if attempt:
+        _leave_record(Path(attempt), placement.rank, code, reason)
+    return code
+
+
+def _code_of(error: Exception) -> int:
+    from trainer.errors import DataError, StorageError
+
+    codes = {ValueError: BAD_CONFIG, DataError: DATA, StorageError: STORAGE}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), INTERNAL)
+
+
+def _report(error: Exception, code: int) -> None:
+    """Say what failed: one line where the remedy is known, a traceback where it is not."""
+    if code == INTERNAL and type(error).__module__ != "trainer.errors":
+        traceback.print_exception(error)
+    print(f"tessera: {error}", file=sys.stderr, flush=True)
+
+
+def _leave_record(attempt: Path, rank: int, code: int, reason: str) -> None:
+    record = {"code": code, "reason": reason, "time": time.time()}
+    (attempt / f"exit.{rank:05d}.json").write_text(json.dumps(record))
+
+
+def _handle_signals(request: "StopRequest") -> None:
+    """First signal: stop after the step, with a save. Second: leave at once."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if request.is_set:
+            os._exit(128 + number)
+        request.is_set = True
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, handle)
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies; leave if that has happened already."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(INTERNAL)
+
+
+def main() -> None:
+    """Run as one worker of the supervisor."""
+    die_with(int(os.environ[PARENT]))
+    import yaml
+
+    from launch.binding import bind
+
+    attempt = Path(os.environ["TESSERA_ATTEMPT"])
+    tree: dict[str, Any] = yaml.safe_load((attempt / "config.yaml").read_text())
+    tree.pop("launch")
+    code = execute(bind(tree), placement_from(os.environ), lambda: attempt)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's teardown after a lost peer can end in SIGABRT and hide the code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Optional listeners of the loop."""

@@ -1,0 +1,82 @@
+"""The end of a run: a sample of what was learnt, where things are, what to try next."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.callbacks.protocol import Callback, RunView
+from trainer.generation import sample
+from trainer.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closing:
+    """Print a generated sample, the paths of what was saved, and the next commands."""
+
+    prompt: str = ""
+    """Text that the sample continues."""
+    sample_tokens: int = 0
+    """Length of the sample in tokens; 0: none."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    next_commands: tuple[str, ...] = ()
+    """Commands to try next; `{run}` stands for the run's folder."""
+
+    def __post_init__(self) -> None:
+        if self.sample_tokens < 0 or self.temperature < 0:
+            raise ValueError("callbacks.closing: set sample_tokens and temperature to 0 or more")
+        if self.sample_tokens and not self.prompt:
+            raise ValueError("callbacks.closing.sample_tokens needs a text to continue; set prompt")
+
+    def build(self) -> "ClosingCallback":
+        return ClosingCallback(self)
+
+
+class ClosingCallback(Callback):
+    """Samples on every rank, prints on rank 0."""
+
+    def __init__(self, spec: Closing) -> None:
+        self.spec = spec
+        self.checkpoint: Path | None = None
+
+    def on_start(self, view: RunView, progress: Progress) -> None:
+        self.view = view
+
+    def on_save(self, progress: Progress, folder: Path) -> None:
+        self.checkpoint = folder
+
+    def on_end(self, progress: Progress, *, finished: bool) -> None:
+        if not finished:
+            return
+        if self.spec.sample_tokens:
+            text = self._sample()
+            log.info("\nsample at temperature %s:", self.spec.temperature)
+            log.info("%s", "\n".join(f"  | {line}" for line in text.splitlines()))
+        log.info("\nsaved:")
+        if self.checkpoint is not None:
+            model = self.checkpoint / "model"
+            log.info("  %-12s %s  (opens in transformers as it is)", "model", model)
+            log.info("  %-12s %s", "checkpoint", self.checkpoint)
+        log.info("  %-12s %s", "metrics", self.view.folder / "metrics.jsonl")
+        log.info("  %-12s %s", "config", self.view.folder / "config.yaml")
+        if self.spec.next_commands:
+            log.info("\nnext:")
+            for command in self.spec.next_commands:
+                log.info("  %s", command.replace("{run}", str(self.view.folder)))
+
+    def _sample(self) -> str:
+        tokenizer = self.view.tokenizer
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids = sample(
+            self.view.engine,
+            [*start, *tokenizer.encode(self.spec.prompt)],
+            num_tokens=self.spec.sample_tokens,
+            temperature=self.spec.temperature,
+            max_context=self.view.loader.rows.row_tokens,
+            stop_token_id=tokenizer.eos_token_id,
+            seed=self.view.run.seed,
+        )
+        return tokenizer.decode(ids)

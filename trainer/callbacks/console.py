@@ -1,0 +1,103 @@
+"""What a person sees while a run goes on: a banner, aligned lines, a progress bar on a terminal."""
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.callbacks.protocol import Callback, RunView
+from trainer.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Console:
+    """One line per log point, evaluation and save."""
+
+    progress_bar: bool = True
+    """Draw a bar below the lines where the output is a terminal."""
+
+    def build(self) -> "ConsoleCallback":
+        return ConsoleCallback(self.progress_bar)
+
+
+class ConsoleCallback(Callback):
+    """Writes through logging, so that lines and bar share one screen."""
+
+    def __init__(self, progress_bar: bool) -> None:
+        self.wants_bar = progress_bar
+        self.bar: Bar | None = None
+
+    def on_start(self, view: RunView, progress: Progress) -> None:
+        self.view, self.max_steps = view, view.run.max_steps
+        self.started, self.first_step = time.monotonic(), progress.step
+        for name, text in view.banner.items():
+            log.info("%-8s%s", name, text)
+        log.info("%-8s%s", "run", view.folder)
+        if progress.step:
+            log.info("%-8scontinues after step %d", "resume", progress.step)
+        if view.is_main and self.wants_bar:
+            self.bar = _start_bar(progress.step, self.max_steps)
+
+    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        skipped = metrics["skipped_steps"]
+        mfu = metrics["mfu"]
+        log.info(
+            "%s | loss %7.4f | grad norm %8.4f | lr %.2e | %9s tok/s%s | %6.2f GiB | %s | ETA %s%s",
+            self._step(progress.step),
+            metrics["loss"],
+            metrics["grad_norm"],
+            metrics["lr"],
+            f"{metrics['tokens_per_second']:,.0f}",
+            f" | MFU {mfu:.1%}" if mfu is not None else "",
+            metrics["memory_gib"],
+            self.view.loader.position(progress.step),
+            self._eta(progress.step),
+            f" | {skipped} steps skipped: gradient not finite" if skipped else "",
+        )
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=progress.step)
+
+    def on_eval(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        shown = {k: v for k, v in metrics.items() if k not in ("loss", "num_targets")}
+        extra = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
+        log.info("%s | loss %7.4f | %s", self._step(progress.step, "eval"), metrics["loss"], extra)
+
+    def on_save(self, progress: Progress, folder: Path) -> None:
+        log.info("%s | saved %s", self._step(progress.step, "save"), folder)
+
+    def on_end(self, progress: Progress, *, finished: bool) -> None:
+        if self.bar:
+            self.bar.stop()
+        minutes = timedelta(seconds=round(time.monotonic() - self.started))
+        verdict = "finished" if finished else "stopped early, saved; the same command goes on"
+        log.info("%s | %s after %s", self._step(progress.step), verdict, minutes)
+
+    def _step(self, step: int, kind: str = "step") -> str:
+        width = len(str(self.max_steps))
+        return f"{kind} {step:>{width}}/{self.max_steps}"
+
+    def _eta(self, step: int) -> str:
+        done = step - self.first_step
+        left = (self.max_steps - step) * (time.monotonic() - self.started) / max(1, done)
+        return str(timedelta(seconds=round(left)))
+
+
+def _start_bar(step: int, max_steps: int) -> "Bar | None":
+    import rich
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = rich.get_console()
+    if not console.is_terminal:
+        return None
+    bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    bar.add_task("training", completed=step, total=max_steps)
+    bar.start()
+    return bar

@@ -1,0 +1,89 @@
+"""Unigram and bigram models counted on what the run trained on: what any language model must beat."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.nn.head import IGNORED
+from trainer.batch import Batch
+from trainer.callbacks.protocol import Callback, RunView
+from trainer.progress import Progress
+
+log = logging.getLogger(__name__)
+SMOOTHING = 0.1  # added to every count: unseen pairs get a probability
+MAX_VOCABULARY = 4096  # the table of pairs has its square of entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class NgramBaselines:
+    """At the end, compare held-out bits per byte with n-grams of the same training tokens."""
+
+    def build(self) -> "NgramCallback":
+        return NgramCallback()
+
+
+class NgramCallback(Callback):
+    """Counts at the end of the run, on rank 0."""
+
+    bits_per_byte: float | None = None
+
+    def on_start(self, view: RunView, progress: Progress) -> None:
+        self.view = view
+        if view.tokenizer.vocab_size > MAX_VOCABULARY:
+            raise ValueError(
+                f"callbacks.ngrams counts pairs of at most {MAX_VOCABULARY} tokens, the tokenizer has "
+                f"{view.tokenizer.vocab_size}; set callbacks.ngrams=null"
+            )
+
+    def on_eval(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        self.bits_per_byte = metrics["bits_per_byte"]
+
+    def on_end(self, progress: Progress, *, finished: bool) -> None:
+        if not finished or not self.view.is_main or self.bits_per_byte is None:
+            return
+        unigram, bigram = self._baselines(progress.step)
+        log.info("")
+        log.info("held-out bits per byte (n-grams are counted on the same training tokens):")
+        for name, value in (("unigram", unigram), ("bigram", bigram), ("model", self.bits_per_byte)):
+            log.info("  %-8s %6.3f  %s", name, value, "#" * round(value * 8))
+
+    def _baselines(self, num_steps: int) -> tuple[float, float]:
+        loader, evaluation = self.view.loader, self.view.eval_loader
+        assert evaluation is not None
+        rows = (loader.row_of(n) for n in range(loader.first_sample(num_steps)))
+        counts = pair_counts(
+            (loader.rows.batch([row], 1) for row in rows), self.view.tokenizer.vocab_size
+        )
+        held_out = pair_counts(
+            (evaluation.rows.batch([row], 1) for row in range(evaluation.rows.num_rows)),
+            self.view.tokenizer.vocab_size,
+        )
+        num_bytes = evaluation.rows.store.num_bytes
+        return unigram_bits(counts, held_out) / num_bytes, bigram_bits(counts, held_out) / num_bytes
+
+
+def pair_counts(batches: Iterator[Batch], vocab_size: int) -> np.ndarray:
+    """Count (input, target) pairs: a (V, V) table of every trained position."""
+    counts = np.zeros(vocab_size * vocab_size, np.int64)
+    for batch in batches:
+        labels = batch.labels.numpy().ravel()
+        is_target = labels != IGNORED
+        pairs = batch.input_ids.numpy().ravel()[is_target] * vocab_size + labels[is_target]
+        counts += np.bincount(pairs, minlength=len(counts))
+    return counts.reshape(vocab_size, vocab_size)
+
+
+def unigram_bits(train: np.ndarray, held_out: np.ndarray) -> float:
+    """Return the code length of the held-out targets, in bits, each coded by its frequency alone."""
+    smoothed = train.sum(0) + SMOOTHING
+    return float(-(held_out.sum(0) * np.log2(smoothed / smoothed.sum())).sum())
+
+
+def bigram_bits(train: np.ndarray, held_out: np.ndarray) -> float:
+    """Return the code length of the held-out targets, in bits, each coded by the token before it."""
+    smoothed = train + SMOOTHING
+    return float(-(held_out * np.log2(smoothed / smoothed.sum(1, keepdims=True))).sum())

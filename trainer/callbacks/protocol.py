@@ -1,0 +1,53 @@
+"""Listeners of the loop: optional things only. What must be ordered is code in the loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.tokenizers import Tokenizer
+from trainer.progress import Progress
+from trainer.protocols import Engine
+
+if TYPE_CHECKING:
+    from trainer.run import Run  # which lists callbacks itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """What a callback may look at."""
+
+    run: "Run"
+    folder: Path
+    is_main: bool
+    engine: Engine
+    tokenizer: Tokenizer
+    loader: StepLoader
+    eval_loader: EvalLoader | None
+    banner: dict[str, str]
+    """What is about to run, in words: model, layout, batch, formula of FLOPs."""
+
+
+class Callback:
+    """Called on every rank; override what is of interest. May run collectives if every rank does."""
+
+    def on_start(self, view: RunView, progress: Progress) -> None:
+        """Before the first step, after a checkpoint was loaded."""
+
+    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """At each log point, with the line that went into metrics.jsonl."""
+
+    def on_eval(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """After each evaluation, with the line that went into metrics.jsonl."""
+
+    def on_save(self, progress: Progress, folder: Path) -> None:
+        """After a checkpoint was committed to `folder`."""
+
+    def on_end(self, progress: Progress, *, finished: bool) -> None:
+        """After the last step and save; `finished` is False when a signal ended the run early."""
+
+
+class CallbackSpec(Protocol):
+    """A callback's settings."""
+
+    def build(self) -> Callback: ...

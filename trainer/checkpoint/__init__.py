@@ -1,0 +1,1 @@
+"""How a run survives: lock, commit protocol, saving and loading."""

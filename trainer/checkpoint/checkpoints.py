@@ -1,0 +1,244 @@
+"""Saving and restoring a run: every rank writes and reads its own byte ranges."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import commit
+from trainer.checkpoint.commit import FilePiece
+from trainer.checkpoint.loading import MODEL, STATE, load
+from trainer.checkpoint.lock import RunLock
+from trainer.checkpoint.tensor_file import TensorFiles, piece_bytes, plan
+from trainer.distributed import Ranks
+from trainer.protocols import Engine
+from trainer.errors import StorageError
+from trainer.files import write_json, write_text
+from trainer.mesh import Mesh
+from trainer.pieces import Piece
+
+log = logging.getLogger(__name__)
+MAX_FAILURES = 3  # saves that may fail in a row before the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """How checkpoints are kept."""
+
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+    max_file_gb: float = 5.0
+    """Largest weight file, in 1e9 bytes; a larger model is split as Hugging Face splits it."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} would keep none; set it to 1 or more")
+        if self.max_file_gb <= 0:
+            raise ValueError(f"checkpoint.max_file_gb={self.max_file_gb}: set it above 0")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is collective: every rank must call it."""
+
+    def __init__(
+        self,
+        spec: CheckpointSpec,
+        folder: Path,
+        *,
+        ranks: Ranks,
+        mesh: Mesh,
+        lock: RunLock | None,
+        facts: dict[str, Any],
+        describe_model: Callable[[Path], None],
+    ) -> None:
+        """`lock` is rank 0's; `describe_model` writes config and tokenizer files into a folder."""
+        self.spec, self.folder, self.facts = spec, folder, facts
+        self.ranks, self.mesh, self.lock = ranks, mesh, lock
+        self.describe_model = describe_model
+        (self.generation,) = ranks.maximum([lock.generation if lock else 0])
+        self.failures = 0
+        if lock:
+            commit.collect_debris(folder)
+        ranks.barrier()
+
+    def save(self, step: int, engine: Engine, state: dict[str, Any], *, is_last: bool) -> Path | None:
+        """Commit step `step`; return its folder, or None when that failed and may be tried again later.
+
+        Raises StorageError when the last save of a run, or MAX_FAILURES in a row, failed.
+        """
+        final = commit.step_folder(self.folder, step)
+        try:
+            if not (final / commit.MANIFEST).exists():
+                self._write(step, final, engine, state)
+        except StorageError as error:
+            self.failures += 1
+            if is_last or self.failures >= MAX_FAILURES:
+                raise
+            log.error("checkpoint of step %d failed (%d in a row): %s", step, self.failures, error)
+            return None
+        self.failures = 0
+        if self.lock:
+            write_text(self.folder / "latest", final.name + "\n")
+            commit.retain(self.folder, self.spec.keep)
+        return final
+
+    def _write(self, step: int, final: Path, engine: Engine, state: dict[str, Any]) -> None:
+        staging = self.folder / f"{final.name}.tmp-{self.generation}"
+        max_bytes = int(self.spec.max_file_gb * 1e9)
+        groups = {
+            MODEL: (engine.weights(), plan(engine.weights(), "model", max_bytes)),
+            STATE: (
+                engine.optimizer_state(),
+                plan(engine.optimizer_state(), "optimizer", max_bytes),
+            ),
+        }
+        self._together(lambda: self._stage(step, groups, state), staging, main_only=True)
+        self._together(lambda: self._write_own(staging, groups), staging)
+        self._together(lambda: self._commit(step, staging, final), staging, main_only=True)
+
+    def _together(
+        self, work: Callable[[], None], staging: Path, *, main_only: bool = False
+    ) -> None:
+        """Run `work`; if it failed on any rank, clean up and raise StorageError on all of them."""
+        failure: OSError | StorageError | None = None
+        if self.lock or not main_only:
+            try:
+                work()
+            except (OSError, StorageError) as error:
+                failure = error
+                log.error("rank %d: %s", self.ranks.placement.rank, _explain(error, self.folder))
+        (failed_rank,) = self.ranks.maximum([self.ranks.placement.rank + 1 if failure else 0])
+        if failed_rank:
+            if self.lock:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise StorageError(
+                _explain(failure, self.folder)
+                if failure
+                else f"rank {failed_rank - 1} could not write to {self.folder}; its log says why"
+            )
+
+    def _stage(
+        self,
+        step: int,
+        groups: dict[str, tuple[dict[str, Piece], TensorFiles]],
+        state: dict[str, Any],
+    ) -> None:
+        """Rank 0: make the folder, the small files, and the tensor files with headers at full size."""
+        needed = sum(sum(files.sizes.values()) for _, files in groups.values())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < 1.2 * needed:
+            raise StorageError(
+                f"{self.folder} has {free / 1e9:.3f} GB free, a checkpoint needs "
+                f"{1.2 * needed / 1e9:.3f} GB; free space or lower checkpoint.keep"
+            )
+        staging = commit.stage(self.folder, step, self.generation)
+        pieces = []
+        for name, (_, files) in groups.items():
+            (staging / name).mkdir()
+            for file, header in files.headers.items():
+                path = staging / name / file
+                digest = commit.write_piece(path, 0, memoryview(header))
+                os.truncate(path, files.sizes[file])
+                pieces.append(FilePiece(file=f"{name}/{file}", start=0, stop=len(header), xxh3=digest))
+        write_json(staging / STATE / "state.json", state)
+        self.describe_model(staging / MODEL)
+        _write_index(staging / MODEL, groups[MODEL][1])
+        pieces += _hash_small_files(staging)
+        _publish(staging, "headers", pieces)
+
+    def _write_own(
+        self, staging: Path, groups: dict[str, tuple[dict[str, Piece], TensorFiles]]
+    ) -> None:
+        """Write this rank's ranges, unless another rank holds the same ones and writes them."""
+        written = []
+        is_first_shard = self.mesh.device_mesh["dp_shard"].get_local_rank() == 0
+        for folder, (pieces, files) in groups.items():
+            for name, piece in pieces.items():
+                is_writer = self.mesh.is_first_replica and (is_first_shard or not piece.is_whole)
+                if not is_writer or piece.start == piece.stop:
+                    continue
+                entry = files.entries[name]
+                start = entry.start + piece.start * entry.dtype.itemsize
+                data = piece_bytes(piece)
+                digest = commit.write_piece(staging / folder / entry.file, start, data)
+                file = f"{folder}/{entry.file}"
+                stop = start + len(data)
+                written.append(FilePiece(file=file, start=start, stop=stop, xxh3=digest))
+        _publish(staging, f"rank{self.ranks.placement.rank:05d}", written)
+
+    def _commit(self, step: int, staging: Path, final: Path) -> None:
+        assert self.lock is not None
+        pieces = []
+        for path in sorted(staging.glob("*.pieces")):
+            pieces += [FilePiece(**fields) for fields in json.loads(path.read_text())]
+            path.unlink()
+        facts = {"step": step, "generation": self.generation, **self.facts}
+        commit.commit(staging, final, facts, pieces, self.lock.check)
+
+    def restore(self, engine: Engine, steps: list[int]) -> dict[str, Any] | None:
+        """Load the first of `steps` that verifies; return its state, or None where there is none.
+
+        A damaged step is set aside with a loud line, on the way to the next older one.
+        """
+        for step in steps:
+            folder = commit.step_folder(self.folder, step)
+            if self._verifies(folder):
+                return load(engine, folder)
+            if self.lock:
+                aside = commit.set_aside(folder, "bad")
+                log.error("step %d is damaged and was renamed to %s", step, aside.name)
+            self.ranks.barrier()
+        if steps:
+            raise StorageError(
+                f"none of the {len(steps)} checkpoints in {self.folder} is intact; "
+                "start anew with resume=never"
+            )
+        return None
+
+    def _verifies(self, folder: Path) -> bool:
+        placement = self.ranks.placement
+        failure = None
+        try:
+            body = commit.read_manifest(folder)
+            commit.verify(folder, body, placement.rank, placement.world_size)
+        except (OSError, StorageError) as error:
+            failure = error
+            log.error("%s", error)
+        (failed,) = self.ranks.maximum([1 if failure else 0])
+        return not failed
+
+
+def _write_index(folder: Path, files: TensorFiles) -> None:
+    """Write Hugging Face's index where the weights are in several files."""
+    if len(files.headers) > 1:
+        total = sum(entry.stop - entry.start for entry in files.entries.values())
+        weight_map = {name: entry.file for name, entry in files.entries.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _hash_small_files(staging: Path) -> list[FilePiece]:
+    pieces = []
+    for path in sorted(staging.rglob("*")):
+        if path.is_file() and path.suffix != ".safetensors":
+            digest = commit.hash_range(path, 0, path.stat().st_size)
+            name = str(path.relative_to(staging))
+            pieces.append(FilePiece(file=name, start=0, stop=path.stat().st_size, xxh3=digest))
+    return pieces
+
+
+def _publish(staging: Path, who: str, pieces: list[FilePiece]) -> None:
+    """Leave the hashes of what was written for rank 0: by file, for no object is ever pickled."""
+    (staging / f"{who}.pieces").write_text(json.dumps([asdict(piece) for piece in pieces]))
+
+
+def _explain(error: OSError | StorageError, folder: Path) -> str:
+    if isinstance(error, StorageError):
+        return str(error)
+    free = shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0
+    return f"{error.filename or folder}: {error.strerror} ({free:.3f} GB free)"

@@ -1,0 +1,36 @@
+"""Filling a model and an optimizer from the safetensors files of a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.tensor_file import missing_and_unexpected, read_entries, read_piece
+from trainer.protocols import Engine
+from trainer.errors import StorageError
+from trainer.pieces import Piece
+
+MODEL, STATE = "model", "state"
+
+
+def load(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Fill weights and optimizer state from a verified checkpoint; return its state.json."""
+    for name, pieces in ((MODEL, engine.weights()), (STATE, engine.optimizer_state())):
+        fill(pieces, folder / name)
+    state: dict[str, Any] = json.loads((folder / STATE / "state.json").read_text())
+    return state
+
+
+def fill(pieces: dict[str, Piece], folder: Path) -> None:
+    """Copy each piece's range out of the safetensors files of `folder`; names and dtypes must match."""
+    entries = read_entries(folder)
+    if problems := list(missing_and_unexpected(entries, pieces)):
+        raise StorageError(f"{folder}: {problems[0]} ({len(problems)} such tensors)")
+    for name, piece in pieces.items():
+        entry = entries[name]
+        if entry.dtype != piece.local.dtype:
+            raise StorageError(
+                f"{folder / entry.file}: {name} is {entry.dtype}, the run keeps {piece.local.dtype}; "
+                "set precision to the one it was saved with"
+            )
+        values = read_piece(folder, entry, piece, name)
+        piece.local.copy_(values.view(piece.local.shape))

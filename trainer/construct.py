@@ -1,0 +1,220 @@
+"""From a checked run to training, in the one order that works."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from trainer.callbacks.protocol import RunView
+from trainer.checkpoint import commit
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.lock import RunLock
+from trainer.control import ControlWord, StopRequest
+from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.tokenizers import Tokenizer
+from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT
+from trainer.distributed import Placement, Ranks
+from trainer.protocols import Engine
+from trainer.environment import environment
+from trainer.evaluate import Evaluator
+from trainer.files import write_json
+from trainer.loop import Loop
+from trainer.mesh import Mesh
+from trainer.meter import Meter, num_matmul_weights
+from trainer.parallel.materialise import RANDOM, file_values, materialise, random_values
+from trainer.parallel.pieces import unique_parameters
+from trainer.precision import PRECISIONS
+from trainer.progress import Progress
+from trainer.record import RunRecord
+from trainer.run import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a run."""
+
+    placement: Placement
+    locate: Callable[[], Path]
+    """Returns the folder of this start, RUN/attempts/NNN with its config.yaml; called on rank 0 only."""
+    request: StopRequest
+
+
+def fit(run: Run, start: Start) -> bool:
+    """Train to max_steps; return False when a stop was requested before. Collective.
+
+    Ten steps: check, ranks and mesh, model on meta, freeze, layout, weights, engine, data, resume, fit.
+    """
+    run.check(start.placement.world_size)
+    ranks = Ranks(start.placement, run.timeout_seconds)
+    attempt = Path(ranks.broadcast_text(str(start.locate()) if start.placement.is_main else ""))
+    folder = attempt.parent.parent
+    lock = RunLock(folder) if start.placement.is_main else None
+    mesh = run.mesh.build(ranks=ranks)
+    model = run.plan_model()
+    run.freeze.apply(model)
+    meter = Meter(
+        flops_per_token=run.model.flops_per_token(
+            num_matmul_weights(model, run.model.layout), run.data.row_tokens
+        ),
+        world_size=start.placement.world_size,
+        device=ranks.device,
+    )
+    engine = _engine(run, model, ranks, mesh)
+    tokenizer, loader, eval_loader = _data(run, mesh)
+    checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer)
+    progress = Progress(ranks.device)
+    loader, skipped_in_a_row = _resume(run, checkpoints, ranks, engine, loader, progress)
+    record = _record(folder, attempt, ranks, progress)
+    callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
+    view = RunView(
+        run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
+        tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
+        banner=_banner(run, model, mesh, ranks, loader, meter),
+    )  # fmt: skip
+    evaluator = eval_loader and Evaluator(
+        loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device
+    )
+    loop = Loop(
+        engine=engine, loader=loader, progress=progress, plan=run.plan, evaluator=evaluator,
+        checkpoints=checkpoints, control=ControlWord(ranks, start.request), record=record,
+        meter=meter, callbacks=callbacks, skipped_in_a_row=skipped_in_a_row,
+    )  # fmt: skip
+    is_finished = _fit(loop, view)
+    ranks.barrier()  # rank 0 may still print: nobody leaves before the work is done
+    if lock:
+        lock.release()
+    ranks.close()
+    return is_finished
+
+
+def _engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine:
+    """Lay the meta model out, give it weights, and put the optimizer on the pieces."""
+    precision = PRECISIONS[run.precision]
+    run.engine.lay_out(model, run.model.layout, mesh, precision)
+    values = (
+        random_values(model, run.model.initializer_range, run.seed)
+        if run.weights == RANDOM
+        else file_values(Path(run.weights).expanduser())
+    )
+    materialise(model, ranks.device, values)
+    return run.engine.build(
+        model=model, layout=run.model.layout, mesh=mesh, precision=precision, device=ranks.device,
+        optim=run.optim, schedule=run.schedule, seed=run.seed, max_steps=run.max_steps,
+    )  # fmt: skip
+
+
+def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
+    tokenizer = run.data.tokenizer(run.tokenizer, run.model.vocab_size)
+    loader, eval_loader = run.data.build(
+        tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size
+    )
+    return tokenizer, loader, eval_loader
+
+
+def _checkpoints(
+    run: Run, folder: Path, ranks: Ranks, mesh: Mesh, lock: RunLock | None, tokenizer: Tokenizer
+) -> Checkpoints:
+    def describe_model(target: Path) -> None:
+        """Make `target` a complete Hugging Face model folder, but for the weights."""
+        config = {
+            **run.model.hf_config(),
+            "dtype": str(PRECISIONS[run.precision].master).removeprefix("torch."),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        write_json(target / "config.json", config)
+        tokenizer.save(target)
+
+    return Checkpoints(
+        run.checkpoint,
+        folder / CHECKPOINTS,
+        ranks=ranks,
+        mesh=mesh,
+        lock=lock,
+        facts={
+            "run": folder.name,
+            "world_size": ranks.placement.world_size,
+            "mesh": mesh.describe(),
+        },
+        describe_model=describe_model,
+    )
+
+
+def _resume(
+    run: Run,
+    checkpoints: Checkpoints,
+    ranks: Ranks,
+    engine: Engine,
+    loader: StepLoader,
+    progress: Progress,
+) -> tuple[StepLoader, int]:
+    """Load the newest intact checkpoint; return the loader that goes on there, and the skip count."""
+    # Rank 0 looks once for all: a shared file system need not show every rank the same.
+    steps: list[int] = json.loads(
+        ranks.broadcast_text(json.dumps(commit.committed_steps(checkpoints.folder)))
+    )
+    if run.resume_step is not None:
+        if run.resume_step not in steps:
+            raise ValueError(
+                f"resume_step={run.resume_step} has no checkpoint in {checkpoints.folder}; "
+                f"set it to one of {steps}"
+            )
+        steps = [run.resume_step]
+    state = checkpoints.restore(engine, steps)
+    if state is None:
+        return loader, 0
+    progress.load(state["progress"])
+    loader = loader.resumed(progress.step, state["data"])
+    if ranks.placement.is_main:
+        for step in commit.committed_steps(checkpoints.folder):
+            if step > progress.step:
+                commit.set_aside(commit.step_folder(checkpoints.folder, step), "rewound")
+    return loader, state["skipped_in_a_row"]
+
+
+def _record(folder: Path, attempt: Path, ranks: Ranks, progress: Progress) -> RunRecord:
+    """Open the run's files; rank 0 makes this start's config and environment the newest ones."""
+    if ranks.placement.is_main:
+        write_json(attempt / ENVIRONMENT, environment(ranks.placement.world_size))
+        for name in (CONFIG, ENVIRONMENT):
+            shutil.copyfile(attempt / name, folder / name)
+    return RunRecord(
+        folder, rank=ranks.placement.rank, attempt=int(attempt.name), resumed_step=progress.step
+    )
+
+
+def _fit(loop: Loop, view: RunView) -> bool:
+    for callback in loop.callbacks:
+        callback.on_start(view, loop.progress)
+    is_finished = loop.fit()
+    for callback in loop.callbacks:
+        callback.on_end(loop.progress, finished=is_finished)
+    loop.record.close()
+    return is_finished
+
+
+def _banner(
+    run: Run, model: nn.Module, mesh: Mesh, ranks: Ranks, loader: StepLoader, meter: Meter
+) -> dict[str, str]:
+    """Say in words what is about to run: a mistake is seen here first."""
+    sizes = [(p.numel(), p.requires_grad) for _, p in unique_parameters(model)]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    micro = loader.global_rows // (loader.num_ranks * loader.micro_rows)
+    tokens = loader.global_rows * loader.rows.row_tokens
+    store = loader.rows.store
+    return {
+        "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained",
+        "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
+        "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} per step: "
+        f"{loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
+        "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
+        f"{run.max_steps * tokens / store.num_tokens:.2f} epochs",
+        "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
+        "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal)",
+    }

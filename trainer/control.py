@@ -1,0 +1,107 @@
+"""What all ranks agree on once per step: stop. And the step's numbers, read without stopping the GPU."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.distributed import Ranks
+from trainer.protocols import StepResult
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal handler of this process; nothing else may be done there."""
+
+    is_set: bool = False
+
+
+class ControlWord:
+    """One small all-reduce per step on the gloo side group, read one step late.
+
+    Never a device sync, and never a rank that stops alone: a rank's request counts only once every rank
+    has read it.
+    """
+
+    def __init__(self, ranks: Ranks, request: StopRequest) -> None:
+        self.ranks, self.request = ranks, request
+        self._word = torch.zeros(1, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def exchange(self) -> bool:
+        """Send this rank's request; return whether any rank had one at the previous step. Collective."""
+        if self.ranks.placement.world_size == 1:
+            return self.request.is_set
+        agreed = self._finish()
+        self._word = torch.tensor([int(self.request.is_set)], dtype=torch.int64)
+        self._work = dist.all_reduce(
+            self._word, dist.ReduceOp.MAX, group=self.ranks.control_group, async_op=True
+        )
+        return agreed
+
+    def _finish(self) -> bool:
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._word[0])
+
+    def drain(self) -> None:
+        """Complete the exchange in flight, so that none is left when the ranks part. Collective."""
+        self._finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostResult:
+    """A StepResult as plain numbers."""
+
+    step: int
+    loss_sum: float
+    num_targets: int
+    grad_norm: float
+    skipped: bool
+
+
+class Readback:
+    """Brings each StepResult to the host one step late, by a copy that nobody waits for."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def push(self, step: int, result: StepResult) -> HostResult | None:
+        """Start the copy of this step's numbers; return the previous step's."""
+        previous = self.flush()
+        values = torch.stack(
+            [
+                result.loss_sum,
+                result.num_targets.double(),
+                result.grad_norm.double(),
+                result.skipped.double(),
+            ]
+        )
+        event = None
+        if values.is_cuda:
+            pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = pinned.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (step, values, event)
+        return previous
+
+    def flush(self) -> HostResult | None:
+        """Return the step still under way, if any."""
+        if self._pending is None:
+            return None
+        step, values, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()  # of the step before: it has long passed
+        loss_sum, num_targets, grad_norm, skipped = values.tolist()
+        return HostResult(
+            step=step,
+            loss_sum=loss_sum,
+            num_targets=int(num_targets),
+            grad_norm=grad_norm,
+            skipped=bool(skipped),
+        )

@@ -1,0 +1,116 @@
+"""Where texts come from: files read through `datasets`, or the running Python's standard library."""
+
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import xxhash
+
+from trainer.data.tokens import Document
+from trainer.errors import DataError
+
+STANDARD_LIBRARY = "stdlib"
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_FORMATS = {
+    ".txt": "text", ".md": "text", ".py": "text", ".rst": "text",
+    ".jsonl": "json", ".json": "json", ".parquet": "parquet",
+}  # fmt: skip
+
+
+class TextSource:
+    """All texts under a path, in a fixed order. Making one reads names only."""
+
+    def __init__(self, path: str, column: str) -> None:
+        self.path, self.column = path, column
+        self.is_standard_library = path == STANDARD_LIBRARY
+        self.root = (
+            Path(sysconfig.get_path("stdlib"))
+            if self.is_standard_library
+            else Path(path).expanduser()
+        )
+        self.files = list(self._list_files())
+        if not self.files:
+            raise ValueError(
+                f"data.path={path} holds no file that can be read; give a folder or file with "
+                f"{', '.join(_FORMATS)}"
+            )
+        self.format = "text" if self.is_standard_library else self._detect_format()
+
+    def _list_files(self) -> Iterable[Path]:
+        if self.is_standard_library:
+            found = sorted(self.root.rglob("*.py"))
+            return (f for f in found if not _LEFT_OUT & set(f.relative_to(self.root).parts[:-1]))
+        if not self.root.exists():
+            raise ValueError(f"data.path={self.path} does not exist; give an existing folder or file")
+        if self.root.is_file():
+            return [self.root]
+        return sorted(f for f in self.root.rglob("*") if f.suffix in _FORMATS and f.is_file())
+
+    def _detect_format(self) -> str:
+        suffixes = {file.suffix for file in self.files}
+        unknown = suffixes - set(_FORMATS)
+        if unknown:
+            raise ValueError(
+                f"data.path={self.path} ends in {unknown.pop()!r}; give one of {', '.join(_FORMATS)}"
+            )
+        formats = {_FORMATS[suffix] for suffix in suffixes}
+        if len(formats) > 1:
+            raise ValueError(
+                f"data.path={self.path} mixes {', '.join(sorted(formats))} files; "
+                "keep one kind in the folder or give a single file"
+            )
+        return formats.pop()
+
+    def key(self) -> str:
+        """Return a hash that changes when a file is added, removed or changed, without reading any."""
+        hasher = xxhash.xxh3_128(f"{self.format}/{self.column}".encode())
+        for file in self.files:
+            info = file.stat()
+            hasher.update(f"{file}/{info.st_size}/{info.st_mtime_ns}\n".encode())
+        return hasher.hexdigest()
+
+    def documents(self) -> Iterator[Document]:
+        """Yield every text with an id that is stable while the files stay the same."""
+        if self.is_standard_library:
+            for file in self.files:
+                # A few old files are not UTF-8; a replaced byte does no harm to training.
+                text = file.read_text(encoding="utf-8", errors="replace")
+                yield Document(id=str(file.relative_to(self.root)), text=text)
+            return
+        for number, row in enumerate(self._rows()):
+            yield Document(id=f"{self.root.name}#{number}", text=self._text(row, number))
+
+    def peek(self) -> None:
+        """Read the first row, so that a wrong column or an unreadable file is found before training."""
+        if not self.is_standard_library:
+            for row in self._rows():
+                self._text(row, 0)
+                return
+            raise ValueError(f"data.path={self.path} holds no rows; give a file that has some")
+
+    def _text(self, row: dict[str, object], number: int) -> str:
+        if self.column not in row:
+            raise ValueError(
+                f"data.path={self.path} has no column {self.column!r}, only "
+                f"{', '.join(sorted(row))}; set data.column to one of them"
+            )
+        text = row[self.column]
+        if not isinstance(text, str):
+            raise DataError(
+                f"row {number} of {self.path}: column {self.column!r} holds "
+                f"{type(text).__name__}, needed text; correct the row or drop it"
+            )
+        return text
+
+    def _rows(self) -> Iterator[dict[str, object]]:
+        import datasets
+
+        names = [str(file) for file in self.files]
+        # Streaming: datasets' own cache would copy the corpus once more.
+        options = {"sample_by": "document"} if self.format == "text" else {}
+        try:
+            yield from datasets.load_dataset(
+                self.format, data_files=names, split="train", streaming=True, **options
+            )
+        except (OSError, UnicodeDecodeError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"data.path={self.path} cannot be read: {error}") from error

@@ -1,0 +1,62 @@
+"""Which folder a run lives in, and whether a start continues it. Standard library and xxhash only."""
+
+import os
+import re
+from itertools import count
+from pathlib import Path
+
+from trainer.checkpoint.commit import committed_steps
+
+CHECKPOINTS = "checkpoints"
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+AUTO, NEVER = "auto", "never"
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+
+def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:
+    """Return the folder for a start: an unfinished run of that name, or the next free NAME-2, NAME-3.
+
+    A run is unfinished while its newest checkpoint lies before max_steps. `resume`: auto, never, or the
+    folder of a run to go on with.
+    """
+    if resume not in (AUTO, NEVER):
+        folder = Path(resume).expanduser()
+        if not committed_steps(folder / CHECKPOINTS):
+            raise ValueError(
+                f"resume={resume} has no checkpoint; give the folder of a run, auto or never"
+            )
+        return folder
+    if not _NAME.match(name):
+        raise ValueError(
+            f"name={name!r} is no folder name; use letters, digits, '.', '_' and '-' (100 at most)"
+        )
+    parent = Path(runs).expanduser()
+    newest = parent / name
+    for number in count(2):
+        following = parent / f"{name}-{number}"
+        if not following.exists():
+            break
+        newest = following
+    else:
+        raise AssertionError("count() has no end")
+    is_free = not newest.exists()
+    return newest if is_free or (resume == AUTO and is_unfinished(newest, max_steps)) else following
+
+
+def is_unfinished(folder: Path, max_steps: int) -> bool:
+    steps = committed_steps(folder / CHECKPOINTS)
+    return not steps or steps[0] < max_steps
+
+
+def new_attempt(folder: Path) -> Path:
+    """Make and return the folder of this start: attempts/001, 002, .. (mkdir decides a race)."""
+    parent = folder / "attempts"
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(entry.name) for entry in os.scandir(parent) if entry.name.isdigit()]
+    for number in count(max(taken, default=0) + 1):
+        try:
+            (parent / f"{number:03d}").mkdir()
+        except FileExistsError:
+            continue
+        return parent / f"{number:03d}"
+    raise AssertionError("count() has no end")

@@ -1,0 +1,80 @@
+"""Who this process is among the ranks, and the process groups that connect them."""
+
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where this process stands; launch reads it from torchrun's variables."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    is_distributed: bool = False
+    """Whether torchrun's variables are set, so that `env://` finds the other ranks."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+class Ranks:
+    """The connected ranks: a device, and a gloo side group for control that never waits for a GPU."""
+
+    def __init__(self, placement: Placement, timeout_seconds: float) -> None:
+        self.placement, self.device = placement, placement.device
+        self.host = socket.gethostname()
+        timeout = timedelta(seconds=timeout_seconds)
+        is_cuda = self.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            backend = "nccl" if is_cuda else "gloo"
+            if placement.is_distributed:
+                dist.init_process_group(
+                    backend,
+                    rank=placement.rank,
+                    world_size=placement.world_size,
+                    timeout=timeout,
+                    device_id=self.device if is_cuda else None,
+                )
+            else:
+                # One process: a store in memory, so that no port is opened.
+                dist.init_process_group(
+                    backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout
+                )
+        self.control_group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def maximum(self, values: list[int]) -> list[int]:
+        """Return the largest of each value over all ranks. Collective: every rank must call this."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control_group)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective: every rank must call this."""
+        self.maximum([0])
+
+    def broadcast_text(self, text: str) -> str:
+        """Return rank 0's text on every rank, as bytes: no pickle. Collective."""
+        data = text.encode()
+        (length,) = self.maximum([len(data) if self.placement.is_main else 0])
+        payload = torch.zeros(length, dtype=torch.uint8)
+        if self.placement.is_main and length:
+            payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(payload, 0, group=self.control_group)
+        return bytes(payload.tolist()).decode()
+
+    def close(self) -> None:
+        dist.destroy_process_group()

@@ -1,0 +1,59 @@
+"""What may change between the starts of one run: config keys in three classes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+# The first pattern that fits decides; a pattern ending in "." covers everything below.
+_RECORDED = (
+    "max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row", "name", "runs",
+    "resume", "resume_step", "resume_allow", "timeout_seconds", "optim.", "schedule.", "mesh.",
+    "engine.", "checkpoint.", "callbacks.", "launch.", "data.micro_rows", "data.cache",
+    "data.eval_path", "data.eval_fraction",
+    "data.path",  # a moved folder is no other data: the fingerprint of the tokens decides
+)  # fmt: skip
+_EXPLICIT = ("data.global_rows",)
+MISSING = "(absent)"
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for every leaf."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {key: (old value, new value)} for every key that differs."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    return {
+        key: (before.get(key, MISSING), after.get(key, MISSING))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, MISSING) != after.get(key, MISSING)
+    }
+
+
+def check_drift(
+    old: dict[str, Any], new: dict[str, Any], allowed: list[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the changes that a resumed run may carry; ValueError on the first that it may not."""
+    changes = difference(old, new)
+    for key, (was, wanted) in changes.items():
+        if _fits(key, _RECORDED):
+            continue
+        if not _fits(key, _EXPLICIT):
+            raise ValueError(
+                f"{key} was {was} when this run was saved and is {wanted} now, which would make "
+                f"another run of it; set it back, or start anew with name=... or resume=never"
+            )
+        if key not in allowed:
+            raise ValueError(
+                f"{key} was {was} when this run was saved and is {wanted} now, which changes its data "
+                f"order; set it back, or allow it with resume_allow=[{key}]"
+            )
+    return changes
+
+
+def _fits(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(key == p or (p.endswith(".") and key.startswith(p)) for p in patterns)

@@ -1,0 +1,20 @@
+"""The failures that a run tells apart; launch maps each to an exit code.
+
+A user's mistake is a ValueError everywhere: found, needed, what to change.
+"""
+
+
+class DataError(Exception):
+    """The data cannot be used: unreadable, empty, or outside the vocabulary."""
+
+
+class StorageError(Exception):
+    """No good checkpoint could be written or read."""
+
+
+class NonFiniteError(Exception):
+    """Too many optimizer steps in a row had a non-finite gradient norm."""
+
+
+class LockedError(ValueError):
+    """Another process holds the run directory."""

@@ -1,0 +1,37 @@
+"""Evaluation: the sum of losses over the sum of targets, whatever the batches and ranks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.data.loader import EvalLoader
+from trainer.protocols import Engine
+from trainer.mesh import Mesh
+from trainer.tasks.causal_lm import CausalLMTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Evaluates all rows of the held-out data."""
+
+    loader: EvalLoader
+    task: CausalLMTask
+    mesh: Mesh
+    device: torch.device
+
+    def evaluate(self, engine: Engine) -> dict[str, Any]:
+        """Return loss and the task's metrics. Collective: every rank must call this."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self.loader.batches():
+            loss = engine.eval_step(batch)
+            totals += torch.stack([loss.sum.double(), loss.num_targets.double()])
+        if self.mesh.dp_size > 1:
+            dist.all_reduce(totals, group=self.mesh.dp_group)
+        nll_sum, num_targets = totals.tolist()
+        return {
+            "loss": nll_sum / num_targets if num_targets else float("nan"),
+            "num_targets": int(num_targets),
+            **self.task.eval_metrics(nll_sum, int(num_targets), self.loader.rows.store.num_bytes),
+        }

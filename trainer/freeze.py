@@ -1,0 +1,31 @@
+"""Which parameters train."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeSpec:
+    """Names of what does not train."""
+
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameter names (`*` matches anything): `model.embed_tokens.*`."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Freeze in place; ValueError for a pattern without a match, or when nothing is left to train."""
+        parameters = dict(model.named_parameters())
+        for pattern in self.frozen:
+            matches = [name for name in parameters if fnmatchcase(name, pattern)]
+            if not matches:
+                nearest = get_close_matches(pattern, parameters, n=3, cutoff=0.3)
+                raise ValueError(
+                    f"freeze.frozen={pattern!r} matches no parameter; correct it, "
+                    f"for example to {', '.join(nearest) or next(iter(parameters))}"
+                )
+            for name in matches:
+                parameters[name].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            raise ValueError("freeze.frozen leaves nothing to train; remove a pattern")

@@ -1,0 +1,50 @@
+"""Sampling from a model in training, without a cache: the same text on every rank."""
+
+import torch
+from torch import Tensor
+
+from models.nn.head import IGNORED
+from trainer.batch import Batch
+from trainer.protocols import Engine
+
+
+def sample(
+    engine: Engine,
+    prompt: list[int],
+    *,
+    num_tokens: int,
+    temperature: float,
+    max_context: int,
+    stop_token_id: int | None,
+    seed: int,
+) -> list[int]:
+    """Return `prompt` and up to `num_tokens` more ids; temperature 0 takes the likeliest one.
+
+    Collective: every rank must call this with the same arguments.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        logits_V = engine.logits(_batch(ids[-max_context:]))[0, -1].double().cpu()
+        ids.append(_choose(logits_V, temperature, generator))
+        if ids[-1] == stop_token_id:
+            break
+    return ids
+
+
+def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities = (logits_V / temperature).softmax(-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _batch(ids: list[int]) -> Batch:
+    input_ids = torch.tensor([ids])
+    return Batch(
+        input_ids=input_ids,
+        labels=torch.full_like(input_ids, IGNORED),
+        position_ids=torch.arange(len(ids))[None],
+        segment_ids=torch.ones_like(input_ids),
+        provenance=("prompt",),
+    )

@@ -1,0 +1,126 @@
+"""The loop: train, log, evaluate, save, in this order. It knows protocols only."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.callbacks.protocol import Callback
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.control import ControlWord, HostResult, Readback
+from trainer.data.loader import StepLoader
+from trainer.protocols import Engine
+from trainer.errors import NonFiniteError
+from trainer.evaluate import Evaluator
+from trainer.meter import Meter
+from trainer.progress import Progress
+from trainer.record import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """When what happens, in steps."""
+
+    max_steps: int
+    log_every: int
+    eval_every: int | None
+    save_every: int | None
+    max_skipped_in_a_row: int
+
+    def logs(self, step: int) -> bool:
+        return step == 1 or step % self.log_every == 0 or step == self.max_steps
+
+    def evaluates(self, step: int) -> bool:
+        return self.eval_every is not None and (
+            step % self.eval_every == 0 or step == self.max_steps
+        )
+
+    def saves(self, step: int) -> bool:
+        is_due = self.save_every is not None and step % self.save_every == 0
+        return is_due or step == self.max_steps
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Everything that one `fit` works on."""
+
+    engine: Engine
+    loader: StepLoader
+    progress: Progress
+    plan: Plan
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    control: ControlWord
+    record: RunRecord
+    meter: Meter
+    callbacks: list[Callback]
+    skipped_in_a_row: int = 0
+
+    def fit(self) -> bool:
+        """Train to plan.max_steps; return False when a signal ended it early, after a save.
+
+        Collective: every rank must call this.
+        """
+        progress, plan, readback = self.progress, self.plan, Readback()
+        steps = self.loader.steps(progress.step)
+        is_stopping = False
+        while progress.step < plan.max_steps and not is_stopping:
+            with progress.stopwatch.waiting_for_data():
+                step = next(steps)
+            self.record.consumes(progress.step + 1, step.ranges)
+            result = self.engine.train_step(progress.step + 1, step.micro_batches, step.num_tokens)
+            progress.advance(result)
+            self._note(readback.push(progress.step, result))
+            is_stopping = self.control.exchange()
+            if plan.logs(progress.step):
+                self._log()
+            if plan.evaluates(progress.step) and self.evaluator:
+                self._evaluate(self.evaluator)
+            if plan.saves(progress.step) or is_stopping:
+                self._note(readback.flush())
+                self._save(is_last=is_stopping or progress.step == plan.max_steps)
+        self._note(readback.flush())
+        self.control.drain()
+        return progress.step >= plan.max_steps
+
+    def _log(self) -> None:
+        metrics = self.progress.close_window()
+        metrics |= self.meter.measure(metrics["tokens_per_second"])
+        self.record.metrics(self.progress.step, "train", metrics)
+        for callback in self.callbacks:
+            callback.on_step(self.progress, metrics)
+
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        with self.progress.stopwatch.paused():
+            metrics: dict[str, Any] = evaluator.evaluate(self.engine)
+            self.record.metrics(self.progress.step, "eval", metrics)
+            for callback in self.callbacks:
+                callback.on_eval(self.progress, metrics)
+
+    def _save(self, *, is_last: bool) -> None:
+        with self.progress.stopwatch.paused():
+            self.record.sync()
+            state = {
+                "progress": self.progress.state(),
+                "data": self.loader.state(self.progress.step),
+                "skipped_in_a_row": self.skipped_in_a_row,
+            }
+            step = self.progress.step
+            folder = self.checkpoints.save(step, self.engine, state, is_last=is_last)
+            if folder is not None:
+                for callback in self.callbacks:
+                    callback.on_save(self.progress, folder)
+
+    def _note(self, result: HostResult | None) -> None:
+        """Write the ledger line of a finished step; stop when too many in a row were skipped.
+
+        The numbers are equal on every rank, so all ranks stop at the same step.
+        """
+        if result is None:
+            return
+        self.record.result(result)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if self.skipped_in_a_row >= self.plan.max_skipped_in_a_row:
+            raise NonFiniteError(
+                f"step {result.step}: {self.skipped_in_a_row} steps in a row had a non-finite gradient "
+                f"(loss sum {result.loss_sum}, norm {result.grad_norm}); lower optim.lr or look at the "
+                "samples that the ledger names"
+            )

@@ -1,0 +1,51 @@
+"""How well the hardware is used: MFU by a stated formula, and peak memory."""
+
+import resource
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models.layout import Layout
+from trainer.parallel.pieces import unique_parameters
+
+# Dense bf16 peak in FLOP/s by exact device name (vendors' data sheets): a prefix would match slower cards.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+}
+
+
+def num_matmul_weights(model: nn.Module, layout: Layout) -> int:
+    """Count weights that multiply activations: all matrices, the head once, the input embedding not."""
+    embedding = model.get_submodule(layout.embedding)
+    head = model.get_submodule(layout.head)
+    total = sum(p.numel() for _, p in unique_parameters(model) if p.ndim >= 2)
+    is_tied = head.weight is embedding.weight
+    return total if is_tied else total - embedding.weight.numel()  # type: ignore[union-attr,operator]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meter:
+    """Adds what the hardware did to each log point."""
+
+    flops_per_token: int
+    world_size: int
+    device: torch.device
+
+    def measure(self, tokens_per_second: float) -> dict[str, float | None]:
+        """Return `mfu` (None on a device of unknown peak) and `memory_gib`, this rank's peak."""
+        return {"mfu": self._mfu(tokens_per_second), "memory_gib": self._memory_gib()}
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        peak = PEAKS.get(torch.cuda.get_device_name(self.device))
+        return tokens_per_second * self.flops_per_token / (peak * self.world_size) if peak else None
+
+    def _memory_gib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

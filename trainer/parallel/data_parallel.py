@@ -1,0 +1,78 @@
+"""FSDP2 over the planned model, and DDP or nothing where no weight is sharded."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from models.layout import Layout
+from trainer.mesh import Mesh
+from trainer.precision import Precision
+
+
+def shard(model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision) -> None:
+    """Apply `fully_shard` to every block and to the root, in place, while the model is on meta.
+
+    Embedding and head stay in the root's group: tied weights must share one group, or FSDP2 unties them
+    without a word.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision.compute,
+        reduce_dtype=precision.master,
+        # The only float input is the loss scale: casting it to bf16 would change the gradient.
+        cast_forward_inputs=False,
+    )
+    device_mesh = (
+        mesh.device_mesh["dp_replicate", "dp_shard"]
+        if mesh.dp_replicate > 1
+        else mesh.device_mesh["dp_shard"]
+    )
+    for block in blocks(model, layout):
+        fully_shard(block, mesh=device_mesh, mp_policy=policy)
+    fully_shard(model, mesh=device_mesh, mp_policy=policy)
+
+
+def blocks(model: nn.Module, layout: Layout) -> list[nn.Module]:
+    """Return the modules that the layout's block pattern names, in order."""
+    prefix, _, rest = layout.blocks.partition(".*")
+    assert not rest, f"layout.blocks={layout.blocks!r} must end in .*"
+    return list(model.get_submodule(prefix).children())
+
+
+class ComputeCast(nn.Module):
+    """Run a module with its weights cast to the compute dtype; gradients arrive in the master dtype.
+
+    The same numbers as FSDP2's mixed precision: autocast would keep activations in fp32 instead.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, *args: Any) -> Any:
+        cast = {name: weight.to(self.dtype) for name, weight in self.module.named_parameters()}
+        return functional_call(self.module, cast, args)
+
+
+def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:
+    """Return what is called in place of `model`: with weight casts and gradient averaging as needed."""
+    if precision.compute != precision.master:
+        model = ComputeCast(model, precision.compute)
+    if mesh.dp_size > 1:
+        # init_sync: the weights are equal already, each rank made them from their names.
+        model = DistributedDataParallel(
+            model, process_group=mesh.dp_group, gradient_as_bucket_view=True,
+            broadcast_buffers=False, init_sync=False
+        )
+    return model
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Say whether the next backward reduces gradients over ranks or keeps them for the next one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = enabled

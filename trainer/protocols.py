@@ -1,0 +1,51 @@
+"""The engine as the loop, the checkpoint and the callbacks see it."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from models.nn.head import Loss
+from trainer.batch import Batch
+from trainer.pieces import Piece
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did. Tensors are 0-dim, on the device, equal on every rank."""
+
+    loss_sum: Tensor
+    """Sum over all targets of the step and all ranks, fp64."""
+    num_targets: Tensor
+    num_tokens: Tensor
+    """Tokens of the step over all ranks, padding left out."""
+    grad_norm: Tensor
+    """Global norm before clipping."""
+    skipped: Tensor
+    """True when the gradient was not finite and nothing was updated."""
+    lr: float
+
+
+class Engine(Protocol):
+    """Owns wrapping, gradient sync, scaling, norm and clip, the update and the keyed RNG.
+
+    Owns no data, no loss definition and no log. All methods are collective.
+    """
+
+    def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
+        """Run optimizer step number `step` (from 1) on this rank's micro-batches."""
+        ...
+
+    def eval_step(self, batch: Batch) -> Loss:
+        """Return this rank's loss on `batch`, without gradients."""
+        ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the (B, T, V) logits, the same on every rank that passes the same batch."""
+        ...
+
+    def weights(self) -> dict[str, Piece]:
+        """Return this rank's piece of every weight by Hugging Face name; `local` is written through."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Piece]:
+        """Return this rank's pieces of the optimizer state, as `kind/parameter name`."""
+        ...

@@ -1,0 +1,128 @@
+"""A run: all of its settings, and the checks that span more than one of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.callbacks.protocol import CallbackSpec
+from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.data.pretraining import PretrainingData
+from trainer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from trainer.engines.native import NativeEngine
+from trainer.freeze import FreezeSpec
+from trainer.loop import Plan
+from trainer.mesh import MeshSpec
+from trainer.optim import OptimSpec
+from trainer.parallel.materialise import RANDOM, check_weights
+from trainer.precision import PRECISIONS
+from trainer.schedule import Schedule
+from trainer.tasks.causal_lm import CausalLMSpec, CausalLMTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that `configs/train.yaml` says, checked."""
+
+    model: CausalLMSpec
+    task: CausalLMTask
+    data: PretrainingData
+    engine: NativeEngine
+    mesh: MeshSpec
+    optim: OptimSpec
+    schedule: Schedule
+    freeze: FreezeSpec
+    checkpoint: CheckpointSpec
+    callbacks: dict[str, CallbackSpec | None]
+    """Listeners by name; null switches one off."""
+    name: str
+    """Name of the run: its folder below `runs`."""
+    runs: str
+    """Parent folder of runs."""
+    seed: int
+    max_steps: int
+    log_every: int
+    """Steps between log points."""
+    eval_every: int | None
+    """Steps between evaluations; null: none."""
+    save_every: int | None
+    """Steps between checkpoints; null: the last step only."""
+    precision: str
+    """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
+    tokenizer: str
+    """`byte`, `bpe` (trained on the data, cached), or a folder with tokenizer.json."""
+    weights: str
+    """`random`, or a folder with safetensors files in Hugging Face layout."""
+    resume: str
+    """`auto`: go on with an unfinished run of this name; `never`; or the folder of a run."""
+    resume_step: int | None
+    """Go back to this checkpoint; null: the newest that is intact."""
+    resume_allow: list[str]
+    """Config keys that may differ from the run that is resumed."""
+    max_skipped_in_a_row: int
+    """Steps with a non-finite gradient in a row before the run stops."""
+    timeout_seconds: float
+    """How long a rank waits for the others in one collective."""
+
+    def __post_init__(self) -> None:
+        counts = ("max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row")
+        for name in (*counts, "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision={self.precision!r} is unknown; set it to one of {', '.join(PRECISIONS)}"
+            )
+
+    def check(self, world_size: int) -> None:
+        """Raise ValueError for what cannot work on `world_size` processes, before any is started."""
+        axes = self.mesh.axes(world_size)
+        self.data.rows_per_micro_batch(axes["dp_replicate"] * axes["dp_shard"])
+        if self.data.row_tokens > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.row_tokens={self.data.row_tokens} is longer than "
+                f"max_position_embeddings={self.model.max_position_embeddings}; lower data.row_tokens"
+            )
+        if self.eval_every and not self.data.eval_path and not self.data.eval_fraction:
+            raise ValueError(
+                f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
+                "data.eval_fraction, or eval_every=null"
+            )
+        self._check_vocabulary()
+        self.data.check()
+        model = self.plan_model()
+        self.freeze.apply(model)
+        if self.weights != RANDOM:
+            check_weights(Path(self.weights).expanduser(), model)
+
+    def _check_vocabulary(self) -> None:
+        tokenizer: Tokenizer
+        if self.tokenizer == "bpe":
+            return  # trained to fit
+        if self.tokenizer == "byte":
+            tokenizer = ByteTokenizer()
+        else:
+            tokenizer = FileTokenizer(Path(self.tokenizer).expanduser())
+        if tokenizer.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer={self.tokenizer} has {tokenizer.vocab_size} tokens, "
+                f"model.vocab_size={self.model.vocab_size} has fewer rows; "
+                f"set model.vocab_size to {tokenizer.vocab_size} or more, or take another tokenizer"
+            )
+
+    def plan_model(self) -> nn.Module:
+        """Return the model on the meta device: shapes without memory."""
+        with torch.device("meta"):
+            return self.task.build_model(self.model).to(PRECISIONS[self.precision].master)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(
+            max_steps=self.max_steps,
+            log_every=self.log_every,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
+            max_skipped_in_a_row=self.max_skipped_in_a_row,
+        )

@@ -1,0 +1,1 @@
+"""What is trained: which head, which loss, which metrics."""
