@@ -19,7 +19,9 @@ TARGET = "_target_"
 def bind(tree: Mapping[str, Any], path: str = "") -> Any:
     """Return the spec that `tree` describes; ValueError names the key path of what is wrong."""
     if TARGET not in tree:
-        raise ValueError(f"{path or 'the config'} has no {TARGET}; name the class that it describes")
+        raise ValueError(
+            f"{path or 'the config'} has no {TARGET}; name the class that it describes"
+        )
     return _bind_as(_resolve(tree[TARGET], path), tree, path)
 
 
@@ -47,7 +49,7 @@ def _bind_as(spec: type, tree: Mapping[str, Any], path: str) -> Any:
     for key in tree:
         if key != TARGET and key not in fields:
             near = get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {_join(path, near[0])}?" if near else "remove it"
+            hint = f"did you mean {_join(path, near[0])}?" if near else "remove it."
             raise ValueError(f"unknown key {_join(path, key)}; {hint} Known: {', '.join(fields)}")
     for name, field in fields.items():
         has_default = (
@@ -65,7 +67,9 @@ def _bind_as(spec: type, tree: Mapping[str, Any], path: str) -> Any:
         return spec(**values)
     except ValueError as error:
         # Specs name their own fields; say which part of the config they belong to.
-        raise ValueError(f"{path}: {error}" if path and path not in str(error) else str(error)) from None
+        raise ValueError(
+            f"{path}: {error}" if path and path not in str(error) else str(error)
+        ) from None
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
@@ -116,7 +120,9 @@ def _convert_sequence(value: Any, hint: Any, path: str) -> Any:
         raise ValueError(f"{path}={value!r} is {_kind(value)}; needed a list: {path}=[...]")
     if origin is tuple and options[-1] is not Ellipsis:
         if len(value) != len(options):
-            raise ValueError(f"{path}={list(value)} has {len(value)} entries; needed {len(options)}")
+            raise ValueError(
+                f"{path}={list(value)} has {len(value)} entries; needed {len(options)}"
+            )
         hints = list(options)
     else:
         hints = [options[0]] * len(value)

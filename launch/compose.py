@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from launch.menu import groups
+from launch.menu import config_folder, groups
 
 ROOT = "train"
 
@@ -20,9 +20,7 @@ class Composed:
 
 def compose(overrides: list[str]) -> Composed:
     """Compose `configs/train.yaml` with overrides; ValueError in one line for what does not fit."""
-    for override in overrides:
-        if override.startswith("-") or "=" not in override:
-            raise ValueError(f"{override!r} is no option; write key=value, for example max_steps=100")
+    overrides = [_settable(override) for override in overrides]
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.errors import HydraException
@@ -37,46 +35,48 @@ def compose(overrides: list[str]) -> Composed:
             del config["hydra"]
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(str(error), overrides)) from None
+        raise ValueError(_explain(str(error))) from None
     assert isinstance(tree, dict)
     return Composed(tree={str(key): value for key, value in tree.items()}, experiment=chosen)
 
 
-def _explain(message: str, overrides: list[str]) -> str:
+def _settable(override: str) -> str:
+    """Check the first part of a key, and let fields be set that stand at their default in no YAML.
+
+    Hydra wants `+key` for those; which keys exist is the specs' business, and binding checks it.
+    """
+    key, separator, _ = override.partition("=")
+    if override.startswith("-") or not separator:
+        raise ValueError(f"{override!r} is no option; write key=value, for example max_steps=100")
+    if key.startswith(("+", "~", "hydra.")) or key in groups():
+        return override
+    known = [*groups(), *_root_keys()]
+    head = key.partition(".")[0]
+    if head not in known:
+        near = get_close_matches(head, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see tessera train --help"
+        raise ValueError(f"unknown key {key}; {hint}")
+    return f"++{override}"
+
+
+def _root_keys() -> list[str]:
+    import yaml
+
+    root = yaml.safe_load((config_folder() / f"{ROOT}.yaml").read_text())
+    return [key for key in root if key not in ("defaults", "_target_")]
+
+
+def _explain(message: str) -> str:
     """Turn Hydra's paragraphs into one line with the nearest legal name."""
     if match := re.search(r"Could not find '(\w+)/([^']+)'", message):
         return _unknown_choice(match[1], match[2])
-    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message):
-        key = match[1] or match[2]
-        near = get_close_matches(key, _known_keys(overrides), n=1)
-        hint = f"did you mean {near[0]}?" if near else "see tessera train --help"
-        return f"unknown key {key}; {hint}"
-    if match := re.search(r"Missing mandatory value: (\S+)", message):
+    if match := re.search(r"Missing mandatory value.*full_key: (\S+)", message, re.DOTALL):
         return f"{match[1]} is missing; set {match[1]}=..."
     return " ".join(message.split())
 
 
 def _unknown_choice(group: str, choice: str) -> str:
-    choices = groups().get(group)
-    if choices is None:
-        near = get_close_matches(group, groups(), n=1)
-        return f"no group {group}; " + (f"did you mean {near[0]}={choice}?" if near else "see list")
+    choices = groups()[group]
     near = get_close_matches(choice, choices, n=1)
     hint = f"did you mean {group}={near[0]}? " if near else ""
     return f"{group} has no choice {choice!r}; {hint}Choices: {', '.join(choices)}"
-
-
-def _known_keys(overrides: list[str]) -> list[str]:
-    """Return all dotted keys of the tree that the group choices among `overrides` give."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from omegaconf import OmegaConf
-
-    from trainer.drift import flatten
-
-    choices = [o for o in overrides if o.partition("=")[0] in groups()]
-    with initialize_config_module("configs", version_base="1.3"):
-        tree = OmegaConf.to_container(hydra_compose(ROOT, choices), resolve=False)
-    leaves = [key for key, _ in flatten(tree)]
-    parents = {key[:i] for key in leaves for i, letter in enumerate(key) if letter == "."}
-    return [*leaves, *parents, *groups()]

@@ -12,4 +12,6 @@ class LocalLaunch:
 
     def __post_init__(self) -> None:
         if self.processes < 1:
-            raise ValueError(f"launch.processes={self.processes} starts nothing; set it to 1 or more")
+            raise ValueError(
+                f"launch.processes={self.processes} starts nothing; set it to 1 or more"
+            )

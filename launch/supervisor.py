@@ -106,7 +106,9 @@ class Supervisor:
 
     def _verdict(self) -> int:
         records = {rank: self._record(rank) for rank in range(self.processes)}
-        codes = {rank: self._code(worker, records[rank]) for rank, worker in enumerate(self.workers)}
+        codes = {
+            rank: self._code(worker, records[rank]) for rank, worker in enumerate(self.workers)
+        }
         if len(set(codes.values())) == 1 and codes[0] in (FINISHED, PREEMPTED):
             return codes[0]
         if len(self.signals) > 1:

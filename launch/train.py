@@ -79,7 +79,9 @@ def main(arguments: list[str]) -> int:
         import yaml
 
         print(yaml.safe_dump(request.tree, sort_keys=False), end="")
-        print(f"# checked for {processes} process(es); would train in {folder}; nothing was started")
+        print(
+            f"# checked for {processes} process(es); would train in {folder}; nothing was started"
+        )
         return 0
     attempt = request.write(folder)
     if processes == 1:

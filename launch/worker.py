@@ -61,9 +61,7 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> i
         return located[0]
 
     try:
-        is_finished = fit(
-            run, Start(placement=placement, locate=locate_once, request=request)
-        )
+        is_finished = fit(run, Start(placement=placement, locate=locate_once, request=request))
         code, reason = (FINISHED, "finished") if is_finished else (PREEMPTED, "stopped by a signal")
     except Exception as error:  # the one place where every failure becomes an exit code
         code, reason = _code_of(error), f"{type(error).__name__}: {error}"

@@ -73,7 +73,9 @@ class LlamaSpec:
         )
         for name in sizes:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive; set it to 1 or more")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not positive; set it to 1 or more"
+                )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(

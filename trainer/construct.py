@@ -18,7 +18,6 @@ from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT
 from trainer.distributed import Placement, Ranks
-from trainer.protocols import Engine
 from trainer.environment import environment
 from trainer.evaluate import Evaluator
 from trainer.files import write_json
@@ -29,6 +28,7 @@ from trainer.parallel.materialise import RANDOM, file_values, materialise, rando
 from trainer.parallel.pieces import unique_parameters
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
+from trainer.protocols import Engine
 from trainer.record import RunRecord
 from trainer.run import Run
 

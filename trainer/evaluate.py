@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from trainer.data.loader import EvalLoader
-from trainer.protocols import Engine
 from trainer.mesh import Mesh
+from trainer.protocols import Engine
 from trainer.tasks.causal_lm import CausalLMTask
 
 

@@ -7,11 +7,11 @@ from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.control import ControlWord, HostResult, Readback
 from trainer.data.loader import StepLoader
-from trainer.protocols import Engine
 from trainer.errors import NonFiniteError
 from trainer.evaluate import Evaluator
 from trainer.meter import Meter
 from trainer.progress import Progress
+from trainer.protocols import Engine
 from trainer.record import RunRecord
 
 

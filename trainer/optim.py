@@ -41,7 +41,9 @@ class AdamW:
         _check(self.lr, self.weight_decay, self.max_grad_norm)
         for beta in self.betas:
             if not 0.0 <= beta < 1.0:
-                raise ValueError(f"optim.betas={list(self.betas)}: set each to 0 or more and below 1")
+                raise ValueError(
+                    f"optim.betas={list(self.betas)}: set each to 0 or more and below 1"
+                )
 
     def build(self, *, pieces: dict[str, Piece], no_decay: set[str]) -> torch.optim.Optimizer:
         groups = _groups(pieces, no_decay, self.weight_decay)

@@ -21,9 +21,7 @@ class CausalLM(nn.Module):
         self.lm_head = head
 
     @overload
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor
-    ) -> Tensor: ...
+    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor: ...
     @overload
     def forward(
         self,

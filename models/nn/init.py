@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-BLOCK = 1 << 20  # elements per independent random stream: a shard generates only the blocks it overlaps
+BLOCK = (
+    1 << 20
+)  # elements per independent random stream: a shard generates only the blocks it overlaps
 
 
 def initial_stds(model: nn.Module, std: float) -> dict[str, float | None]:

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.generation import sample

@@ -97,7 +97,9 @@ def _start_bar(step: int, max_steps: int) -> "Bar | None":
     console = rich.get_console()
     if not console.is_terminal:
         return None
-    bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    bar = Bar(
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    )
     bar.add_task("training", completed=step, total=max_steps)
     bar.start()
     return bar

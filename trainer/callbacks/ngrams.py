@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,11 @@ class NgramCallback(Callback):
         unigram, bigram = self._baselines(progress.step)
         log.info("")
         log.info("held-out bits per byte (n-grams are counted on the same training tokens):")
-        for name, value in (("unigram", unigram), ("bigram", bigram), ("model", self.bits_per_byte)):
+        for name, value in (
+            ("unigram", unigram),
+            ("bigram", bigram),
+            ("model", self.bits_per_byte),
+        ):
             log.info("  %-8s %6.3f  %s", name, value, "#" * round(value * 8))
 
     def _baselines(self, num_steps: int) -> tuple[float, float]:

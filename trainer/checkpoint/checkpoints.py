@@ -15,11 +15,11 @@ from trainer.checkpoint.loading import MODEL, STATE, load
 from trainer.checkpoint.lock import RunLock
 from trainer.checkpoint.tensor_file import TensorFiles, piece_bytes, plan
 from trainer.distributed import Ranks
-from trainer.protocols import Engine
 from trainer.errors import StorageError
 from trainer.files import write_json, write_text
 from trainer.mesh import Mesh
 from trainer.pieces import Piece
+from trainer.protocols import Engine
 
 log = logging.getLogger(__name__)
 MAX_FAILURES = 3  # saves that may fail in a row before the run stops
@@ -65,7 +65,9 @@ class Checkpoints:
             commit.collect_debris(folder)
         ranks.barrier()
 
-    def save(self, step: int, engine: Engine, state: dict[str, Any], *, is_last: bool) -> Path | None:
+    def save(
+        self, step: int, engine: Engine, state: dict[str, Any], *, is_last: bool
+    ) -> Path | None:
         """Commit step `step`; return its folder, or None when that failed and may be tried again later.
 
         Raises StorageError when the last save of a run, or MAX_FAILURES in a row, failed.
@@ -144,7 +146,9 @@ class Checkpoints:
                 path = staging / name / file
                 digest = commit.write_piece(path, 0, memoryview(header))
                 os.truncate(path, files.sizes[file])
-                pieces.append(FilePiece(file=f"{name}/{file}", start=0, stop=len(header), xxh3=digest))
+                pieces.append(
+                    FilePiece(file=f"{name}/{file}", start=0, stop=len(header), xxh3=digest)
+                )
         write_json(staging / STATE / "state.json", state)
         self.describe_model(staging / MODEL)
         _write_index(staging / MODEL, groups[MODEL][1])

@@ -100,9 +100,7 @@ def commit(
     fsync_folder(final.parent)
 
 
-def manifest(
-    folder: Path, facts: dict[str, Any], pieces: list[FilePiece]
-) -> dict[str, Any]:
+def manifest(folder: Path, facts: dict[str, Any], pieces: list[FilePiece]) -> dict[str, Any]:
     """Return the manifest: facts, and for each file its size and the hash of every piece."""
     files: dict[str, Any] = {}
     for piece in sorted(pieces, key=lambda p: (p.file, p.start)):

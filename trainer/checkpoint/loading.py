@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.tensor_file import missing_and_unexpected, read_entries, read_piece
-from trainer.protocols import Engine
 from trainer.errors import StorageError
 from trainer.pieces import Piece
+from trainer.protocols import Engine
 
 MODEL, STATE = "model", "state"
 

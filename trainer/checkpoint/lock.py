@@ -110,6 +110,4 @@ def _is_alive_elsewhere(lease: dict[str, Any]) -> bool:
 def _refusal(folder: Path, lease: dict[str, Any]) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(lease.get("since", 0))))
     holder = f"process {lease.get('pid', '?')} on {lease.get('host', '?')} since {since}"
-    return (
-        f"{folder} is in use by {holder}; wait for it, stop it, or start a run of another name (name=..)"
-    )
+    return f"{folder} is in use by {holder}; wait for it, stop it, or start a run of another name (name=..)"

@@ -151,9 +151,7 @@ def read_piece(folder: Path, entry: Entry, piece: Piece, name: str) -> Tensor:
     return torch.from_numpy(data).view(entry.dtype)
 
 
-def missing_and_unexpected(
-    entries: dict[str, Entry], wanted: dict[str, Piece]
-) -> Iterator[str]:
+def missing_and_unexpected(entries: dict[str, Entry], wanted: dict[str, Piece]) -> Iterator[str]:
     """Yield one line per tensor that only one side has."""
     yield from (f"{name} is missing" for name in wanted if name not in entries)
     yield from (f"{name} is unknown to the model" for name in entries if name not in wanted)

@@ -126,9 +126,7 @@ class PretrainingData:
         if evaluation is None:
             return loader, None
         rows = PackedRows(evaluation, self.row_tokens)
-        return loader, EvalLoader(
-            rows=rows, micro_rows=micro_rows, rank=rank, num_ranks=num_ranks
-        )
+        return loader, EvalLoader(rows=rows, micro_rows=micro_rows, rank=rank, num_ranks=num_ranks)
 
 
 def _divisors(number: int) -> list[int]:

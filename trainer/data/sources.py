@@ -41,7 +41,9 @@ class TextSource:
             found = sorted(self.root.rglob("*.py"))
             return (f for f in found if not _LEFT_OUT & set(f.relative_to(self.root).parts[:-1]))
         if not self.root.exists():
-            raise ValueError(f"data.path={self.path} does not exist; give an existing folder or file")
+            raise ValueError(
+                f"data.path={self.path} does not exist; give an existing folder or file"
+            )
         if self.root.is_file():
             return [self.root]
         return sorted(f for f in self.root.rglob("*") if f.suffix in _FORMATS and f.is_file())

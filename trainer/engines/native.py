@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from models.layout import Layout
 from models.nn.head import IGNORED, Loss
 from trainer.batch import Batch
-from trainer.protocols import StepResult
 from trainer.mesh import Mesh
 from trainer.optim import OptimSpec
 from trainer.parallel.data_parallel import replicate, set_gradient_sync, shard
-from trainer.pieces import Piece
 from trainer.parallel.pieces import (
     global_square_sum,
     local_tensor,
     named_pieces,
     unique_parameters,
 )
+from trainer.pieces import Piece
 from trainer.precision import Precision
+from trainer.protocols import StepResult
 from trainer.schedule import Schedule
 
 
@@ -50,9 +50,7 @@ class NativeEngine:
     ) -> "NativeTrainer":
         """Return the engine over a materialised model."""
         called = model if mesh.dp_shard > 1 else replicate(model, mesh, precision)
-        return NativeTrainer(
-            model, called, layout, mesh, device, optim, schedule, seed, max_steps
-        )
+        return NativeTrainer(model, called, layout, mesh, device, optim, schedule, seed, max_steps)
 
 
 class NativeTrainer:
@@ -76,7 +74,9 @@ class NativeTrainer:
         self.pieces = named_pieces(self.parameters.items())
         no_decay = {f"{layout.embedding}.weight"}
         self.trained = {
-            name: piece for name, piece in self.pieces.items() if self.parameters[name].requires_grad
+            name: piece
+            for name, piece in self.pieces.items()
+            if self.parameters[name].requires_grad
         }
         self.optimizer = optim.build(pieces=self.trained, no_decay=no_decay)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]

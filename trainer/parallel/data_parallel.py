@@ -62,10 +62,12 @@ def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:
     if precision.compute != precision.master:
         model = ComputeCast(model, precision.compute)
     if mesh.dp_size > 1:
+        # Buffers are constants that each rank computes: nothing to broadcast at every forward.
+        names = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         # init_sync: the weights are equal already, each rank made them from their names.
         model = DistributedDataParallel(
-            model, process_group=mesh.dp_group, gradient_as_bucket_view=True,
-            broadcast_buffers=False, init_sync=False
+            model, process_group=mesh.dp_group, gradient_as_bucket_view=True, init_sync=False
         )
     return model
 

@@ -24,7 +24,9 @@ def piece_of(tensor: Tensor) -> Piece:
     )
     row = math.prod(shape[1:])
     start = min(offset[0], shape[0]) * row if shape else 0
-    return Piece(local=local_tensor(tensor), shape=shape, start=start, stop=start + math.prod(local_shape))
+    return Piece(
+        local=local_tensor(tensor), shape=shape, start=start, stop=start + math.prod(local_shape)
+    )
 
 
 def named_pieces(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Piece]:

@@ -33,7 +33,9 @@ class CausalLMTask:
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
-            raise ValueError(f"task.chunk_tokens={self.chunk_tokens} is not positive; set it to 1024")
+            raise ValueError(
+                f"task.chunk_tokens={self.chunk_tokens} is not positive; set it to 1024"
+            )
 
     def build_model(self, spec: CausalLMSpec) -> CausalLM:
         return spec.build_causal_lm(chunk_tokens=self.chunk_tokens)

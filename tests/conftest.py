@@ -1,0 +1,48 @@
+"""Fixtures of all tests: one thread, no network, tiny specs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.llama import LlamaSpec
+from tests.ranks import cache_folder
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two cores serve several ranks; and sums come out the same on every machine."""
+    torch.set_num_threads(1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def spec() -> LlamaSpec:
+    return tiny_spec()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token cache that all tests of a session share."""
+    return cache_folder(tmp_path_factory.getbasetemp())
+
+
+def tiny_spec(**changes: object) -> LlamaSpec:
+    """Two layers of width 16: real code paths, milliseconds."""
+    settings: dict[str, object] = {
+        "vocab_size": 258,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    return LlamaSpec(**(settings | changes))  # type: ignore[arg-type]

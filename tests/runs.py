@@ -1,0 +1,78 @@
+"""A tiny run for tests, built without Hydra: the same specs, real code paths."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.conftest import tiny_spec
+from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.construct import Start, fit
+from trainer.control import StopRequest
+from trainer.data.pretraining import PretrainingData
+from trainer.directory import CONFIG, new_attempt
+from trainer.distributed import Placement
+from trainer.engines.native import NativeEngine
+from trainer.freeze import FreezeSpec
+from trainer.mesh import MeshSpec
+from trainer.optim import AdamW
+from trainer.run import Run
+from trainer.schedule import Constant
+from trainer.tasks.causal_lm import CausalLMTask
+
+
+def tiny_run(cache: Path, **changes: Any) -> Run:
+    """Ten steps of a two-layer Llama on the standard library, logged at every step.
+
+    Keys with a `data_` prefix change the data spec; all others are fields of Run.
+    """
+    data = PretrainingData(
+        path="stdlib", row_tokens=32, global_rows=8, micro_rows=2, cache=str(cache)
+    )
+    data_changes = {k.removeprefix("data_"): v for k, v in changes.items() if k.startswith("data_")}
+    settings: dict[str, Any] = {
+        "model": tiny_spec(),
+        "task": CausalLMTask(chunk_tokens=24),
+        "data": replace(data, **data_changes),
+        "engine": NativeEngine(),
+        "mesh": MeshSpec(dp_replicate=-1),
+        "optim": AdamW(lr=1e-2),
+        "schedule": Constant(),
+        "freeze": FreezeSpec(),
+        "checkpoint": CheckpointSpec(),
+        "callbacks": {},
+        "name": "tiny",
+        "runs": "runs",
+        "seed": 0,
+        "max_steps": 10,
+        "log_every": 1,
+        "eval_every": None,
+        "save_every": None,
+        "precision": "fp32",
+        "tokenizer": "byte",
+        "weights": "random",
+        "resume": "auto",
+        "resume_step": None,
+        "resume_allow": [],
+        "max_skipped_in_a_row": 3,
+        "timeout_seconds": 20.0,
+    }
+    settings |= {k: v for k, v in changes.items() if not k.startswith("data_")}
+    return Run(**settings)
+
+
+def start_in(folder: Path, placement: Placement, request: StopRequest | None = None) -> Start:
+    """Return a Start whose attempt lies in `folder`."""
+
+    def locate() -> Path:
+        attempt = new_attempt(folder)
+        (attempt / CONFIG).write_text(yaml.safe_dump({"made": "by a test"}))
+        return attempt
+
+    return Start(placement=placement, locate=locate, request=request or StopRequest())
+
+
+def train(placement: Placement, folder: Path, run: Run) -> bool:
+    """Train one rank in `folder`: what `run_ranks` calls."""
+    return fit(run, start_in(folder, placement))
