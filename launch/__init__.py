@@ -1,4 +1,7 @@
-"""Everything with a command line: the only code that knows Hydra, environment variables and launchers."""
+"""Everything with a command line.
+
+The only code that knows Hydra, environment variables and launchers.
+"""
 
 import sys
 from importlib.util import find_spec

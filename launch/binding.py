@@ -1,8 +1,9 @@
 """From a resolved config tree to specs: every key checked, every class on the allow-list.
 
-This stands in for hydra's `instantiate`, which runs whatever a `_target_` names and accepts unknown keys
-until the constructor fails. Here a target must be one of our frozen dataclasses, each value must have its
-field's type, and an unknown key is an error with the nearest name. The same function reads a stored config.
+This stands in for hydra's `instantiate`, which runs whatever a `_target_` names and accepts unknown
+keys until the constructor fails. Here a target must be one of our frozen dataclasses, each value
+must have its field's type, and an unknown key is an error with the nearest name. The same function
+reads a stored config.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ def _resolve(target: Any, path: str) -> type:
     module_name, _, class_name = str(target).rpartition(".")
     if module_name.partition(".")[0] in ALLOWED_PACKAGES:
         try:
-            found = getattr(import_module(module_name), class_name, None)
+            found: Any = getattr(import_module(module_name), class_name, None)
         except ModuleNotFoundError:
             found = None
         is_spec = isinstance(found, type) and dataclasses.is_dataclass(found)
@@ -73,7 +74,7 @@ def _bind_as(spec: type, tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-    """Return `value` as the type `hint` says: ints become floats, lists tuples; all else is an error."""
+    """Return `value` as the type `hint`: ints become floats, lists tuples; all else is an error."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
@@ -100,7 +101,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def _check_kind(spec: Any, hint: Any, path: str) -> Any:
-    """Return `spec` if it is what the field needs: of its class, or with all names of its protocol."""
+    """Return `spec` if it fits the field: is of its class, or has all names of its protocol."""
     if _is_protocol(hint):
         missing = [n for n in dir(hint) if not n.startswith("_") and not hasattr(spec, n)]
         fits = not missing

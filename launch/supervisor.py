@@ -1,7 +1,7 @@
-"""Starts N workers on this machine, forwards signals, and leaves nobody behind. Standard library only.
+"""Starts N workers on this machine, forwards signals, and leaves nobody behind.
 
-Stands in for torchrun, which turns every exit code into 1, dies on SIGUSR1 with its workers running on, and
-leaves orphans when it is killed.
+Standard library only. Stands in for torchrun, which turns every exit code into 1, dies on SIGUSR1
+with its workers running on, and leaves orphans when it is killed.
 """
 
 import json
@@ -121,7 +121,8 @@ class Supervisor:
         reason = records[first].get("reason") or _ending(self.workers[first].returncode)
         print(
             f"tessera: rank {first} of {self.processes} failed first: {reason}; "
-            f"last committed step: {self._last_step()}; exit code {code} ({MEANINGS.get(code, '')})",
+            f"last committed step: {self._last_step()}; "
+            f"exit code {code} ({MEANINGS.get(code, '')})",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,7 @@
-"""Logging: rank 0 says what happens, the others only what is wrong, one screen with the progress bar."""
+"""Logging: rank 0 says what happens, the others only what is wrong.
+
+It shares one screen with the progress bar.
+"""
 
 import logging
 import socket

@@ -1,4 +1,4 @@
-"""`tessera train`: compose, check, then train here, under our supervisor, or as a rank of torchrun."""
+"""`tessera train`: compose, check, then train: here, under our supervisor or as a torchrun rank."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class Request:
     is_dry: bool
 
     def locate(self) -> Path:
-        """Choose the run's folder, refuse what it cannot go on with, and return a new attempt in it."""
+        """Choose the run's folder, refuse what it cannot go on with; return a new attempt in it."""
         folder = self.choose()
         return self.write(folder)
 

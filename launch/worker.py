@@ -104,7 +104,7 @@ def _handle_signals(request: "StopRequest") -> None:
 
 
 def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies; leave if that has happened already."""
+    """Ask the kernel to kill this process when its parent dies; leave if it is dead already."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(INTERNAL)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which modules are cut how. Names are dotted module paths; `*` stands for one path component."""
+    """Which modules are cut how. Names are dotted module paths; `*` stands for one component."""
 
     blocks: str
     """The repeated blocks: units of sharding, activation checkpointing and compilation."""

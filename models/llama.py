@@ -1,6 +1,7 @@
 """Llama: spec, block, model and its parallel layout.
 
-Source: Touvron et al. 2023; Llama 3 (Dubey et al. 2024). Module and config names are Hugging Face's.
+Source: Touvron et al. 2023; Llama 3 (Dubey et al. 2024). Module and config names are those of
+Hugging Face.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -111,12 +112,12 @@ class LlamaSpec:
         return LAYOUT
 
     def build_causal_lm(self, *, chunk_tokens: int) -> CausalLM:
-        """Build the model on torch's current default device (use `torch.device("meta")` to plan)."""
+        """Build the model on torch's current default device (`torch.device("meta")` to plan)."""
         head = LMHead(self.hidden_size, self.vocab_size, chunk_tokens=chunk_tokens)
-        model = CausalLM("model", Llama(self), head)
+        trunk = Llama(self)
         if self.tie_word_embeddings:
-            model.lm_head.weight = model.get_submodule("model.embed_tokens").weight
-        return model
+            head.weight = trunk.embed_tokens.weight
+        return CausalLM("model", trunk, head)
 
     def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
         """Return training FLOPs per token: 6N + 6 * layers * heads * head_dim * T (causal)."""

@@ -1,1 +1,1 @@
-"""The training library: run, loop, engines, data, tasks, checkpoints and callbacks. Knows no Hydra."""
+"""The training library: run, loop, engines, data, tasks, checkpoints, callbacks. Knows no Hydra."""

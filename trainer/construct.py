@@ -41,14 +41,15 @@ class Start:
 
     placement: Placement
     locate: Callable[[], Path]
-    """Returns the folder of this start, RUN/attempts/NNN with its config.yaml; called on rank 0 only."""
+    """Returns this start's folder, RUN/attempts/NNN with its config.yaml; called on rank 0 only."""
     request: StopRequest
 
 
 def fit(run: Run, start: Start) -> bool:
     """Train to max_steps; return False when a stop was requested before. Collective.
 
-    Ten steps: check, ranks and mesh, model on meta, freeze, layout, weights, engine, data, resume, fit.
+    Ten steps: check, ranks and mesh, model on meta, freeze, layout, weights, engine, data, resume,
+    fit.
     """
     run.check(start.placement.world_size)
     ranks = Ranks(start.placement, run.timeout_seconds)
@@ -77,8 +78,10 @@ def fit(run: Run, start: Start) -> bool:
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
         banner=_banner(run, model, mesh, ranks, loader, meter),
     )  # fmt: skip
-    evaluator = eval_loader and Evaluator(
-        loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device
+    evaluator = (
+        Evaluator(loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device)
+        if eval_loader
+        else None
     )
     loop = Loop(
         engine=engine, loader=loader, progress=progress, plan=run.plan, evaluator=evaluator,
@@ -154,7 +157,7 @@ def _resume(
     loader: StepLoader,
     progress: Progress,
 ) -> tuple[StepLoader, int]:
-    """Load the newest intact checkpoint; return the loader that goes on there, and the skip count."""
+    """Load the newest intact checkpoint; return the loader going on there, and the skip count."""
     # Rank 0 looks once for all: a shared file system need not show every rank the same.
     steps: list[int] = json.loads(
         ranks.broadcast_text(json.dumps(commit.committed_steps(checkpoints.folder)))
@@ -211,8 +214,8 @@ def _banner(
     return {
         "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained",
         "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
-        "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} per step: "
-        f"{loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
+        "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
+        f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
         f"{run.max_steps * tokens / store.num_tokens:.2f} epochs",
         "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "

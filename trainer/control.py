@@ -1,4 +1,4 @@
-"""What all ranks agree on once per step: stop. And the step's numbers, read without stopping the GPU."""
+"""What all ranks agree on once per step: stop. And the step's numbers, read without a GPU sync."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ class StopRequest:
 class ControlWord:
     """One small all-reduce per step on the gloo side group, read one step late.
 
-    Never a device sync, and never a rank that stops alone: a rank's request counts only once every rank
-    has read it.
+    Never a device sync, and never a rank that stops alone: a rank's request counts only once every
+    rank has read it.
     """
 
     def __init__(self, ranks: Ranks, request: StopRequest) -> None:
@@ -30,7 +30,7 @@ class ControlWord:
         self._work: dist.Work | None = None
 
     def exchange(self) -> bool:
-        """Send this rank's request; return whether any rank had one at the previous step. Collective."""
+        """Send this rank's request; return whether any rank had one a step ago. Collective."""
         if self.ranks.placement.world_size == 1:
             return self.request.is_set
         agreed = self._finish()

@@ -1,4 +1,7 @@
-"""Which folder a run lives in, and whether a start continues it. Standard library and xxhash only."""
+"""Which folder a run lives in, and whether a start continues it.
+
+Standard library and xxhash only.
+"""
 
 import os
 import re
@@ -14,10 +17,10 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
 
 def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:
-    """Return the folder for a start: an unfinished run of that name, or the next free NAME-2, NAME-3.
+    """Return a start's folder: an unfinished run of that name, or the next free NAME-2, NAME-3.
 
-    A run is unfinished while its newest checkpoint lies before max_steps. `resume`: auto, never, or the
-    folder of a run to go on with.
+    A run is unfinished while its newest checkpoint lies before max_steps. `resume`: auto, never, or
+    the folder of a run to go on with.
     """
     if resume not in (AUTO, NEVER):
         folder = Path(resume).expanduser()

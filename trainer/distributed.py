@@ -30,7 +30,7 @@ class Placement:
 
 
 class Ranks:
-    """The connected ranks: a device, and a gloo side group for control that never waits for a GPU."""
+    """The connected ranks: a device, and a gloo control group that never waits for a GPU."""
 
     def __init__(self, placement: Placement, timeout_seconds: float) -> None:
         self.placement, self.device = placement, placement.device
@@ -51,13 +51,13 @@ class Ranks:
                 )
             else:
                 # One process: a store in memory, so that no port is opened.
-                dist.init_process_group(
-                    backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout
-                )
+                # torch.distributed imports the class without re-exporting it to type checkers.
+                store = dist.HashStore()  # type: ignore[attr-defined]
+                dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
         self.control_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def maximum(self, values: list[int]) -> list[int]:
-        """Return the largest of each value over all ranks. Collective: every rank must call this."""
+        """Return the maximum of each value over all ranks. Collective: all ranks must call this."""
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control_group)
         return tensor.tolist()

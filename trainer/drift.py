@@ -49,8 +49,8 @@ def check_drift(
             )
         if key not in allowed:
             raise ValueError(
-                f"{key} was {was} when this run was saved and is {wanted} now, which changes its data "
-                f"order; set it back, or allow it with resume_allow=[{key}]"
+                f"{key} was {was} when this run was saved and is {wanted} now, "
+                f"which changes its data order; set it back, or allow it with resume_allow=[{key}]"
             )
     return changes
 

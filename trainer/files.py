@@ -36,7 +36,7 @@ def fsync_folder(path: Path) -> None:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold an exclusive file lock, waiting for it. Polls, so that a signal handler gets its turn."""
+    """Hold an exclusive file lock, waiting for it. Polls, so that a signal handler gets a turn."""
     with open(path, "a", encoding="utf-8") as file:
         while True:
             try:

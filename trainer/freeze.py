@@ -15,7 +15,7 @@ class FreezeSpec:
     """Patterns of parameter names (`*` matches anything): `model.embed_tokens.*`."""
 
     def apply(self, model: nn.Module) -> None:
-        """Freeze in place; ValueError for a pattern without a match, or when nothing is left to train."""
+        """Freeze in place; ValueError where a pattern has no match or nothing is left to train."""
         parameters = dict(model.named_parameters())
         for pattern in self.frozen:
             matches = [name for name in parameters if fnmatchcase(name, pattern)]

@@ -120,7 +120,7 @@ class Loop:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if self.skipped_in_a_row >= self.plan.max_skipped_in_a_row:
             raise NonFiniteError(
-                f"step {result.step}: {self.skipped_in_a_row} steps in a row had a non-finite gradient "
-                f"(loss sum {result.loss_sum}, norm {result.grad_norm}); lower optim.lr or look at the "
-                "samples that the ledger names"
+                f"step {result.step}: {self.skipped_in_a_row} steps in a row had a non-finite "
+                f"gradient (loss sum {result.loss_sum}, norm {result.grad_norm}); "
+                "lower optim.lr or look at the samples that the ledger names"
             )

@@ -28,7 +28,8 @@ class MeshSpec:
                 )
         if list(axes.values()).count(REST) > 1:
             raise ValueError(
-                "mesh.dp_replicate=-1 and mesh.dp_shard=-1 cannot both take the rest; fix one of them"
+                "mesh.dp_replicate=-1 and mesh.dp_shard=-1 cannot both take the rest; "
+                "fix one of them"
             )
 
     def axes(self, world_size: int) -> dict[str, int]:

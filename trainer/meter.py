@@ -9,7 +9,8 @@ from torch import nn
 from models.layout import Layout
 from trainer.parallel.pieces import unique_parameters
 
-# Dense bf16 peak in FLOP/s by exact device name (vendors' data sheets): a prefix would match slower cards.
+# Dense bf16 peak in FLOP/s by exact device name (vendors' data sheets): a prefix would match slower
+# cards.
 PEAKS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -19,12 +20,11 @@ PEAKS = {
 
 
 def num_matmul_weights(model: nn.Module, layout: Layout) -> int:
-    """Count weights that multiply activations: all matrices, the head once, the input embedding not."""
-    embedding = model.get_submodule(layout.embedding)
-    head = model.get_submodule(layout.head)
+    """Count weights that multiply activations: matrices, the head once, no input embedding."""
+    embedding = model.get_submodule(layout.embedding).get_parameter("weight")
+    head = model.get_submodule(layout.head).get_parameter("weight")
     total = sum(p.numel() for _, p in unique_parameters(model) if p.ndim >= 2)
-    is_tied = head.weight is embedding.weight
-    return total if is_tied else total - embedding.weight.numel()  # type: ignore[union-attr,operator]
+    return total if head is embedding else total - embedding.numel()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,14 +75,15 @@ def _check(lr: float, weight_decay: float, max_grad_norm: float | None) -> None:
         raise ValueError(f"optim.weight_decay={weight_decay} is negative; set it to 0 or more")
     if max_grad_norm is not None and max_grad_norm <= 0.0:
         raise ValueError(
-            f"optim.max_grad_norm={max_grad_norm} is not positive; set it above 0, or to null for off"
+            f"optim.max_grad_norm={max_grad_norm} is not positive; "
+            "set it above 0, or to null for off"
         )
 
 
 def _groups(
     pieces: dict[str, Piece], no_decay: set[str], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Split by the shape of the *whole* tensor: a shard's own shape says nothing about what it is."""
+    """Split by the shape of the *whole* tensor: a shard's own shape does not say what it is."""
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for name, piece in pieces.items():

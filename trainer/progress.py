@@ -57,7 +57,7 @@ class Progress:
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, equal on every rank; hexadecimal, so that no bit is lost."""
+        """Return what a checkpoint keeps, equal on every rank; hexadecimal, to lose no bit."""
         window = {name: float(value).hex() for name, value in self.window.items()}
         return {"step": self.step, "total_tokens": float(self.total_tokens).hex(), "window": window}
 

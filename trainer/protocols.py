@@ -43,7 +43,10 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Piece]:
-        """Return this rank's piece of every weight by Hugging Face name; `local` is written through."""
+        """Return this rank's piece of every weight, by Hugging Face name.
+
+        Its `local` is written through.
+        """
         ...
 
     def optimizer_state(self) -> dict[str, Piece]:

@@ -16,8 +16,8 @@ METRICS = "metrics.jsonl"
 class RunRecord:
     """Appends to metrics.jsonl (None on other ranks) and to this rank's ledger.
 
-    The ledger says what this rank really consumed, one line per executed step, and is never cut back;
-    metrics are cut back to the resumed step, so that curves have no double points.
+    The ledger says what this rank really consumed, one line per executed step, and is never cut
+    back; metrics are cut back to the resumed step, so that curves have no double points.
     """
 
     def __init__(self, folder: Path, *, rank: int, attempt: int, resumed_step: int) -> None:

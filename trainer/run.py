@@ -77,13 +77,14 @@ class Run:
             )
 
     def check(self, world_size: int) -> None:
-        """Raise ValueError for what cannot work on `world_size` processes, before any is started."""
+        """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
         axes = self.mesh.axes(world_size)
         self.data.rows_per_micro_batch(axes["dp_replicate"] * axes["dp_shard"])
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.row_tokens={self.data.row_tokens} is longer than "
-                f"max_position_embeddings={self.model.max_position_embeddings}; lower data.row_tokens"
+                f"max_position_embeddings={self.model.max_position_embeddings}; "
+                "lower data.row_tokens"
             )
         if self.eval_every and not self.data.eval_path and not self.data.eval_fraction:
             raise ValueError(

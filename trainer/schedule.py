@@ -28,7 +28,7 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Linear warm-up, then half a cosine down to `min_ratio` at max_steps. Source: Loshchilov 2017."""
+    """Linear warm-up, then half a cosine to `min_ratio` at max_steps. Source: Loshchilov 2017."""
 
     warmup_steps: int
     """Steps until the full learning rate."""
@@ -47,7 +47,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
-    """Linear warm-up, a plateau, then a linear decay to `min_ratio`. Source: Hu et al. 2024 (MiniCPM)."""
+    """Linear warm-up, plateau, linear decay to `min_ratio`. Source: Hu et al. 2024 (MiniCPM)."""
 
     warmup_steps: int
     """Steps until the full learning rate."""

@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, mask_B1TS: Tensor) -> Tensor:
         batch, length, _ = x_BTD.shape
-        # -1: head counts come from the weights, so that a tensor-parallel shard needs no other code.
+        # -1: head counts come from the weights: a tensor-parallel shard needs no other code.
         query_BNTH = self.q_proj(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         key_BKTH = self.k_proj(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         value_BKTH = self.v_proj(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -86,5 +86,5 @@ class Attention(nn.Module):
 
 
 def repeat_heads(x_BKTH: Tensor, groups: int) -> Tensor:
-    """Repeat every key/value head `groups` times contiguously (k0, k0, k1, k1: interleave, not tile)."""
+    """Repeat each key/value head `groups` times contiguously: k0, k0, k1, k1, not tiled."""
     return x_BKTH if groups == 1 else x_BKTH.repeat_interleave(groups, dim=1)

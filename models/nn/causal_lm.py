@@ -10,8 +10,8 @@ from models.nn.head import LMHead, Loss
 class CausalLM(nn.Module):
     """Trunk under `trunk_name` and head under `lm_head`: parameter names as in Hugging Face.
 
-    Trunk and head run inside one `forward`, so that the hooks of FSDP2, DDP and DeepSpeed on this root
-    module cover both, tied weights included.
+    Trunk and head run inside one `forward`, so that the hooks of FSDP2, DDP and DeepSpeed on this
+    root module cover both, tied weights included.
     """
 
     def __init__(self, trunk_name: str, trunk: nn.Module, head: LMHead) -> None:
@@ -41,8 +41,8 @@ class CausalLM(nn.Module):
     ) -> Tensor | Loss:
         """Return the Loss against `labels`, or without labels the (B, T, V) logits.
 
-        All inputs but `scale` (0-dim) are (B, T) int64. `labels` are shifted already. `scale` multiplies
-        the objective of backward, and nothing that is logged.
+        All inputs but `scale` (0-dim) are (B, T) int64. `labels` are shifted already. `scale`
+        multiplies the objective of backward, and nothing that is logged.
         """
         hidden_BTD = getattr(self, self.trunk_name)(input_ids, position_ids, segment_ids)
         if labels is None or scale is None:

@@ -1,4 +1,4 @@
-"""Language-model head fused with cross-entropy: losses and gradients in chunks, never all logits."""
+"""Language-model head fused with cross-entropy: loss and gradients in chunks, never all logits."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ IGNORED = -100
 
 
 class Loss(NamedTuple):
-    """What one forward pass of one micro-batch costs. All fields are 0-dim tensors on the device."""
+    """What one forward pass of one micro-batch costs: 0-dim tensors on the device."""
 
     sum: Tensor
     """Sum of the negative log-likelihoods in nats, detached: what is logged."""
@@ -22,12 +22,12 @@ class Loss(NamedTuple):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Form the gradients of hidden and weight in the forward pass, one chunk of rows at a time.
 
-    With p = softmax(h W^T), d(nll)/d(logits) = p - onehot(label). Its two products with W and h are all
-    that backward needs, so a chunk's logits can be dropped at once.
+    With p = softmax(h W^T), d(nll)/d(logits) = p - onehot(label). Its two products with W and h are
+    all that backward needs, so a chunk's logits can be dropped at once.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden_XD: Tensor,
         weight_VD: Tensor,
@@ -46,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             nll_sum, grad_logits = _chunk(hidden_XD[rows], weight_VD, labels_X[rows], scale, wide)
             total += nll_sum
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight_VD, out=grad_hidden[rows])
+                grad_hidden[rows] = grad_logits @ weight_VD
             if grad_weight is not None:
                 _accumulate(grad_weight, grad_logits, hidden_XD[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total * scale, total
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]

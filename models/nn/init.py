@@ -1,4 +1,4 @@
-"""Initial values keyed by parameter name, so that every parallel layout starts from the same weights."""
+"""Initial values keyed by parameter name: every parallel layout starts from the same weights."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ BLOCK = (
 def initial_stds(model: nn.Module, std: float) -> dict[str, float | None]:
     """Map each parameter name to the standard deviation of its normal distribution.
 
-    Weights of linears and embeddings get `std`, biases 0.0 (zeros); None means "at its identity": ones,
-    the scale of a norm.
+    Weights of linears and embeddings get `std`, biases 0.0 (zeros); None means "at its identity":
+    ones, the scale of a norm.
     """
     return {name: rule for module_rules in _rules(model, std) for name, rule in module_rules}
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Normalise by the root mean square over the last dimension, then scale.
 
-    Statistics are computed in at least fp32; the result is cast back *before* the weight is applied,
-    as Llama does. Source: Zhang and Sennrich 2019, eq. 4.
+    Statistics are computed in at least fp32; the result is cast back *before* the weight is
+    applied, as Llama does. Source: Zhang and Sennrich 2019, eq. 4.
     """
 
     def __init__(self, size: int, eps: float) -> None:

@@ -57,7 +57,10 @@ class RopeParameters:
 
 
 def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
-    """Return the (H/2,) angular frequencies in fp64, on the CPU. Source: Su et al. 2021; Llama 3.1."""
+    """Return the (H/2,) angular frequencies in fp64, on the CPU.
+
+    Source: Su et al. 2021; Llama 3.1.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     # fp32 throughout, as Hugging Face computes it: checkpoints were trained with these roundings.
     frequencies = 1.0 / (rope.rope_theta**exponents)
@@ -71,7 +74,9 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
 
 def _llama3(frequencies: Tensor, rope: RopeParameters) -> Tensor:
     """Stretch low frequencies by `factor`, keep high ones, interpolate between."""
-    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor
+    assert rope.factor
+    assert rope.low_freq_factor
+    assert rope.high_freq_factor
     assert rope.original_max_position_embeddings
     original = rope.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
@@ -116,7 +121,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
-    """Rotate pairs (i, i + H/2) of the head dimension: the half-split layout of Hugging Face files."""
+    """Rotate pairs (i, i + H/2) of the head dimension: Hugging Face files' half-split layout."""
     first, second = x_BNTH.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x_BNTH * cos_BTH[:, None] + turned * sin_BTH[:, None]

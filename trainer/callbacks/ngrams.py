@@ -1,4 +1,4 @@
-"""Unigram and bigram models counted on what the run trained on: what any language model must beat."""
+"""Unigram and bigram models counted on the run's training data: what any model must beat."""
 
 import logging
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ class NgramCallback(Callback):
         self.view = view
         if view.tokenizer.vocab_size > MAX_VOCABULARY:
             raise ValueError(
-                f"callbacks.ngrams counts pairs of at most {MAX_VOCABULARY} tokens, the tokenizer has "
-                f"{view.tokenizer.vocab_size}; set callbacks.ngrams=null"
+                f"callbacks.ngrams counts pairs of at most {MAX_VOCABULARY} tokens, "
+                f"the tokenizer has {view.tokenizer.vocab_size}; set callbacks.ngrams=null"
             )
 
     def on_eval(self, progress: Progress, metrics: dict[str, Any]) -> None:
@@ -81,12 +81,12 @@ def pair_counts(batches: Iterator[Batch], vocab_size: int) -> np.ndarray:
 
 
 def unigram_bits(train: np.ndarray, held_out: np.ndarray) -> float:
-    """Return the code length of the held-out targets, in bits, each coded by its frequency alone."""
+    """Return the code length of the held-out targets in bits, each coded by its frequency."""
     smoothed = train.sum(0) + SMOOTHING
     return float(-(held_out.sum(0) * np.log2(smoothed / smoothed.sum())).sum())
 
 
 def bigram_bits(train: np.ndarray, held_out: np.ndarray) -> float:
-    """Return the code length of the held-out targets, in bits, each coded by the token before it."""
+    """Return the code length of the held-out targets in bits, each coded by its predecessor."""
     smoothed = train + SMOOTHING
     return float(-(held_out * np.log2(smoothed / smoothed.sum(1, keepdims=True))).sum())

@@ -29,7 +29,7 @@ class RunView:
 
 
 class Callback:
-    """Called on every rank; override what is of interest. May run collectives if every rank does."""
+    """Called on every rank; override what is of interest. May run collectives if all ranks do."""
 
     def on_start(self, view: RunView, progress: Progress) -> None:
         """Before the first step, after a checkpoint was loaded."""

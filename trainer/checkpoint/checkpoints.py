@@ -68,7 +68,7 @@ class Checkpoints:
     def save(
         self, step: int, engine: Engine, state: dict[str, Any], *, is_last: bool
     ) -> Path | None:
-        """Commit step `step`; return its folder, or None when that failed and may be tried again later.
+        """Commit step `step`; return its folder, or None when that failed and may be retried later.
 
         Raises StorageError when the last save of a run, or MAX_FAILURES in a row, failed.
         """
@@ -129,7 +129,7 @@ class Checkpoints:
         groups: dict[str, tuple[dict[str, Piece], TensorFiles]],
         state: dict[str, Any],
     ) -> None:
-        """Rank 0: make the folder, the small files, and the tensor files with headers at full size."""
+        """Rank 0: make the folder, the small files, and full-size tensor files with headers."""
         needed = sum(sum(files.sizes.values()) for _, files in groups.values())
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free

@@ -65,7 +65,7 @@ def stage(parent: Path, step: int, generation: int) -> Path:
 
 
 def write_piece(path: Path, start: int, data: memoryview) -> str:
-    """Write `data` at offset `start` of a new or preallocated file; return the hash of the bytes."""
+    """Write `data` at offset `start` of a new or preallocated file; return the bytes' hash."""
     hasher = xxhash.xxh3_128()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -111,7 +111,8 @@ def manifest(folder: Path, facts: dict[str, Any], pieces: list[FilePiece]) -> di
         if piece.start != covered:
             raise StorageError(
                 f"{piece.file}: bytes {covered} to {piece.start} were written "
-                f"{'never' if piece.start > covered else 'twice'}; this is a defect, please report it"
+                f"{'never' if piece.start > covered else 'twice'}; "
+                "this is a defect, please report it"
             )
         entry["pieces"].append([piece.start, piece.stop, piece.xxh3])
     for name, entry in files.items():
@@ -193,7 +194,7 @@ def retain(parent: Path, keep: int) -> None:
 
 
 def collect_debris(parent: Path) -> None:
-    """Delete staging folders and half-deleted steps. Only the holder of the run lock may call this."""
+    """Delete staging folders and half-deleted steps. Only the run lock's holder may call this."""
     if not parent.is_dir():
         return
     for entry in os.scandir(parent):

@@ -21,7 +21,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def fill(pieces: dict[str, Piece], folder: Path) -> None:
-    """Copy each piece's range out of the safetensors files of `folder`; names and dtypes must match."""
+    """Copy each piece's range out of the safetensors of `folder`; names and dtypes must match."""
     entries = read_entries(folder)
     if problems := list(missing_and_unexpected(entries, pieces)):
         raise StorageError(f"{folder}: {problems[0]} ({len(problems)} such tensors)")
@@ -29,8 +29,8 @@ def fill(pieces: dict[str, Piece], folder: Path) -> None:
         entry = entries[name]
         if entry.dtype != piece.local.dtype:
             raise StorageError(
-                f"{folder / entry.file}: {name} is {entry.dtype}, the run keeps {piece.local.dtype}; "
-                "set precision to the one it was saved with"
+                f"{folder / entry.file}: {name} is {entry.dtype}, "
+                f"the run keeps {piece.local.dtype}; set precision to the one it was saved with"
             )
         values = read_piece(folder, entry, piece, name)
         piece.local.copy_(values.view(piece.local.shape))

@@ -22,9 +22,9 @@ EXPIRED_SECONDS = 60.0
 class RunLock:
     """Held from construction to `release`; the kernel frees it when the process dies.
 
-    A file lock may not reach other hosts on network storage: a lease of another host is respected until
-    its heartbeat is EXPIRED_SECONDS old. Every taking raises the generation, so that a holder that was
-    taken for dead cannot commit any more.
+    A file lock may not reach other hosts on network storage: a lease of another host is respected
+    until its heartbeat is EXPIRED_SECONDS old. Every taking raises the generation, so that a holder
+    that was taken for dead cannot commit any more.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,4 +110,7 @@ def _is_alive_elsewhere(lease: dict[str, Any]) -> bool:
 def _refusal(folder: Path, lease: dict[str, Any]) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(lease.get("since", 0))))
     holder = f"process {lease.get('pid', '?')} on {lease.get('host', '?')} since {since}"
-    return f"{folder} is in use by {holder}; wait for it, stop it, or start a run of another name (name=..)"
+    return (
+        f"{folder} is in use by {holder}; wait for it, stop it, "
+        "or start a run of another name (name=..)"
+    )

@@ -44,8 +44,8 @@ class TensorFiles:
 def plan(pieces: dict[str, Piece], stem: str, max_bytes: int) -> TensorFiles:
     """Lay the whole tensors out in files of at most `max_bytes` (one tensor may exceed it).
 
-    Depends on names, shapes and dtypes only, so every rank makes the same plan. Names of several files
-    are Hugging Face's: `stem-00001-of-00002.safetensors`.
+    Depends on names, shapes and dtypes only, so every rank makes the same plan. Names of several
+    files are Hugging Face's: `stem-00001-of-00002.safetensors`.
     """
     groups: list[dict[str, Piece]] = [{}]
     filled = 0
@@ -133,11 +133,11 @@ def _read_header(path: Path) -> dict[str, Entry]:
 def piece_bytes(piece: Piece) -> memoryview:
     """Return the local elements as bytes on the CPU."""
     flat = piece.local.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data.cast("B")
 
 
 def read_piece(folder: Path, entry: Entry, piece: Piece, name: str) -> Tensor:
-    """Read elements [piece.start, piece.stop) of the tensor, on the CPU, in the dtype of the file."""
+    """Read elements [piece.start, piece.stop) of the tensor, on the CPU, in the file's dtype."""
     if entry.shape != piece.shape:
         raise StorageError(
             f"{folder / entry.file}: {name} has shape {list(entry.shape)}, "

@@ -1,4 +1,4 @@
-"""Which rows each rank trains on at each step: a pure function of (step, rank), with no state to lose."""
+"""Which rows each rank trains on at each step: a pure function of (step, rank), stateless."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,9 +26,10 @@ class Step:
 class StepLoader:
     """Yields whole steps of this rank.
 
-    Step s (from 0) holds G = global_rows global samples: [s*G, (s+1)*G) in a run whose G never changed.
-    They are cut into micro-batches of micro_rows; micro-batch number t*w + r goes to rank r of w as its
-    t-th. A sample's row is permute(sample mod rows, key(seed, epoch)): the same for every world size.
+    Step s (from 0) holds G = global_rows global samples: [s*G, (s+1)*G) in a run whose G never
+    changed. They are cut into micro-batches of micro_rows; micro-batch number t*w + r goes to rank
+    r of w as its t-th. A sample's row is permute(sample mod rows, key(seed, epoch)): the same for
+    every world size.
     """
 
     rows: PackedRows
@@ -84,20 +85,20 @@ class StepLoader:
         return f"{self.first_sample(step) / self.rows.num_rows:.3f} epochs"
 
     def resumed(self, step: int, state: dict[str, Any]) -> "StepLoader":
-        """Return the loader that goes on after `step` steps; ValueError where the data is another."""
+        """Return the loader that goes on after `step` steps; ValueError where the data differs."""
         mine = self.state(step)
         for key in ("version", "fingerprint", "seed"):
             if state[key] != mine[key]:
                 raise ValueError(
-                    f"the data's {key} is {mine[key]}, the checkpoint was made with {state[key]}; bring "
-                    "the old data back, or start anew with name=... or resume=never"
+                    f"the data's {key} is {mine[key]}, the checkpoint was made with {state[key]}; "
+                    "bring the old data back, or start anew with name=... or resume=never"
                 )
         return replace(self, anchor=(step, state["global_sample"]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalLoader:
-    """Yields every row of a store exactly once over all ranks, the same number of batches on each."""
+    """Yields every row of a store exactly once over all ranks, equally many batches on each."""
 
     rows: PackedRows
     micro_rows: int

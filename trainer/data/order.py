@@ -15,8 +15,9 @@ def round_keys(*parts: object) -> tuple[int, ...]:
 def permute(index: int, count: int, keys: tuple[int, ...]) -> int:
     """Return the place of `index` in a pseudo-random permutation of range(count), in O(1) memory.
 
-    A balanced Feistel network over the next even number of bits, walked until it lands inside the range
-    (under 4 passes on average). Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
+    A balanced Feistel network over the next even number of bits, walked until it lands inside the
+    range (under 4 passes on average). Source: Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains".
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -30,7 +31,7 @@ def permute(index: int, count: int, keys: tuple[int, ...]) -> int:
 
 
 def _mix(value: int) -> int:
-    """Finalise as splitmix64 does: every input bit reaches every output bit. Source: Steele 2014."""
+    """Finalise as splitmix64: every input bit reaches every output bit. Source: Steele 2014."""
     value &= _MASK_64
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64

@@ -19,7 +19,7 @@ class PretrainingData:
     """Rows of `row_tokens` tokens for causal language modelling."""
 
     path: str
-    """Folder or file with text, jsonl or parquet; `stdlib`: the source files of the running Python."""
+    """Folder or file with text, jsonl or parquet; `stdlib`: the running Python's source files."""
     column: str = "text"
     """Column of jsonl and parquet files that holds the text."""
     eval_path: str | None = None
@@ -50,9 +50,9 @@ class PretrainingData:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
         if self.global_rows % num_ranks:
             raise ValueError(
-                f"data.global_rows={self.global_rows} is not divisible by {num_ranks} data-parallel "
-                f"ranks; run on {_divisors(self.global_rows)} ranks or set data.global_rows to a "
-                f"multiple of {num_ranks}"
+                f"data.global_rows={self.global_rows} is not divisible by {num_ranks} "
+                f"data-parallel ranks; run on {_divisors(self.global_rows)} ranks or set "
+                f"data.global_rows to a multiple of {num_ranks}"
             )
         rank_rows = self.global_rows // num_ranks
         micro_rows = self.micro_rows or rank_rows
@@ -70,7 +70,7 @@ class PretrainingData:
                 TextSource(path, self.column).peek()
 
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size), or a folder."""
+        """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
         if setting == "byte":
             return ByteTokenizer()
         if setting != "bpe":

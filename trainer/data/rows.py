@@ -9,10 +9,10 @@ from trainer.data.tokens import TokenStore
 
 
 class PackedRows:
-    """The rows of a token store: row i holds tokens [i*T, (i+1)*T) of the stream; the last is padded.
+    """The rows of a token store: row i is tokens [i*T, (i+1)*T) of the stream; the last is padded.
 
-    A document cut by a row border goes on in the next row as a segment of its own. Every token that has
-    a predecessor in its document is a target exactly once.
+    A document cut by a row border goes on in the next row as a segment of its own. Every token that
+    has a predecessor in its document is a target exactly once.
     """
 
     def __init__(self, store: TokenStore, row_tokens: int) -> None:

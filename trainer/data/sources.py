@@ -1,4 +1,4 @@
-"""Where texts come from: files read through `datasets`, or the running Python's standard library."""
+"""Where texts come from: files read through `datasets`, or this Python's standard library."""
 
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -53,7 +53,8 @@ class TextSource:
         unknown = suffixes - set(_FORMATS)
         if unknown:
             raise ValueError(
-                f"data.path={self.path} ends in {unknown.pop()!r}; give one of {', '.join(_FORMATS)}"
+                f"data.path={self.path} ends in {unknown.pop()!r}; "
+                f"give one of {', '.join(_FORMATS)}"
             )
         formats = {_FORMATS[suffix] for suffix in suffixes}
         if len(formats) > 1:
@@ -64,7 +65,7 @@ class TextSource:
         return formats.pop()
 
     def key(self) -> str:
-        """Return a hash that changes when a file is added, removed or changed, without reading any."""
+        """Return a hash that changes when a file is added, removed or changed; reads none."""
         hasher = xxhash.xxh3_128(f"{self.format}/{self.column}".encode())
         for file in self.files:
             info = file.stat()
@@ -83,7 +84,7 @@ class TextSource:
             yield Document(id=f"{self.root.name}#{number}", text=self._text(row, number))
 
     def peek(self) -> None:
-        """Read the first row, so that a wrong column or an unreadable file is found before training."""
+        """Read the first row: a wrong column or an unreadable file is found before training."""
         if not self.is_standard_library:
             for row in self._rows():
                 self._text(row, 0)

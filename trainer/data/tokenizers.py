@@ -69,7 +69,7 @@ class ByteTokenizer:
         """Write the same mapping as a byte-level BPE without merges, for Hugging Face readers."""
         letters = _byte_letters()
         vocab = {letters[byte]: byte for byte in range(256)}
-        model = {
+        model: dict[str, object] = {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
             "ignore_merges": False, "vocab": vocab, "merges": [],
@@ -97,14 +97,14 @@ class ByteTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """Return the printable stand-in of each byte that byte-level BPE uses. Source: Radford 2019 (GPT-2)."""
+    """Return byte-level BPE's printable stand-in of each byte. Source: Radford 2019 (GPT-2)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 class FileTokenizer:
-    """A Hugging Face fast tokenizer: a folder with tokenizer.json, and BOS/EOS by name beside it."""
+    """A Hugging Face fast tokenizer: a folder with tokenizer.json, BOS/EOS by name beside it."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer as Fast

@@ -35,7 +35,7 @@ class _Meta:
 
 
 class TokenStore:
-    """A memory-mapped token stream. `num_bytes` counts the UTF-8 bytes of the texts it was made from."""
+    """A memory-mapped token stream. `num_bytes` counts the UTF-8 bytes of its source texts."""
 
     def __init__(self, folder: Path, name: str) -> None:
         meta = _Meta(**json.loads((folder / f"{name}.json").read_text()))

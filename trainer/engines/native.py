@@ -85,7 +85,8 @@ class NativeTrainer:
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
         micro_batches = [batch.to(self.device) for batch in micro_batches]
         counts = self._count(micro_batches, num_tokens)
-        # DDP and FSDP2 average gradients over dp; this makes them the mean over all targets of the step.
+        # DDP and FSDP2 average gradients over dp; this makes them the mean over all targets of the
+        # step.
         scale = self.mesh.dp_size / counts[0].clamp(min=1).double()
         loss_sum = self._accumulate_gradients(step, micro_batches, scale)
         self._all_reduce(loss_sum)
@@ -96,7 +97,7 @@ class NativeTrainer:
         return StepResult(loss_sum, counts[0], counts[1], grad_norm, skipped, lr)
 
     def _count(self, micro_batches: list[Batch], num_tokens: int) -> Tensor:
-        """Return (targets, tokens) of the whole step over all data ranks, before the first backward."""
+        """Return (targets, tokens) of the step over all data ranks, before the first backward."""
         targets = [(batch.labels != IGNORED).sum() for batch in micro_batches]
         tokens = torch.tensor(num_tokens, device=self.device)
         counts = torch.stack([torch.stack(targets).sum(), tokens])
@@ -108,7 +109,8 @@ class NativeTrainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(micro_batches):
             set_gradient_sync(self.called, number == len(micro_batches) - 1)
-            # Keyed by the micro-batch's place in the global step: the same dropout on any world size.
+            # Keyed by the micro-batch's place in the global step: the same dropout on any world
+            # size.
             leaf = number * self.mesh.dp_size + self.mesh.dp_rank
             torch.manual_seed(_key(self.seed, step, leaf))
             loss = self._loss(batch, scale)
@@ -125,7 +127,7 @@ class NativeTrainer:
         )
 
     def _update(self, step: int, grad_norm: Tensor, skipped: Tensor) -> float:
-        """Clip and update on the device; a skipped step leaves weights and optimizer state untouched."""
+        """Clip and update on the device; a skipped step changes no weight and no state."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self.pieces[name].local.grad = local_tensor(parameter.grad)
@@ -149,7 +151,7 @@ class NativeTrainer:
             torch._foreach_mul_(gradients, coefficient)
 
     def _create_optimizer_state(self) -> None:
-        """Make the state of every weight before the first save or load, by an update that is skipped."""
+        """Make every weight's state before the first save or load, by an update that is skipped."""
         for piece in self.trained.values():
             piece.local.grad = torch.zeros_like(piece.local)
         cast(Any, self.optimizer).found_inf = torch.ones((), device=self.device)
@@ -175,7 +177,8 @@ class NativeTrainer:
         state = {}
         for name, piece in self.trained.items():
             for kind, value in self.optimizer.state[piece.local].items():
-                # Scalars (the step counters) are the same on every rank; the rest lies as the weight.
+                # Scalars (the step counters) are the same on every rank; the rest lies as the
+                # weight.
                 is_like_weight = value.shape == piece.local.shape
                 state[f"{kind}/{name}"] = (
                     Piece(local=value, shape=piece.shape, start=piece.start, stop=piece.stop)

@@ -16,8 +16,8 @@ from trainer.precision import Precision
 def shard(model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision) -> None:
     """Apply `fully_shard` to every block and to the root, in place, while the model is on meta.
 
-    Embedding and head stay in the root's group: tied weights must share one group, or FSDP2 unties them
-    without a word.
+    Embedding and head stay in the root's group: tied weights must share one group, or FSDP2 unties
+    them without a word.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=precision.compute,
@@ -43,7 +43,7 @@ def blocks(model: nn.Module, layout: Layout) -> list[nn.Module]:
 
 
 class ComputeCast(nn.Module):
-    """Run a module with its weights cast to the compute dtype; gradients arrive in the master dtype.
+    """Run a module with weights cast to the compute dtype; gradients arrive in the master dtype.
 
     The same numbers as FSDP2's mixed precision: autocast would keep activations in fp32 instead.
     """
@@ -58,7 +58,7 @@ class ComputeCast(nn.Module):
 
 
 def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:
-    """Return what is called in place of `model`: with weight casts and gradient averaging as needed."""
+    """Return what is called for `model`: with weight casts and gradient averaging as needed."""
     if precision.compute != precision.master:
         model = ComputeCast(model, precision.compute)
     if mesh.dp_size > 1:

@@ -45,17 +45,18 @@ def file_values(folder: Path) -> Values:
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:
-    """Raise ValueError where the files of `folder` do not fit the planned model, tensor by tensor."""
+    """Raise ValueError where a tensor in the files of `folder` does not fit the planned model."""
     entries = read_entries(folder) if folder.is_dir() else {}
     if not entries:
         raise ValueError(
-            f"weights={folder} holds no safetensors file; give a folder that does, or weights=random"
+            f"weights={folder} holds no safetensors file; "
+            "give a folder that does, or weights=random"
         )
     wanted = named_pieces(unique_parameters(model))
     if problems := list(missing_and_unexpected(entries, wanted)):
         raise ValueError(
-            f"weights={folder}: {problems[0]} ({len(problems)} such tensors); choose the model that "
-            "these weights belong to"
+            f"weights={folder}: {problems[0]} ({len(problems)} such tensors); "
+            "choose the model that these weights belong to"
         )
     for name, piece in wanted.items():
         if entries[name].shape != piece.shape:

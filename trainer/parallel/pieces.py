@@ -35,10 +35,10 @@ def named_pieces(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Pi
 
 
 def global_square_sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the sum of squares over the whole tensors, each element counted once, at least in fp32.
+    """Return the sum of squares over the whole tensors, each element once, in at least fp32.
 
-    Shards are summed over the mesh axes that shard them; replicas are not added up. Collective: every
-    rank of those axes must call this with the same tensors in the same order.
+    Shards are summed over the mesh axes that shard them; replicas are not added up. Collective:
+    every rank of those axes must call this with the same tensors in the same order.
     """
     totals: dict[tuple[object, ...], Tensor] = {}
     groups: dict[tuple[object, ...], list[torch.distributed.ProcessGroup]] = {}

@@ -1,0 +1,100 @@
+"""From the curves of all rounds to the comparison's figures, and from those to lines for people."""
+
+from statistics import median
+from typing import Any
+
+from benchmarks.train_step_sides import SIDES, Curve
+
+NAMES = {"ours": "Tessera", "theirs": "transformers.Trainer"}
+METHODS = {
+    "fp32": "one method on both sides: expect about 1e-6 in early steps, rounding grows from there",
+    "bf16": "the methods differ, expect about 1e-3: ours casts the weights, so that residuals are "
+    "bf16 too; theirs is autocast, which keeps weights, norms and residuals in fp32",
+}
+
+Spread = dict[str, float]
+"""`median`, `min` and `max` over the rounds."""
+
+
+def summarise(
+    rounds: list[dict[str, Curve]], *, tokens: int, warmup: int, precision: str
+) -> dict[str, Any]:
+    """Return each side's figures, their ratio and the distance of the curves, as plain values.
+
+    `tokens` are those of a step. Of each round counts the median of its steps after `warmup`.
+    """
+    summary: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {}
+    for side in SIDES:
+        curves = [curves[side] for curves in rounds]
+        seconds[side] = [_median_step(curve, warmup) for curve in curves]
+        summary[side] = {
+            "step_ms": _spread([1000 * value for value in seconds[side]]),
+            "tokens_per_second": _spread([tokens / value for value in seconds[side]]),
+            "peak_gib": _spread([curve.peak_gib for curve in curves]),
+            "held_before_step_1_gib": _spread([curve.held_gib for curve in curves]),
+            "first_and_last_loss": [curves[0].losses[0], curves[0].losses[-1]],
+        }
+    pairs = zip(seconds["ours"], seconds["theirs"], strict=True)
+    summary["speed_ratio"] = _spread([theirs / ours for ours, theirs in pairs])
+    differences = [_differences(curves["ours"], curves["theirs"]) for curves in rounds]
+    summary["loss_difference"] = {
+        "step_1": max(of_round[0] for of_round in differences),
+        "all_steps": max(map(max, differences)),
+        "method": METHODS[precision],
+    }
+    return summary
+
+
+def _median_step(curve: Curve, warmup: int) -> float:
+    pairs = zip(curve.stamps[warmup - 1 :], curve.stamps[warmup:], strict=False)
+    return median(stop - start for start, stop in pairs)
+
+
+def _spread(values: list[float]) -> Spread:
+    spread = {"median": median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 4) for name, value in spread.items()}
+
+
+def _differences(ours: Curve, theirs: Curve) -> list[float]:
+    """Return |ours - theirs| / theirs of every step."""
+    return [abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+
+
+def report(row: dict[str, Any]) -> str:
+    """Return a result row as text."""
+    settings, difference = row["settings"], row["loss_difference"]
+    return "\n".join(
+        (
+            *_header(row),
+            *(_side(name, row[side]) for side, name in NAMES.items()),
+            f"speed, ours / theirs, of {settings['rounds']} paired rounds: "
+            + _show(row["speed_ratio"], 3),
+            f"largest relative difference of the losses: {difference['step_1']:.1e} at step 1, "
+            f"{difference['all_steps']:.1e} over {settings['steps']} steps",
+            f"({difference['method']})",
+        )
+    )
+
+
+def _header(row: dict[str, Any]) -> tuple[str, str, str]:
+    settings, machine = row["settings"], row["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in row["packages"].items())
+    return (
+        f"{' '.join(settings['model'])} ({row['parameters'] / 1e6:.2f} M parameters), "
+        f"{settings['precision']}, {settings['rows']} rows x {settings['row_tokens']} tokens; "
+        f"steps {settings['warmup'] + 1} to {settings['steps']} are timed",
+        f"{machine['cpu']}, {machine['cpus']} cores, {settings['threads']} threads; {packages}",
+        f"{'median [min - max]':<22}{'ms per step':^28}{'tokens/s':^26}peak GiB  before step 1",
+    )
+
+
+def _side(name: str, figures: dict[str, Any]) -> str:
+    peak, held = figures["peak_gib"]["median"], figures["held_before_step_1_gib"]["median"]
+    step, speed = _show(figures["step_ms"], 1), _show(figures["tokens_per_second"], 0)
+    return f"{name:<22}{step:^28}{speed:^26}{peak:>8.2f}{held:>15.2f}"
+
+
+def _show(spread: Spread, digits: int) -> str:
+    middle, low, high = (f"{spread[name]:,.{digits}f}" for name in ("median", "min", "max"))
+    return f"{middle} [{low} - {high}]"

@@ -1,0 +1,184 @@
+"""Every YAML of the menu composes, binds and builds; only plain values leave Hydra."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from launch.binding import bind
+from launch.compose import compose
+from launch.menu import config_folder, groups
+from trainer.parallel.pieces import unique_parameters
+from trainer.run import Run
+
+# What a choice leaves for the user to say.
+MANDATORY = {
+    "data=text": ["data.path=stdlib"],
+    "experiment=pretrain_text": ["data.path=stdlib"],
+    "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
+}
+CHOICES = [
+    f"{group}={choice}"
+    for group, choices in groups().items()
+    if group != "experiment"
+    for choice in choices
+]
+EXPERIMENTS = [f"experiment={name}" for name in groups()["experiment"]]
+
+
+def bound(*words: str) -> Run:
+    """Compose and bind a command line."""
+    return bound_tree(compose(list(words)).tree)
+
+
+def bound_tree(tree: dict[str, Any]) -> Run:
+    bind(tree["launch"], "launch")
+    settings = {key: value for key, value in tree.items() if key != "launch"}
+    run = bind({**settings, "name": "test"})
+    assert isinstance(run, Run)
+    return run
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for _, parameter in unique_parameters(model))
+
+
+def containers(value: Any) -> list[type]:
+    """Return the types of `value` and of all that it holds."""
+    found = [type(value)]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in items:
+        found += containers(item)
+    return found
+
+
+def test_every_file_is_a_choice_of_the_menu() -> None:
+    folder = config_folder()
+    on_menu = {
+        folder / group / f"{choice}.yaml" for group, all_of in groups().items() for choice in all_of
+    }
+    assert set(folder.rglob("*.y*ml")) == on_menu | {folder / "train.yaml"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_fits_a_run_and_plans_its_model(experiment: str) -> None:
+    run = bound(experiment, *MANDATORY.get(experiment, []))
+    run.check(world_size=1)
+    model = run.plan_model()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert num_parameters(model) > 0
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_every_group_fits_the_demo_and_plans_its_model(choice: str) -> None:
+    tree = compose(["experiment=demo", choice, *MANDATORY.get(choice, [])]).tree
+    group, _, name = choice.partition("=")
+    file = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
+    assert tree[group].get("_target_") == file.get("_target_")
+    run = bound_tree(tree)
+    model = run.plan_model()
+    run.freeze.apply(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert num_parameters(model) > 0
+
+
+@pytest.mark.parametrize(
+    "file", sorted(config_folder().rglob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_file_begins_with_what_it_is_and_stays_short(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert file.parent == config_folder() or len(lines) <= 30
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("smollm2_135m", 134_515_008),
+        ("llama_3_2_1b", 1_235_814_400),
+        ("llama_3_1_8b", 8_030_261_248),
+    ],
+)
+def test_public_model_has_its_public_number_of_parameters(choice: str, expected: int) -> None:
+    model = bound("experiment=demo", f"model={choice}").plan_model()
+    assert num_parameters(model) == expected
+
+
+@pytest.mark.parametrize("words", [["experiment=demo"], ["freeze=parts", "freeze.frozen=[a,b]"]])
+def test_plain_values_alone_leave_compose(words: list[str]) -> None:
+    tree = compose(["data.path=x", "model=llama_3_2_1b", *words]).tree
+    found = set(containers(tree))
+    assert found <= {dict, list, str, int, float, bool, type(None)}
+    assert {dict, list} <= found
+    assert "hydra" not in tree
+
+
+def test_values_of_the_command_line_win_over_the_experiment() -> None:
+    tree = compose(["experiment=demo", "max_steps=7", "optim.lr=1", "optim=sgd"]).tree
+    assert tree["max_steps"] == 7
+    assert tree["optim"] == {"_target_": "trainer.optim.SGD", "lr": 1}
+    assert tree["log_every"] == 20
+
+
+def test_field_that_no_file_mentions_can_be_set() -> None:
+    run = bound("experiment=demo", "optim.weight_decay=0.5", "model.rope_parameters.rope_theta=5")
+    assert run.optim.weight_decay == 0.5
+    assert run.model.rope_parameters.rope_theta == 5.0
+
+
+def test_name_of_the_experiment_comes_with_the_tree() -> None:
+    assert compose(["experiment=demo"]).experiment == "demo"
+    assert compose(["data.path=x"]).experiment is None
+
+
+def test_composing_twice_gives_the_same() -> None:
+    assert compose(["experiment=demo"]) == compose(["experiment=demo"])
+
+
+@pytest.fixture
+def own_configs(tmp_path: Path) -> Path:
+    """A user's folder with an experiment and a model of their own."""
+    folder = tmp_path / "own"
+    for group in ("experiment", "model"):
+        (folder / group).mkdir(parents=True)
+    (folder / "model" / "mine.yaml").write_text(
+        "_target_: models.llama.LlamaSpec\n"
+        "vocab_size: 300\nhidden_size: 48\nintermediate_size: 64\nnum_hidden_layers: 1\n"
+        "num_attention_heads: 4\nnum_key_value_heads: 2\nmax_position_embeddings: 512\n"
+    )
+    (folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /model: mine\n  - override /data: stdlib\n"
+        "max_steps: 3\ntokenizer: byte\n"
+    )
+    return folder
+
+
+def test_configs_of_the_user_work_beside_ours(own_configs: Path) -> None:
+    words = [f"hydra.searchpath=[file://{own_configs}]", "experiment=mine", "schedule=constant"]
+    assert compose(words).experiment == "mine"
+    run = bound(*words)
+    assert (run.max_steps, run.model.vocab_size) == (3, 300)
+    run.check(world_size=1)
+    assert num_parameters(run.plan_model()) > 0
+
+
+def test_configs_of_the_user_are_checked_like_ours(own_configs: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (own_configs / "model" / "mine.yaml").write_text(
+        f"_target_: os.system\ncommand: touch {canary}\n"
+    )
+    with pytest.raises(ValueError, match=r"model\._target_='os.system' is not one of"):
+        bound(f"hydra.searchpath=[file://{own_configs}]", "experiment=mine")
+    assert not canary.exists()
+
+
+def test_composing_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bound("experiment=demo").check(world_size=1)
+    with pytest.raises(ValueError, match="model has no choice"):
+        compose(["model=nothing"])
+    assert list(tmp_path.iterdir()) == []
+    assert Path.cwd() == tmp_path

@@ -1,0 +1,103 @@
+"""The fused head against plain logits and cross-entropy: value, gradients, chunks, masks."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.nn.head import IGNORED, LMHead
+
+HIDDEN, VOCAB, TOKENS = 12, 37, 20
+
+
+def head_and_inputs(
+    dtype: torch.dtype, chunk_tokens: int, labels: str
+) -> tuple[LMHead, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    head = LMHead(HIDDEN, VOCAB, chunk_tokens=chunk_tokens).to(dtype)
+    head.weight.data = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
+    hidden = torch.randn(2, TOKENS // 2, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, VOCAB, (2, TOKENS // 2), generator=generator)
+    if labels == "one masked chunk":
+        targets[0, :8] = IGNORED
+    if labels == "all masked":
+        targets[:] = IGNORED
+    return head, hidden, targets
+
+
+@pytest.mark.parametrize("labels", ["all", "one masked chunk", "all masked"])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 20, 1000])
+def test_value_and_gradients_equal_plain_cross_entropy(chunk_tokens: int, labels: str) -> None:
+    head, hidden, targets = head_and_inputs(torch.float64, chunk_tokens, labels)
+    scale = torch.tensor(0.37, dtype=torch.float64)
+    logits = hidden @ head.weight.T
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    expected_gradients = torch.autograd.grad(expected * scale, (hidden, head.weight))
+    loss = head.loss(hidden, targets, scale)
+    gradients = torch.autograd.grad(loss.objective, (hidden, head.weight))
+    assert loss.sum.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert int(loss.num_targets) == int((targets != IGNORED).sum())
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_gradient_check_in_fp64() -> None:
+    head, hidden, targets = head_and_inputs(torch.float64, 6, "one masked chunk")
+
+    def objective(hidden: Tensor, weight: Tensor) -> Tensor:
+        head.weight.data = weight.data
+        from models.nn.head import _ChunkedCrossEntropy
+
+        scale = torch.tensor(2.0, dtype=torch.float64)
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), scale, 6)[0]
+
+    assert torch.autograd.gradcheck(objective, (hidden, head.weight))
+
+
+def test_a_later_factor_on_the_objective_reaches_the_gradients() -> None:
+    head, hidden, targets = head_and_inputs(torch.float64, 6, "all")
+    scale = torch.ones((), dtype=torch.float64)
+    (single,) = torch.autograd.grad(head.loss(hidden, targets, scale).objective, hidden)
+    (triple,) = torch.autograd.grad(3 * head.loss(hidden, targets, scale).objective, hidden)
+    torch.testing.assert_close(triple, 3 * single)
+
+
+def test_without_gradients_the_value_is_the_same() -> None:
+    head, hidden, targets = head_and_inputs(torch.float64, 7, "one masked chunk")
+    scale = torch.ones((), dtype=torch.float64)
+    with torch.no_grad():
+        found = head.loss(hidden, targets, scale)
+    assert float(found.sum) == pytest.approx(float(head.loss(hidden, targets, scale).sum), rel=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_a_frozen_side_gets_no_gradient_and_the_other_stays_exact(frozen: str) -> None:
+    head, hidden, targets = head_and_inputs(torch.float64, 7, "all")
+    scale = torch.ones((), dtype=torch.float64)
+    whole = torch.autograd.grad(head.loss(hidden, targets, scale).objective, (hidden, head.weight))
+    (head.weight if frozen == "weight" else hidden).requires_grad_(False)
+    head.loss(hidden, targets, scale).objective.backward()
+    side, number = (hidden, 0) if frozen == "weight" else (head.weight, 1)
+    torch.testing.assert_close(side.grad, whole[number], rtol=1e-12, atol=0)
+    assert (head.weight if frozen == "weight" else hidden).grad is None
+
+
+def test_bf16_keeps_the_loss_in_fp32() -> None:
+    head, hidden, targets = head_and_inputs(torch.bfloat16, 7, "all")
+    loss = head.loss(hidden, targets, torch.ones(()))
+    assert loss.sum.dtype == torch.float32
+    exact = F.cross_entropy(
+        (hidden.float() @ head.weight.float().T).flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+    # bf16 keeps 8 bits of a logit: 2^-8 relative each, which averages out over 20 tokens.
+    assert float(loss.sum) == pytest.approx(exact.item(), rel=2e-3)
+
+
+def test_an_ignored_row_with_infinite_logits_does_not_make_nan() -> None:
+    head, hidden, targets = head_and_inputs(torch.float32, 7, "all")
+    targets[0, 0] = IGNORED
+    hidden.data[0, 0] = torch.inf
+    loss = head.loss(hidden, targets, torch.ones(()))
+    assert loss.sum.isfinite()

@@ -1,0 +1,226 @@
+"""Llama against transformers, back-ends against the eager reference, packed rows against single ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models.llama import LlamaSpec
+from models.nn.init import initial_stds, initial_values
+from models.nn.rotary import RopeParameters, inverse_frequencies
+from tests.conftest import tiny_spec
+
+LLAMA3 = RopeParameters(
+    rope_type="llama3",
+    rope_theta=500_000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+LINEAR = RopeParameters(rope_type="linear", factor=4.0)
+
+
+def built(spec: LlamaSpec, std: float = 0.2) -> nn.Module:
+    """Return the model with weights large enough that every part matters."""
+    model = spec.build_causal_lm(chunk_tokens=7)
+    stds = initial_stds(model, std)
+    for name, parameter in model.named_parameters():
+        values = initial_values(name, stds[name], 1, 0, parameter.numel())
+        noise = initial_values(name + "+", 0.1, 1, 0, parameter.numel())
+        parameter.data.copy_((values + noise).view(parameter.shape))
+    return model
+
+
+def oracle(spec: LlamaSpec, model: nn.Module) -> Any:
+    """Return transformers' model with the same config and weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**spec.hf_config(), attn_implementation="eager")
+    theirs = LlamaForCausalLM(config)
+    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert not missing
+    return theirs.eval()
+
+
+def row(length: int, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab_size, (2, length), generator=generator)
+    return ids, torch.arange(length).expand(2, -1), torch.ones_like(ids)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([None, 8]),
+    tied=st.booleans(),
+    attention_bias=st.booleans(),
+    mlp_bias=st.booleans(),
+    rope=st.sampled_from([RopeParameters(), LINEAR, LLAMA3]),
+    vocab_size=st.sampled_from([67, 258]),
+)
+def test_logits_and_gradients_equal_those_of_transformers(
+    kv_heads: int,
+    head_dim: int | None,
+    tied: bool,
+    attention_bias: bool,
+    mlp_bias: bool,
+    rope: RopeParameters,
+    vocab_size: int,
+) -> None:
+    spec = tiny_spec(
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        rope_parameters=rope,
+        vocab_size=vocab_size,
+    )
+    model = built(spec)
+    theirs = oracle(spec, model)
+    ids, positions, segments = row(24, vocab_size)
+    expected = theirs(ids, position_ids=positions, use_cache=False).logits
+    found = model(ids, positions, segments)
+    assert relative(found, expected) < 1e-5
+    weights = torch.linspace(-1, 1, found.numel()).view(found.shape)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert relative(parameter.grad, gradients[name].grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("rope", [RopeParameters(rope_theta=5e5), LINEAR, LLAMA3])
+def test_frequencies_equal_those_of_transformers_bit_for_bit(rope: RopeParameters) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(**tiny_spec(rope_parameters=rope, head_dim=64).hf_config())
+    assert torch.equal(inverse_frequencies(rope, 64), LlamaRotaryEmbedding(config).inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sdpa_equals_eager_on_packed_and_padded_rows(dtype: torch.dtype) -> None:
+    ids, _, _ = row(24, 258)
+    segments = torch.tensor([[1] * 9 + [2] * 10 + [3] * 5, [1] * 12 + [2] * 4 + [0] * 8])
+    positions = restarting(segments)
+    fast = built(tiny_spec()).to(dtype)
+    slow = built(tiny_spec(attn_implementation="eager")).to(dtype)
+    found, expected = fast(ids, positions, segments), slow(ids, positions, segments)
+    assert found.isfinite().all()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert relative(found, expected) < tolerance
+
+
+def restarting(segments: Tensor) -> Tensor:
+    positions = torch.zeros_like(segments)
+    for row_number, values in enumerate(segments.tolist()):
+        for place in range(1, len(values)):
+            if values[place] == values[place - 1]:
+                positions[row_number, place] = positions[row_number, place - 1] + 1
+    return positions
+
+
+def test_a_packed_document_has_the_logits_it_has_alone() -> None:
+    model = built(tiny_spec()).double()
+    ids, _, _ = row(24, 258)
+    segments = torch.tensor([[1] * 9 + [2] * 15, [1] * 20 + [2] * 4])
+    packed = model(ids, restarting(segments), segments)
+    for number, border in enumerate((9, 20)):
+        for first, last in ((0, border), (border, 24)):
+            alone = ids[number : number + 1, first:last]
+            positions = torch.arange(last - first)[None]
+            expected = model(alone, positions, torch.ones_like(alone))
+            assert relative(packed[number : number + 1, first:last], expected) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_changing_one_document_leaves_the_next_ones_logits_and_gradients_bit_equal(
+    backend: str,
+) -> None:
+    spec = tiny_spec(attn_implementation=backend, vocab_size=258)
+    segments = torch.tensor([[1] * 9 + [2] * 15])
+    ids, _, _ = row(24, 258)
+    ids = ids[:1]
+    changed = ids.clone()
+    changed[:, :9] = (changed[:, :9] + 1) % 258
+    logits = []
+    for tokens in (ids, changed):
+        model = built(spec)
+        embedded: list[Tensor] = []
+        model.get_submodule("model.embed_tokens").register_forward_hook(
+            lambda _, __, out, kept=embedded: (out.retain_grad(), kept.append(out))[0]
+        )
+        found = model(tokens, restarting(segments), segments)[:, 9:]
+        found.square().sum().backward()
+        logits.append((found.detach(), embedded[0].grad))
+    (first, first_grad), (second, second_grad) = logits
+    assert torch.equal(first, second)
+    assert torch.equal(first_grad[:, 9:], second_grad[:, 9:])
+    assert not first_grad[:, :9].any()
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = built(tiny_spec(attention_dropout=0.5))
+    ids, positions, segments = row(24, 258)
+    model.train()
+    assert not torch.equal(model(ids, positions, segments), model(ids, positions, segments))
+    model.eval()
+    assert torch.equal(model(ids, positions, segments), model(ids, positions, segments))
+
+
+def test_the_flop_formula_counts_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from trainer.meter import num_matmul_weights
+
+    # Eager: the counter sees nothing of the fused CPU kernel. It knows no causal discount either, so the
+    # attention term of one training token is 12 * layers * width * T there and half of it in ours.
+    spec = tiny_spec(attn_implementation="eager", hidden_size=32, head_dim=8)
+    model = built(spec)
+    length = 24
+    ids, positions, segments = row(length, 258)
+    with FlopCounterMode(display=False) as counter:
+        scale = torch.ones(())
+        model(ids, positions, segments, ids, scale).objective.backward()
+    weights = num_matmul_weights(model, spec.layout)
+    attention = 12 * 2 * 32 * length
+    assert counter.get_total_flops() / ids.numel() == 6 * weights + attention
+    assert spec.flops_per_token(weights, length) == 6 * weights + attention // 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "set it to one of [1, 2, 4]"),
+        ({"hidden_size": 18}, "does not divide hidden_size=18"),
+        ({"head_dim": 3}, "odd"),
+        ({"hidden_act": "gelu"}, "silu"),
+        ({"attn_implementation": "fast"}, "eager, sdpa"),
+        ({"vocab_size": 0}, "1 or more"),
+        ({"attention_dropout": 1.0}, "less than 1"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_the_remedy(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        tiny_spec(**changes)
+
+
+def test_rope_parameters_that_do_not_belong_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs factor"):
+        RopeParameters(rope_type="linear")
+    with pytest.raises(ValueError, match="has no factor"):
+        RopeParameters(factor=2.0)
+    with pytest.raises(ValueError, match="default, linear, llama3"):
+        RopeParameters(rope_type="magic")

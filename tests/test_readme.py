@@ -1,0 +1,42 @@
+"""Every command of the README works as it stands; recipes run two steps."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and "tests/run.sh" not in line]
+
+
+def test_the_readme_shows_the_commands_that_matter() -> None:
+    text = "\n".join(commands())
+    for needed in ("launch/demo.sh", "launch.processes=2", "mesh=fsdp", "torchrun", "pretrain_text"):
+        assert needed in text
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_works(command: str, tmp_path: Path) -> None:
+    is_recipe = "train" in command and "--help" not in command or "demo.sh" in command
+    options = f" max_steps=2 runs={tmp_path} data.cache={tmp_path}/cache" if is_recipe else ""
+    folder = Path(shutil.which("tessera") or "tessera").parent
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command + options], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stdout + done.stderr
+    if is_recipe and "dry_run" not in command:
+        (metrics,) = tmp_path.glob("*/metrics.jsonl")
+        assert '"step": 2' in metrics.read_text()
+        assert list(tmp_path.glob("*/checkpoints/step_00000002/MANIFEST.json"))

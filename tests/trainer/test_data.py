@@ -1,0 +1,259 @@
+"""From text to steps: borders, targets, order, elasticity, sources."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.nn.head import IGNORED
+from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.pretraining import PretrainingData
+from trainer.data.rows import PackedRows
+from trainer.data.sources import TextSource
+from trainer.data.tokenizers import ByteTokenizer
+from trainer.data.tokens import Document, TokenStore, build_stores, is_eval_document
+from trainer.errors import DataError
+
+
+def store_of(folder: Path, lengths: list[int]) -> TokenStore:
+    """Return a store of documents with these numbers of bytes; document k is made of the byte k."""
+    documents = [Document(id=str(k), text=chr(k % 100) * n) for k, n in enumerate(lengths)]
+    build_stores(folder, lambda: documents, ByteTokenizer(), lambda _: "train")
+    return TokenStore(folder, "train")
+
+
+def reference_rows(lengths: list[int], row_tokens: int) -> list[dict[str, list[int]]]:
+    """Cut the rows token by token: slow and obvious."""
+    stream: list[tuple[int, int]] = []  # (token, document)
+    for k, length in enumerate(lengths):
+        tokens = [256, *([k % 100] * length), 257]
+        stream += [(token, k) for token in tokens]
+    rows = []
+    for start in range(0, len(stream), row_tokens):
+        part = stream[start : start + row_tokens]
+        row: dict[str, list[int]] = {
+            "input_ids": [], "labels": [], "position_ids": [], "segment_ids": [],
+        }  # fmt: skip
+        for place, (token, document) in enumerate(part):
+            is_new = place == 0 or part[place - 1][1] != document
+            following = stream[start + place + 1] if start + place + 1 < len(stream) else None
+            same = following is not None and following[1] == document
+            row["input_ids"].append(token)
+            row["labels"].append(following[0] if same and following else IGNORED)
+            row["position_ids"].append(0 if is_new else row["position_ids"][-1] + 1)
+            previous = row["segment_ids"][-1] if row["segment_ids"] else 0
+            row["segment_ids"].append(previous + 1 if is_new else previous)
+        padding = row_tokens - len(part)
+        row["labels"] += [IGNORED] * padding
+        for name in ("input_ids", "position_ids", "segment_ids"):
+            row[name] += [0] * padding
+        rows.append(row)
+    return rows
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12), row_tokens=st.integers(1, 17)
+)
+def test_rows_equal_a_cut_made_token_by_token(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], row_tokens: int
+) -> None:
+    rows = PackedRows(store_of(tmp_path_factory.mktemp("store"), lengths), row_tokens)
+    expected = reference_rows(lengths, row_tokens)
+    assert rows.num_rows == len(expected)
+    batch = rows.batch(list(range(len(expected))), len(expected))
+    for name in ("input_ids", "labels", "position_ids", "segment_ids"):
+        assert getattr(batch, name).tolist() == [row[name] for row in expected], name
+    # Nothing is lost: each document trains all its tokens but the first.
+    assert int((batch.labels != IGNORED).sum()) == sum(length + 1 for length in lengths)
+
+
+def loader_of(rows: PackedRows, global_rows: int, micro_rows: int, rank: int, ranks: int) -> StepLoader:
+    return StepLoader(
+        rows=rows, seed=5, global_rows=global_rows, micro_rows=micro_rows, rank=rank, num_ranks=ranks
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedRows:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 60, 60)]
+    return PackedRows(store_of(tmp_path_factory.mktemp("rows"), lengths), 16)
+
+
+@pytest.mark.parametrize(("ranks", "micro_rows"), [(1, 8), (1, 1), (2, 4), (2, 2), (4, 2), (8, 1)])
+def test_a_step_holds_the_same_rows_on_every_layout(
+    rows: PackedRows, ranks: int, micro_rows: int
+) -> None:
+    for step in range(30):  # more than an epoch
+        (whole,) = loader_of(rows, 8, 8, 0, 1).step(step).micro_batches
+        parts = [
+            loader_of(rows, 8, micro_rows, rank, ranks).step(step).micro_batches
+            for rank in range(ranks)
+        ]
+        leaves = [parts[n % ranks][n // ranks] for n in range(8 // micro_rows)]
+        assert torch.equal(torch.cat([leaf.input_ids for leaf in leaves]), whole.input_ids)
+        assert sum((leaf.provenance for leaf in leaves), ()) == whole.provenance
+
+
+def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(rows: PackedRows) -> None:
+    loader = loader_of(rows, 8, 8, 0, 1)
+    first = [loader.row_of(n) for n in range(rows.num_rows)]
+    second = [loader.row_of(n) for n in range(rows.num_rows, 2 * rows.num_rows)]
+    assert sorted(first) == sorted(second) == list(range(rows.num_rows))
+    assert first != second
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_stops_and_other_world_sizes_lose_and_double_nothing(
+    rows: PackedRows, data: st.DataObject
+) -> None:
+    """Draw stops; after each the run goes on with another world size and micro-batch."""
+    global_rows, seen, step = 8, [], 0
+    state = loader_of(rows, global_rows, 8, 0, 1).state(0)
+    for _ in range(data.draw(st.integers(1, 4))):
+        ranks = data.draw(st.sampled_from([1, 2, 4, 8]))
+        micro_rows = data.draw(
+            st.sampled_from([m for m in (1, 2, 4, 8) if (global_rows // ranks) % m == 0])
+        )
+        if data.draw(st.booleans()):
+            global_rows = data.draw(st.sampled_from([8, 16]))
+        loaders = [
+            loader_of(rows, global_rows, micro_rows, rank, ranks).resumed(step, state)
+            for rank in range(ranks)
+        ]
+        for _ in range(data.draw(st.integers(0, 5))):
+            ranges = [r for loader in loaders for r in loader.step(step).ranges]
+            seen += sorted(n for first, last in ranges for n in range(first, last))
+            step += 1
+        state = loaders[0].state(step)
+        assert len(json.dumps(state)) < 1024
+        assert "rank" not in json.dumps(state)
+    assert seen == list(range(len(seen)))
+    assert state["global_sample"] == len(seen)
+
+
+def test_other_data_is_refused_on_resume(rows: PackedRows) -> None:
+    loader = loader_of(rows, 8, 8, 0, 1)
+    state = loader.state(3)
+    for key in ("fingerprint", "seed", "version"):
+        with pytest.raises(ValueError, match=key):
+            loader.resumed(3, {**state, key: "another"})
+
+
+@pytest.mark.parametrize(("ranks", "micro_rows"), [(1, 1), (1, 7), (2, 4), (3, 5)])
+def test_evaluation_covers_every_row_once_and_gives_all_ranks_equal_work(
+    rows: PackedRows, ranks: int, micro_rows: int
+) -> None:
+    batches = [
+        list(EvalLoader(rows=rows, micro_rows=micro_rows, rank=r, num_ranks=ranks).batches())
+        for r in range(ranks)
+    ]
+    assert len({len(b) for b in batches}) == 1
+    found = sum(int((b.labels != IGNORED).sum()) for rank in batches for b in rank)
+    whole = rows.batch(list(range(rows.num_rows)), rows.num_rows)
+    assert found == int((whole.labels != IGNORED).sum())
+    assert sum(len(b.provenance) for rank in batches for b in rank) == rows.num_rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "legal"),
+    [
+        ({"micro_rows": 3}, 1, r"\[1, 2, 4, 8\]"),
+        ({"micro_rows": 8}, 2, r"\[1, 2, 4\]"),
+        ({}, 3, r"run on \[1, 2, 4, 8\] ranks"),
+    ],
+)
+def test_impossible_batches_are_refused_with_the_legal_ones(
+    changes: dict[str, int], ranks: int, legal: str
+) -> None:
+    data = PretrainingData(path="stdlib", row_tokens=16, global_rows=8, **changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=legal):
+        data.rows_per_micro_batch(ranks)
+
+
+def write_corpus(folder: Path, kind: str) -> Path:
+    texts = [f"document {n}: " + "word " * n for n in range(40)]
+    folder.mkdir(parents=True)
+    if kind == "txt":
+        for n, text in enumerate(texts):
+            (folder / f"{n:03d}.txt").write_text(text)
+    elif kind == "jsonl":
+        lines = [json.dumps({"text": text, "n": n}) for n, text in enumerate(texts)]
+        (folder / "all.jsonl").write_text("\n".join(lines) + "\n")
+    else:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"text": texts}), folder / "all.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
+    source = TextSource(str(write_corpus(tmp_path / "in", kind)), "text")
+    found = [document.text for document in source.documents()]
+    assert found == [f"document {n}: " + "word " * n for n in range(40)]
+
+
+def test_held_out_documents_are_chosen_by_id_and_never_trained_on(tmp_path: Path) -> None:
+    data = PretrainingData(
+        path=str(write_corpus(tmp_path / "in", "jsonl")),
+        row_tokens=16, global_rows=2, eval_fraction=0.25, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    train, held_out = data.stores(ByteTokenizer())
+    assert held_out is not None
+    assert train.num_documents + held_out.num_documents == 40
+    chosen = [is_eval_document(f"in#{n}", 0.25) for n in range(40)]
+    assert held_out.num_documents == sum(chosen)
+    assert 0 < held_out.num_documents < 25
+
+
+def test_an_eval_path_takes_nothing_from_the_training_data(tmp_path: Path) -> None:
+    data = PretrainingData(
+        path=str(write_corpus(tmp_path / "a", "txt")),
+        eval_path=str(write_corpus(tmp_path / "b", "jsonl")),
+        row_tokens=16, global_rows=2, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    train, held_out = data.stores(ByteTokenizer())
+    assert held_out is not None
+    assert train.num_documents == held_out.num_documents == 40
+
+
+def test_a_changed_file_is_tokenised_anew(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "in", "txt")
+    data = PretrainingData(
+        path=str(folder), row_tokens=16, global_rows=2, eval_fraction=0.0, cache=str(tmp_path / "c")
+    )
+    before, _ = data.stores(ByteTokenizer())
+    (folder / "007.txt").write_text("changed")
+    after, _ = data.stores(ByteTokenizer())
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_row_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"text": null}\n')
+    with pytest.raises(DataError, match="row 1 of"):
+        list(TextSource(str(path), "text").documents())
+    with pytest.raises(ValueError, match=r"no column 'body', only text; set data\.column"):
+        list(TextSource(str(path), "body").documents())
+
+
+def test_a_truncated_token_file_is_refused(tmp_path: Path) -> None:
+    store_of(tmp_path, [10, 20])
+    path = tmp_path / "train.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train\.bin has \d+ bytes, its index says"):
+        TokenStore(tmp_path, "train")
+
+
+def test_the_standard_library_is_read_without_its_tests() -> None:
+    source = TextSource("stdlib", "text")
+    names = {str(file.relative_to(source.root)) for file in source.files}
+    assert "argparse.py" in names
+    assert not any(set(name.split("/")) & {"test", "tests", "site-packages"} for name in names)

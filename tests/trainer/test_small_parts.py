@@ -1,0 +1,170 @@
+"""Schedules, meshes, freezing, n-grams, sampling, progress: small pure parts against plain arithmetic."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import tiny_spec
+from trainer.batch import Batch
+from trainer.callbacks.ngrams import bigram_bits, pair_counts, unigram_bits
+from trainer.freeze import FreezeSpec
+from trainer.generation import sample
+from trainer.mesh import MeshSpec
+from trainer.progress import Progress
+from trainer.protocols import StepResult
+from trainer.schedule import Constant, Cosine, WarmupStableDecay
+
+
+def test_cosine_rises_linearly_and_ends_at_its_minimum() -> None:
+    schedule = Cosine(warmup_steps=10, min_ratio=0.1)
+    assert [schedule.factor(s, 110) for s in (1, 5, 10)] == [0.1, 0.5, 1.0]
+    assert schedule.factor(60, 110) == pytest.approx(0.55)
+    assert schedule.factor(110, 110) == pytest.approx(0.1)
+    assert schedule.factor(200, 110) == pytest.approx(0.1)
+
+
+def test_wsd_has_a_plateau_and_a_linear_end() -> None:
+    schedule = WarmupStableDecay(warmup_steps=10, decay_fraction=0.2, min_ratio=0.0)
+    assert schedule.factor(5, 100) == 0.5
+    assert {schedule.factor(s, 100) for s in range(10, 81)} == {1.0}
+    assert schedule.factor(90, 100) == pytest.approx(0.5)
+    assert schedule.factor(100, 100) == pytest.approx(0.0)
+
+
+def test_constant_stays_after_the_warm_up() -> None:
+    assert [Constant(warmup_steps=4).factor(s, 9) for s in (1, 4, 9)] == [0.25, 1.0, 1.0]
+    assert Constant().factor(1, 9) == 1.0
+
+
+def test_bad_schedules_are_refused() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        Constant(warmup_steps=-1)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Cosine(warmup_steps=1, min_ratio=1.5)
+    with pytest.raises(ValueError, match="above 0"):
+        WarmupStableDecay(warmup_steps=1, decay_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "expected"),
+    [
+        (MeshSpec(), 1, (1, 1)),
+        (MeshSpec(dp_replicate=-1), 6, (6, 1)),
+        (MeshSpec(dp_shard=-1), 6, (1, 6)),
+        (MeshSpec(dp_replicate=2, dp_shard=-1), 6, (2, 3)),
+        (MeshSpec(dp_replicate=2, dp_shard=3), 6, (2, 3)),
+    ],
+)
+def test_a_mesh_fills_the_world(spec: MeshSpec, world_size: int, expected: tuple[int, int]) -> None:
+    assert tuple(spec.axes(world_size).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size"), [(MeshSpec(), 2), (MeshSpec(dp_replicate=4, dp_shard=-1), 6)]
+)
+def test_a_mesh_that_does_not_fit_is_refused(spec: MeshSpec, world_size: int) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        spec.axes(world_size)
+
+
+def test_impossible_mesh_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot both"):
+        MeshSpec(dp_replicate=-1, dp_shard=-1)
+    with pytest.raises(ValueError, match="no length"):
+        MeshSpec(dp_shard=0)
+
+
+def test_freezing_everything_is_refused() -> None:
+    with torch.device("meta"):
+        model = tiny_spec().build_causal_lm(chunk_tokens=8)
+    with pytest.raises(ValueError, match="nothing to train"):
+        FreezeSpec(frozen=("*",)).apply(model)
+
+
+def batch_of(ids: list[int], labels: list[int]) -> Batch:
+    row = torch.tensor([ids])
+    return Batch(
+        input_ids=row,
+        labels=torch.tensor([labels]),
+        position_ids=row,
+        segment_ids=torch.ones_like(row),
+        provenance=("test",),
+    )
+
+
+def test_ngram_code_lengths_equal_a_count_by_hand() -> None:
+    train = pair_counts(iter([batch_of([0, 1, 0, 1], [1, 0, 1, -100])]), 2)
+    assert train.tolist() == [[0, 2], [1, 0]]
+    held_out = np.array([[0, 3], [0, 0]])
+    unigram = -3 * math.log2(2.1 / (2.1 + 1.1))
+    bigram = -3 * math.log2(2.1 / (2.1 + 0.1))
+    assert unigram_bits(train, held_out) == pytest.approx(unigram)
+    assert bigram_bits(train, held_out) == pytest.approx(bigram)
+
+
+class Counting:
+    """An engine whose likeliest next token is the last one plus one."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        self.longest = max(getattr(self, "longest", 0), batch.input_ids.shape[1])
+        return torch.nn.functional.one_hot((batch.input_ids + 1) % 10, 10).double() * 5
+
+
+def draw(**changes: Any) -> list[int]:
+    settings: dict[str, Any] = {
+        "num_tokens": 5, "temperature": 0, "max_context": 3, "stop_token_id": None, "seed": 0,
+    }  # fmt: skip
+    return sample(Counting(), [1, 2], **(settings | changes))  # type: ignore[arg-type]
+
+
+def test_greedy_sampling_takes_the_likeliest_and_stops_at_the_stop_token() -> None:
+    assert draw() == [1, 2, 3, 4, 5, 6, 7]
+    assert draw(stop_token_id=4) == [1, 2, 3, 4]
+
+
+def test_sampling_depends_on_the_seed_alone() -> None:
+    assert draw(temperature=3.0, num_tokens=20) == draw(temperature=3.0, num_tokens=20)
+    assert draw(temperature=3.0, num_tokens=20) != draw(temperature=3.0, num_tokens=20, seed=1)
+
+
+def result(loss_sum: float, num_targets: int) -> StepResult:
+    return StepResult(
+        torch.tensor(loss_sum, dtype=torch.float64),
+        torch.tensor(num_targets),
+        torch.tensor(num_targets + 1),
+        torch.tensor(2.0),
+        torch.tensor(False),
+        lr=0.1,
+    )
+
+
+def test_the_logged_loss_is_weighted_by_targets_and_a_saved_window_goes_on() -> None:
+    one = Progress(torch.device("cpu"))
+    one.advance(result(0.1, 1))
+    saved = one.state()
+    other = Progress(torch.device("cpu"))
+    other.load(saved)
+    for progress in (one, other):
+        progress.advance(result(10.0, 9))
+    first, second = one.close_window(), other.close_window()
+    assert first["loss"] == second["loss"] == (0.1 + 10.0) / 10  # bit for bit
+    assert (first["tokens"], first["num_targets"]) == (12, 10)
+    assert one.step == other.step == 2
+    one.advance(result(float("nan"), 1))
+    again = Progress(torch.device("cpu"))
+    again.load(one.state())
+    assert math.isnan(again.window["loss_sum"].item())
+
+
+def test_every_yaml_of_the_menu_has_a_headline() -> None:
+    from launch.menu import config_folder, headline
+
+    files = sorted(Path(config_folder()).rglob("*.yaml"))
+    assert len(files) > 10
+    for file in files:
+        assert headline(file), file
