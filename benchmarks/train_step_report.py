@@ -1,5 +1,6 @@
 """From the curves of all rounds to the comparison's figures, and from those to lines for people."""
 
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -27,9 +28,10 @@ def summarise(
     seconds: dict[str, list[float]] = {}
     for side in SIDES:
         curves = [curves[side] for curves in rounds]
-        seconds[side] = [_median_step(curve, warmup) for curve in curves]
+        seconds[side] = [median(_steps(curve, warmup)) for curve in curves]
         summary[side] = {
             "step_ms": _spread([1000 * value for value in seconds[side]]),
+            "fastest_step_ms": round(1000 * min(t for c in curves for t in _steps(c, warmup)), 4),
             "tokens_per_second": _spread([tokens / value for value in seconds[side]]),
             "peak_gib": _spread([curve.peak_gib for curve in curves]),
             "held_before_step_1_gib": _spread([curve.held_gib for curve in curves]),
@@ -46,9 +48,9 @@ def summarise(
     return summary
 
 
-def _median_step(curve: Curve, warmup: int) -> float:
-    pairs = zip(curve.stamps[warmup - 1 :], curve.stamps[warmup:], strict=False)
-    return median(stop - start for start, stop in pairs)
+def _steps(curve: Curve, warmup: int) -> list[float]:
+    """Return the seconds of each step after `warmup`."""
+    return [stop - start for start, stop in pairwise(curve.stamps[warmup - 1 :])]
 
 
 def _spread(values: list[float]) -> Spread:
@@ -64,12 +66,15 @@ def _differences(ours: Curve, theirs: Curve) -> list[float]:
 def report(row: dict[str, Any]) -> str:
     """Return a result row as text."""
     settings, difference = row["settings"], row["loss_difference"]
+    fastest = [row[side]["fastest_step_ms"] for side in ("ours", "theirs")]
     return "\n".join(
         (
             *_header(row),
             *(_side(name, row[side]) for side, name in NAMES.items()),
             f"speed, ours / theirs, of {settings['rounds']} paired rounds: "
             + _show(row["speed_ratio"], 3),
+            f"fastest step of all, which other jobs disturb least: ours {fastest[0]:.1f} ms, "
+            f"theirs {fastest[1]:.1f} ms, speed {fastest[1] / fastest[0]:.3f}",
             f"largest relative difference of the losses: {difference['step_1']:.1e} at step 1, "
             f"{difference['all_steps']:.1e} over {settings['steps']} steps",
             f"({difference['method']})",

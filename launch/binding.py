@@ -60,7 +60,7 @@ def _bind_as(spec: type, tree: Mapping[str, Any], path: str) -> Any:
         if name not in tree and not has_default:
             raise ValueError(f"{_join(path, name)} is missing; set {_join(path, name)}=...")
     values = {
-        key: _convert(value, hints[key], _join(path, key))
+        key: convert(value, hints[key], _join(path, key))
         for key, value in tree.items()
         if key != TARGET
     }
@@ -73,7 +73,7 @@ def _bind_as(spec: type, tree: Mapping[str, Any], path: str) -> Any:
         ) from None
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
+def convert(value: Any, hint: Any, path: str) -> Any:
     """Return `value` as the type `hint`: ints become floats, lists tuples; all else is an error."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -81,7 +81,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if value is None and len(options) < len(get_args(hint)):
             return None
         (option,) = options
-        return _convert(value, option, path)
+        return convert(value, option, path)
     if isinstance(value, Mapping) and TARGET in value:
         return _check_kind(bind(value, path), hint, path)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
@@ -90,7 +90,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (list, tuple):
         return _convert_sequence(value, hint, path)
     if origin is dict and isinstance(value, Mapping):
-        return {k: _convert(v, get_args(hint)[1], _join(path, k)) for k, v in value.items()}
+        return {k: convert(v, get_args(hint)[1], _join(path, k)) for k, v in value.items()}
     if origin is Literal and value in get_args(hint):
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -128,7 +128,7 @@ def _convert_sequence(value: Any, hint: Any, path: str) -> Any:
     else:
         hints = [options[0]] * len(value)
     items = [
-        _convert(item, kind, f"{path}[{number}]")
+        convert(item, kind, f"{path}[{number}]")
         for number, (item, kind) in enumerate(zip(value, hints, strict=True))
     ]
     return tuple(items) if origin is tuple else items

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.binding import bind, convert
 from launch.compose import compose
 from launch.menu import lines
 
@@ -17,6 +18,14 @@ USAGE = """usage: tessera train [experiment=NAME] [group=choice] [key=value] ...
   dry_run=true                                           check and print the config, start nothing
 
 """
+# What the choice of the folder reads, before the whole config is bound.
+_NEEDED_FIRST: dict[str, Any] = {
+    "name": str,
+    "runs": str,
+    "resume": str,
+    "max_steps": int,
+    "resume_allow": list[str],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +107,10 @@ def _request(arguments: list[str]) -> Request:
     tree = composed.tree
     if tree.get("name") is None:
         tree["name"] = composed.experiment or "run"
+    for key, kind in _NEEDED_FIRST.items():
+        if key not in tree:
+            raise ValueError(f"{key} is missing; leave the root config's line for it as it is")
+        convert(tree[key], kind, key)
     is_dry = options[-1].partition("=")[2].lower() if options else "false"
     if is_dry not in ("true", "false"):
         raise ValueError(f"dry_run={is_dry} is neither true nor false; set it to one of them")
@@ -106,10 +119,10 @@ def _request(arguments: list[str]) -> Request:
 
 def _bind(tree: dict[str, Any]) -> tuple[Any, int]:
     """Return the checked Run, and how many processes to start."""
-    from launch.binding import bind
-
     run = bind({key: value for key, value in tree.items() if key != "launch"})
-    return run, bind(tree["launch"], "launch").processes
+    local = bind(tree["launch"], "launch")
+    local.check()
+    return run, local.processes
 
 
 def _train_as_rank(request: Request) -> int:

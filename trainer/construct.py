@@ -1,7 +1,6 @@
 """From a checked run to training, in the one order that works."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.record import RunRecord
 from trainer.run import Run
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,7 @@ def fit(run: Run, start: Start) -> bool:
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
-        banner=_banner(run, model, mesh, ranks, loader, meter),
+        banner=_banner(run, model, mesh, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     evaluator = (
         Evaluator(loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device)
@@ -203,7 +200,13 @@ def _fit(loop: Loop, view: RunView) -> bool:
 
 
 def _banner(
-    run: Run, model: nn.Module, mesh: Mesh, ranks: Ranks, loader: StepLoader, meter: Meter
+    run: Run,
+    model: nn.Module,
+    mesh: Mesh,
+    ranks: Ranks,
+    loader: StepLoader,
+    eval_loader: EvalLoader | None,
+    meter: Meter,
 ) -> dict[str, str]:
     """Say in words what is about to run: a mistake is seen here first."""
     sizes = [(p.numel(), p.requires_grad) for _, p in unique_parameters(model)]
@@ -211,13 +214,14 @@ def _banner(
     micro = loader.global_rows // (loader.num_ranks * loader.micro_rows)
     tokens = loader.global_rows * loader.rows.row_tokens
     store = loader.rows.store
+    held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     return {
         "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained",
         "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
         "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
         f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
-        f"{run.max_steps * tokens / store.num_tokens:.2f} epochs",
+        f"{run.max_steps * tokens / store.num_tokens:.2f} epochs; {held_out} documents held out",
         "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
         "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal)",
     }

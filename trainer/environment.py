@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("tessera-train", "torch", "numpy", "tokenizers", "safetensors", "datasets", "xxhash")
+_PACKAGES = (
+    "tessera-train", "torch", "numpy", "tokenizers", "safetensors", "datasets", "xxhash",
+    "transformers", "accelerate", "deepspeed",
+)  # fmt: skip
 
 
 def environment(world_size: int) -> dict[str, Any]:

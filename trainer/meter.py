@@ -1,7 +1,7 @@
 """How well the hardware is used: MFU by a stated formula, and peak memory."""
 
-import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -48,4 +48,6 @@ class Meter:
     def _memory_gib(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+        # Not getrusage: its peak survives fork and exec, so a large parent's would be reported.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20  # Linux counts KiB

@@ -23,9 +23,10 @@ def segment_mask(segment_ids_BT: Tensor) -> Tensor:
 
 
 def eager(
-    query_BNTH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor, mask_B1TS: Tensor, dropout: float
+    query_BNTH: Tensor, key_BKSH: Tensor, value_BKSH: Tensor, mask_B1TS: Tensor, dropout: float
 ) -> Tensor:
     """The slow, obvious reference: softmax in at least fp32 over the masked scores."""
+    key_BNSH, value_BNSH = repeat_heads(key_BKSH, query_BNTH), repeat_heads(value_BKSH, query_BNTH)
     scores_BNTS = query_BNTH @ key_BNSH.transpose(-1, -2) / math.sqrt(query_BNTH.shape[-1])
     scores_BNTS = scores_BNTS.masked_fill(~mask_B1TS, -math.inf)
     wide = torch.promote_types(scores_BNTS.dtype, torch.float32)
@@ -34,12 +35,27 @@ def eager(
 
 
 def sdpa(
-    query_BNTH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor, mask_B1TS: Tensor, dropout: float
+    query_BNTH: Tensor, key_BKSH: Tensor, value_BKSH: Tensor, mask_B1TS: Tensor, dropout: float
 ) -> Tensor:
     """torch's fused attention with the exact mask."""
+    # With a mask, CUDA's fused kernels take no grouped heads; the CPU's do.
+    is_grouped = query_BNTH.device.type == "cpu"
+    if not is_grouped:
+        key_BKSH, value_BKSH = (repeat_heads(x, query_BNTH) for x in (key_BKSH, value_BKSH))
     return F.scaled_dot_product_attention(
-        query_BNTH, key_BNSH, value_BNSH, attn_mask=mask_B1TS, dropout_p=dropout
+        query_BNTH,
+        key_BKSH,
+        value_BKSH,
+        attn_mask=mask_B1TS,
+        dropout_p=dropout,
+        enable_gqa=is_grouped,
     )
+
+
+def repeat_heads(x_BKSH: Tensor, query_BNTH: Tensor) -> Tensor:
+    """Repeat each key/value head N/K times contiguously: k0, k0, k1, k1, not tiled."""
+    groups = query_BNTH.shape[1] // x_BKSH.shape[1]
+    return x_BKSH if groups == 1 else x_BKSH.repeat_interleave(groups, dim=1)
 
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -77,14 +93,6 @@ class Attention(nn.Module):
         value_BKTH = self.v_proj(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         query_BNTH = rotate(query_BNTH, cos_BTH, sin_BTH)
         key_BKTH = rotate(key_BKTH, cos_BTH, sin_BTH)
-        groups = query_BNTH.shape[1] // key_BKTH.shape[1]
-        key_BNTH = repeat_heads(key_BKTH, groups)
-        value_BNTH = repeat_heads(value_BKTH, groups)
         dropout = self.dropout if self.training else 0.0
-        mixed_BNTH = self.backend(query_BNTH, key_BNTH, value_BNTH, mask_B1TS, dropout)
+        mixed_BNTH = self.backend(query_BNTH, key_BKTH, value_BKTH, mask_B1TS, dropout)
         return self.o_proj(mixed_BNTH.transpose(1, 2).reshape(batch, length, -1))
-
-
-def repeat_heads(x_BKTH: Tensor, groups: int) -> Tensor:
-    """Repeat each key/value head `groups` times contiguously: k0, k0, k1, k1, not tiled."""
-    return x_BKTH if groups == 1 else x_BKTH.repeat_interleave(groups, dim=1)

@@ -45,6 +45,7 @@ class Faults:
     strike: Callable[[str], None]
     lasts: bool = False
     calls: list[str] = field(default_factory=list)
+    plain_open: Callable[..., Any] = open
 
     def count(self, name: str) -> None:
         self.calls.append(name)
@@ -74,7 +75,7 @@ class Faults:
 
     def _open(self, path: Any, mode: str = "r", **options: Any) -> Any:
         if mode not in ("w", "a"):
-            return io.open(path, mode, **options)
+            return self.plain_open(path, mode, **options)
         self.count("open")
         return io.TextIOWrapper(io.BufferedWriter(ShortWrites(path, mode, self)), **options)
 
@@ -104,14 +105,17 @@ def save(run: Path, step: int, lock: RunLock) -> None:
     """Save as `Checkpoints.save` does on one rank."""
     parent = run / "checkpoints"
     staging = commit.stage(parent, step, lock.generation)
-    pieces = []
+    pieces: list[FilePiece] = []
     for name, data in contents(step).items():
         path = staging / name
         path.parent.mkdir(exist_ok=True)
-        for start, stop in ((0, 8), (8, len(data))):
-            xxh3 = commit.write_piece(path, start, memoryview(data[start:stop]))
+        if path.suffix == ".json":
+            write_text(path, data.decode())
+        else:
+            pieces += commit.write_pieces(path, name, [(0, memoryview(data[:8]))])
             os.truncate(path, len(data))
-            pieces.append(FilePiece(file=name, start=start, stop=stop, xxh3=xxh3))
+            pieces += commit.write_pieces(path, name, [(8, memoryview(data[8:]))])
+    pieces += commit.hash_small_files(staging)
     facts = {"step": step, "generation": lock.generation}
     commit.commit(staging, commit.step_folder(parent, step), facts, pieces, lock.check)
     write_text(parent / "latest", f"step_{step:08d}\n")
@@ -247,7 +251,7 @@ def soak(base: Path, kills: int) -> dict[str, Any]:
     """Kill one save after another in the same folder, without ever cleaning."""
     generator, newest, complaints, delivered = random.Random(42), 2, [], 0
     for number in range(kills):
-        delivered += killed_save(base, generator.randrange(1, 140)) == KILLED
+        delivered += killed_save(base, generator.randrange(1, 90)) == KILLED
         try:
             steps = view(base)
             assert steps[0] >= newest
@@ -350,7 +354,7 @@ def test_hundred_kills_in_a_row_lose_no_step_and_leave_nothing_to_clean() -> Non
     """A crash may meet the remains of another one: a sweep of single crashes cannot show that."""
     found = experiment("soak")
     assert found["complaints"] == []
-    assert found["delivered"] >= 50
+    assert found["delivered"] >= 80
     last = found["newest"][0] + 1
     assert found["newest"][1:] == [last, last - 1]
     assert last >= 5  # some saves were killed after their commit, or not at all

@@ -1,4 +1,4 @@
-"""The command itself: fast help, a menu that is complete, a dry run that starts nothing, its codes."""
+"""The command itself: fast help, a whole menu, a dry run that starts nothing, and exit codes."""
 
 import json
 import statistics
@@ -221,7 +221,8 @@ def test_dry_run_of_another_run_under_the_same_name_is_refused(
     assert "seed was 0 when this run was saved and is 1 now" in capsys.readouterr().err
     assert main([*words, "data.global_rows=8"]) == exit_codes.BAD_CONFIG
     assert "resume_allow=[data.global_rows]" in capsys.readouterr().err
-    said([*words, "data.global_rows=8", "resume_allow=[data.global_rows]"], capsys)
+    words += ["data.global_rows=8", "resume_allow=[data.global_rows]"]
+    assert main(words) == exit_codes.FINISHED
 
 
 def store_run(folder: Path, tree: dict[str, Any]) -> None:

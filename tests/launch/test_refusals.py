@@ -127,9 +127,9 @@ REFUSALS = {
     "deleted group": ([*TINY, "~task=causal_lm"], ["task is missing", "set task=..."]),
     "deleted key that the launcher reads": (
         [*TINY, "~runs=runs"],
-        ["runs is missing", "set runs=..."],
+        ["runs is missing"],
     ),
-    "deleted launcher": ([*TINY, "~launch=local"], ["launch is missing", "set launch=..."]),
+    "deleted launcher": ([*TINY, "~launch=local"], ["launch is missing"]),
     # Types.
     "text for a number": ([*TINY, "optim.lr=fast"], ["optim.lr='fast'", "text", "a number"]),
     "text for a count": ([*TINY, "max_steps=ten"], ["max_steps='ten'", "text", "whole number"]),

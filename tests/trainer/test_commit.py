@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,10 @@ def write_files(staging: Path, files: dict[str, bytes]) -> list[FilePiece]:
     for name, data in files.items():
         (staging / name).parent.mkdir(exist_ok=True)
         borders = sorted({0, len(data) // 3, len(data) // 2, len(data)})
-        for start, stop in zip(borders, borders[1:], strict=False) if data else [(0, 0)]:
-            xxh3 = commit.write_piece(staging / name, start, memoryview(data[start:stop]))
-            pieces.append(FilePiece(file=name, start=start, stop=stop, xxh3=xxh3))
+        ranges = [(a, memoryview(data[a:b])) for a, b in pairwise(borders)] or [
+            (0, memoryview(b""))
+        ]
+        pieces += commit.write_pieces(staging / name, name, ranges)
     random.Random(0).shuffle(pieces)
     return pieces
 
@@ -200,7 +202,9 @@ def take_the_manifest_of_another_step(folder: Path) -> str:
 def take_the_manifest_of_another_run(folder: Path) -> str:
     other = folder.parent / "other"
     staging, final = commit.stage(other, 7, 1), commit.step_folder(other, 7)
-    pieces = write_files(staging, contents(1234) | {"state/state.json": contents(7)["state/state.json"]})
+    pieces = write_files(
+        staging, contents(1234) | {"state/state.json": contents(7)["state/state.json"]}
+    )
     commit.commit(staging, final, {"step": 7}, pieces, nothing)
     shutil.copyfile(final / MANIFEST, folder / MANIFEST)
     return "model.safetensors is damaged"
@@ -275,8 +279,9 @@ def test_existing_file_is_not_written_through_a_symlink(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b"untouched")
     (tmp_path / "weights").symlink_to(outside)
+    ranges = [(0, memoryview(b"overwritten"))]
     with pytest.raises(OSError, match="symbolic links"):
-        commit.write_piece(tmp_path / "weights", 0, memoryview(b"overwritten"))
+        commit.write_pieces(tmp_path / "weights", "weights", ranges)
     assert outside.read_bytes() == b"untouched"
 
 
@@ -311,7 +316,11 @@ def test_retention_never_follows_symlinks(tmp_path: Path) -> None:
     parent = tmp_path / "run"
     for step in (7, 8, 9):
         save(parent, step)
-    links = {"step_00000001": outside, "step_00000002": half_deleted, "step_00000003.tmp-1": outside}
+    links = {
+        "step_00000001": outside,
+        "step_00000002": half_deleted,
+        "step_00000003.tmp-1": outside,
+    }
     for name, target in links.items():
         (parent / name).symlink_to(target)
     (parent / "step_00000007/model/link").symlink_to(outside, target_is_directory=True)

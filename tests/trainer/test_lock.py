@@ -109,7 +109,9 @@ def test_second_process_is_refused_and_told_who_holds_the_run(
         assert time.monotonic() - started < 2.0
         message = str(refusal.value)
         assert str(tmp_path) in message
-        assert f"process {holder.pid} on {socket.gethostname()} since {at(lease['since'])}" in message
+        assert (
+            f"process {holder.pid} on {socket.gethostname()} since {at(lease['since'])}" in message
+        )
         assert "name=" in message  # what to change
         assert say(holder) == "unaffected"
         assert read_lease(tmp_path)["generation"] == lease["generation"]

@@ -73,8 +73,10 @@ class Checkpoints:
         Raises StorageError when the last save of a run, or MAX_FAILURES in a row, failed.
         """
         final = commit.step_folder(self.folder, step)
+        # Rank 0 looks for all: ranks that disagreed would issue different collectives.
+        is_there = self.lock is not None and (final / commit.MANIFEST).exists()
         try:
-            if not (final / commit.MANIFEST).exists():
+            if not self.ranks.maximum([int(is_there)])[0]:
                 self._write(step, final, engine, state)
         except StorageError as error:
             self.failures += 1
@@ -84,9 +86,16 @@ class Checkpoints:
             return None
         self.failures = 0
         if self.lock:
-            write_text(self.folder / "latest", final.name + "\n")
-            commit.retain(self.folder, self.spec.keep)
+            self._tidy(final)
         return final
+
+    def _tidy(self, newest: Path) -> None:
+        """Point `latest` to the newest step and delete old ones; a failure here loses nothing."""
+        try:
+            write_text(self.folder / "latest", newest.name + "\n")
+            commit.retain(self.folder, self.spec.keep)
+        except OSError as error:
+            log.warning("old checkpoints were not tidied: %s", _explain(error, self.folder))
 
     def _write(self, step: int, final: Path, engine: Engine, state: dict[str, Any]) -> None:
         staging = self.folder / f"{final.name}.tmp-{self.generation}"
@@ -139,20 +148,18 @@ class Checkpoints:
                 f"{1.2 * needed / 1e9:.3f} GB; free space or lower checkpoint.keep"
             )
         staging = commit.stage(self.folder, step, self.generation)
-        pieces = []
+        pieces: list[FilePiece] = []
         for name, (_, files) in groups.items():
             (staging / name).mkdir()
             for file, header in files.headers.items():
                 path = staging / name / file
-                digest = commit.write_piece(path, 0, memoryview(header))
+                ranges = [(0, memoryview(header))]
+                pieces += commit.write_pieces(path, f"{name}/{file}", ranges)
                 os.truncate(path, files.sizes[file])
-                pieces.append(
-                    FilePiece(file=f"{name}/{file}", start=0, stop=len(header), xxh3=digest)
-                )
         write_json(staging / STATE / "state.json", state)
         self.describe_model(staging / MODEL)
         _write_index(staging / MODEL, groups[MODEL][1])
-        pieces += _hash_small_files(staging)
+        pieces += commit.hash_small_files(staging)
         _publish(staging, "headers", pieces)
 
     def _write_own(
@@ -160,20 +167,24 @@ class Checkpoints:
     ) -> None:
         """Write this rank's ranges, unless another rank holds the same ones and writes them."""
         written = []
-        is_first_shard = self.mesh.device_mesh["dp_shard"].get_local_rank() == 0
         for folder, (pieces, files) in groups.items():
-            for name, piece in pieces.items():
-                is_writer = self.mesh.is_first_replica and (is_first_shard or not piece.is_whole)
-                if not is_writer or piece.start == piece.stop:
-                    continue
-                entry = files.entries[name]
-                start = entry.start + piece.start * entry.dtype.itemsize
-                data = piece_bytes(piece)
-                digest = commit.write_piece(staging / folder / entry.file, start, data)
-                file = f"{folder}/{entry.file}"
-                stop = start + len(data)
-                written.append(FilePiece(file=file, start=start, stop=stop, xxh3=digest))
+            for file in files.headers:
+                own = {
+                    name: piece
+                    for name, piece in pieces.items()
+                    if files.entries[name].file == file and self._is_writer(piece)
+                }
+                ranges = (
+                    (files.entries[name].offset(p), piece_bytes(p)) for name, p in own.items()
+                )
+                name = f"{folder}/{file}"
+                written += commit.write_pieces(staging / name, name, ranges)
         _publish(staging, f"rank{self.ranks.placement.rank:05d}", written)
+
+    def _is_writer(self, piece: Piece) -> bool:
+        is_first_shard = self.mesh.device_mesh["dp_shard"].get_local_rank() == 0
+        holds_more_than_others = is_first_shard or not piece.is_whole
+        return self.mesh.is_first_replica and holds_more_than_others and piece.start < piece.stop
 
     def _commit(self, step: int, staging: Path, final: Path) -> None:
         assert self.lock is not None
@@ -224,16 +235,6 @@ def _write_index(folder: Path, files: TensorFiles) -> None:
         weight_map = {name: entry.file for name, entry in files.entries.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-
-
-def _hash_small_files(staging: Path) -> list[FilePiece]:
-    pieces = []
-    for path in sorted(staging.rglob("*")):
-        if path.is_file() and path.suffix != ".safetensors":
-            digest = commit.hash_range(path, 0, path.stat().st_size)
-            name = str(path.relative_to(staging))
-            pieces.append(FilePiece(file=name, start=0, stop=path.stat().st_size, xxh3=digest))
-    return pieces
 
 
 def _publish(staging: Path, who: str, pieces: list[FilePiece]) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,46 @@ def stage(parent: Path, step: int, generation: int) -> Path:
     return staging
 
 
-def write_piece(path: Path, start: int, data: memoryview) -> str:
-    """Write `data` at offset `start` of a new or preallocated file; return the bytes' hash."""
-    hasher = xxhash.xxh3_128()
+def write_pieces(
+    path: Path, name: str, ranges: Iterable[tuple[int, memoryview]]
+) -> list[FilePiece]:
+    """Write (offset, bytes) ranges of a new or preallocated file; return them with their hashes.
+
+    `name` is the file's name within the checkpoint. One fsync at the end covers all ranges.
+    """
+    pieces = []
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        done = 0
-        while done < len(data):
-            chunk = data[done : done + _CHUNK]
-            written = os.pwrite(descriptor, chunk, start + done)
-            hasher.update(chunk[:written])
-            done += written
+        for start, data in ranges:
+            digest = _write_range(descriptor, start, data)
+            pieces.append(FilePiece(file=name, start=start, stop=start + len(data), xxh3=digest))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return pieces
+
+
+def _write_range(descriptor: int, start: int, data: memoryview) -> str:
+    hasher = xxhash.xxh3_128()
+    done = 0
+    while done < len(data):
+        chunk = data[done : done + _CHUNK]
+        written = os.pwrite(descriptor, chunk, start + done)  # may be short
+        hasher.update(chunk[:written])
+        done += written
     return hasher.hexdigest()
+
+
+def hash_small_files(staging: Path) -> list[FilePiece]:
+    """Return every file of `staging` but the tensor files as one piece each."""
+    pieces = []
+    for path in sorted(staging.rglob("*")):
+        if path.is_file() and path.suffix != ".safetensors":
+            size = path.stat().st_size
+            name = str(path.relative_to(staging))
+            digest = hash_range(path, 0, size)
+            pieces.append(FilePiece(file=name, start=0, stop=size, xxh3=digest))
+    return pieces
 
 
 def commit(

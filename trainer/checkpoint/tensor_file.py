@@ -31,6 +31,10 @@ class Entry:
     start: int
     stop: int
 
+    def offset(self, piece: Piece) -> int:
+        """Return the byte of the file at which `piece` begins."""
+        return self.start + piece.start * self.dtype.itemsize
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFiles:
@@ -143,9 +147,8 @@ def read_piece(folder: Path, entry: Entry, piece: Piece, name: str) -> Tensor:
             f"{folder / entry.file}: {name} has shape {list(entry.shape)}, "
             f"the model needs {list(piece.shape)}"
         )
-    start = entry.start + piece.start * entry.dtype.itemsize
     count = (piece.stop - piece.start) * entry.dtype.itemsize
-    data = np.fromfile(folder / entry.file, np.uint8, count=count, offset=start)
+    data = np.fromfile(folder / entry.file, np.uint8, count=count, offset=entry.offset(piece))
     if len(data) != count:
         raise StorageError(f"{folder / entry.file} ends inside tensor {name}")
     return torch.from_numpy(data).view(entry.dtype)

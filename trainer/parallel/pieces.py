@@ -44,7 +44,8 @@ def global_square_sum(tensors: Iterable[Tensor]) -> Tensor:
     groups: dict[tuple[object, ...], list[torch.distributed.ProcessGroup]] = {}
     for tensor in tensors:
         local, key, axes = _local_and_axes(tensor)
-        square = local.to(torch.promote_types(local.dtype, torch.float32)).square().sum()
+        wide = torch.promote_types(local.dtype, torch.float32)
+        square = torch.linalg.vector_norm(local, dtype=wide).square()
         totals[key] = totals[key] + square if key in totals else square
         groups[key] = axes
     for key, axes in groups.items():
