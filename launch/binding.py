@@ -11,6 +11,7 @@ import types
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ALLOWED_PACKAGES = ("trainer", "models", "launch")
@@ -103,16 +104,26 @@ def convert(value: Any, hint: Any, path: str) -> Any:
 def _check_kind(spec: Any, hint: Any, path: str) -> Any:
     """Return `spec` if it fits the field: is of its class, or has all names of its protocol."""
     if _is_protocol(hint):
-        missing = [n for n in dir(hint) if not n.startswith("_") and not hasattr(spec, n)]
-        fits = not missing
+        fits = all(_has(spec, hint, n) for n in dir(hint) if not n.startswith("_"))
     else:
-        fits = isinstance(spec, hint)
+        fits = isinstance(hint, type) and isinstance(spec, hint)  # list[str] is no type
     if not fits:
         raise ValueError(
             f"{_join(path, TARGET)}={type(spec).__module__}.{type(spec).__name__} is no "
             f"{hint.__name__}; choose one of the group: {path}=..."
         )
     return spec
+
+
+def _has(spec: Any, protocol: type, name: str) -> bool:
+    """Whether `spec` has what the protocol calls `name`; a method with the same parameters."""
+    wanted, found = getattr(protocol, name), getattr(type(spec), name, None)
+    if not callable(wanted):
+        return hasattr(spec, name)
+    return (
+        callable(found)
+        and signature(wanted).parameters.keys() == signature(found).parameters.keys()
+    )
 
 
 def _convert_sequence(value: Any, hint: Any, path: str) -> Any:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from launch.exit_codes import BAD_CONFIG, MEANINGS
+from launch.exit_codes import BAD_CONFIG, INTERNAL, MEANINGS, code_of
 
 # One line each; the module is imported only when its command runs.
 COMMANDS = {
@@ -30,9 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
     try:
         return run(rest)
-    except ValueError as error:
+    except Exception as error:  # whatever has a remedy is said in one line
+        code = code_of(error)
+        if code == INTERNAL:
+            raise
         print(f"tessera: {error}", file=sys.stderr)
-        return BAD_CONFIG
+        return code
 
 
 def _help() -> str:

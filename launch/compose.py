@@ -23,7 +23,7 @@ def compose(overrides: list[str]) -> Composed:
     overrides = [_settable(override) for override in overrides]
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -34,6 +34,8 @@ def compose(overrides: list[str]) -> Composed:
             OmegaConf.set_struct(config, False)
             del config["hydra"]
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OverrideParseException as error:
+        raise ValueError(f"{error.override}: {_explain(str(error))}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(str(error))) from None
     assert isinstance(tree, dict)

@@ -15,3 +15,15 @@ MEANINGS = {
     STORAGE: "no good checkpoint could be written or read",
     PREEMPTED: "stopped by a signal; saved; start the same command again",
 }
+
+
+def code_of(error: Exception) -> int:
+    """Return the exit code that tells this failure from others."""
+    from trainer.errors import DataError, StorageError
+
+    codes: dict[type[Exception], int] = {
+        ValueError: BAD_CONFIG,
+        DataError: DATA,
+        StorageError: STORAGE,
+    }
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), INTERNAL)

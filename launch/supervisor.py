@@ -19,6 +19,7 @@ from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
 
 GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 POLL_SECONDS = 0.05
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Supervisor:
@@ -32,10 +33,12 @@ class Supervisor:
 
     def run(self) -> int:
         """Start the workers, wait for all of them, and return the exit code of the run."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
         try:
-            self._start()
+            self._start()  # with signals blocked, as they were on the way here: workers inherit it
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             self._wait()
         finally:
             self._kill()

@@ -1,6 +1,7 @@
 """`tessera train`: compose, check, then train: here, under our supervisor or as a torchrun rank."""
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from launch.binding import bind, convert
 from launch.compose import compose
 from launch.menu import lines
+from launch.supervisor import STOP_SIGNALS
 
 USAGE = """usage: tessera train [experiment=NAME] [group=choice] [key=value] ...
 
@@ -24,6 +26,7 @@ _NEEDED_FIRST: dict[str, Any] = {
     "runs": str,
     "resume": str,
     "max_steps": int,
+    "resume_step": int | None,
     "resume_allow": list[str],
 }
 
@@ -53,12 +56,18 @@ class Request:
         tree = self.tree
         folder = choose_run(tree["runs"], tree["name"], tree["max_steps"], tree["resume"])
         refuse_if_locked(folder)
+        steps = committed_steps(folder / CHECKPOINTS)
+        if tree["resume_step"] is not None and tree["resume_step"] not in steps:
+            raise ValueError(
+                f"resume_step={tree['resume_step']} has no checkpoint in {folder / CHECKPOINTS}; "
+                f"set it to {f'one of {steps}' if steps else 'null'}"
+            )
         if committed_steps(folder / CHECKPOINTS) and (folder / CONFIG).exists():
             old = yaml.safe_load((folder / CONFIG).read_text())
             changes = check_drift(old, tree, tree["resume_allow"])
             for key, (was, now) in changes.items():
                 if not key.startswith(("resume", "launch")):
-                    print(f"changed since this run was saved: {key}: {was} -> {now}")
+                    print(f"# changed since this run was saved: {key}: {was} -> {now}")
         return folder
 
     def write(self, folder: Path) -> Path:
@@ -92,6 +101,8 @@ def main(arguments: list[str]) -> int:
             f"# checked for {processes} process(es); would train in {folder}; nothing was started"
         )
         return 0
+    # From here on a signal means: stop with 75. It waits until a handler can say so.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     attempt = request.write(folder)
     if processes == 1:
         from launch.worker import execute
@@ -111,6 +122,8 @@ def _request(arguments: list[str]) -> Request:
         if key not in tree:
             raise ValueError(f"{key} is missing; leave the root config's line for it as it is")
         convert(tree[key], kind, key)
+    if "launch" not in tree:
+        raise ValueError("launch is missing; set launch=local")
     is_dry = options[-1].partition("=")[2].lower() if options else "false"
     if is_dry not in ("true", "false"):
         raise ValueError(f"dry_run={is_dry} is neither true nor false; set it to one of them")

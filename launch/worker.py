@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from launch.exit_codes import BAD_CONFIG, DATA, FINISHED, INTERNAL, PREEMPTED, STORAGE
+from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, code_of
+from launch.supervisor import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from trainer.control import StopRequest
@@ -64,19 +65,12 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> i
         is_finished = fit(run, Start(placement=placement, locate=locate_once, request=request))
         code, reason = (FINISHED, "finished") if is_finished else (PREEMPTED, "stopped by a signal")
     except Exception as error:  # the one place where every failure becomes an exit code
-        code, reason = _code_of(error), f"{type(error).__name__}: {error}"
+        code, reason = code_of(error), f"{type(error).__name__}: {error}"
         _report(error, code)
     attempt = os.environ.get("TESSERA_ATTEMPT") or (located[0] if located else None)
     if attempt:
         _leave_record(Path(attempt), placement.rank, code, reason)
     return code
-
-
-def _code_of(error: Exception) -> int:
-    from trainer.errors import DataError, StorageError
-
-    codes = {ValueError: BAD_CONFIG, DataError: DATA, StorageError: STORAGE}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), INTERNAL)
 
 
 def _report(error: Exception, code: int) -> None:
@@ -99,8 +93,10 @@ def _handle_signals(request: "StopRequest") -> None:
             os._exit(128 + number)
         request.is_set = True
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, handle)
+    # Blocked since before torch was imported, so that none came too early to be handled.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def die_with(parent: int) -> None:

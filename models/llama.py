@@ -88,6 +88,8 @@ class LlamaSpec:
                 f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}; "
                 "change one of them or set head_dim"
             )
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"head_dim={self.head_dim} is not positive; set it to 2 or more")
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even one")
         if not 0.0 <= self.attention_dropout < 1.0:

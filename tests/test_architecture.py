@@ -92,7 +92,10 @@ def test_the_wheel_holds_the_packages_and_every_yaml_and_nothing_else(tmp_path: 
         ("launch.cli", {"torch", "hydra", "numpy", "yaml", "rich"}),
         ("launch.supervisor", {"torch", "hydra", "numpy"}),
         ("trainer.checkpoint.commit", {"torch", "hydra", "numpy"}),
-        ("trainer.construct", {"transformers", "datasets", "wandb", "deepspeed", "accelerate", "hydra"}),
+        (
+            "trainer.construct",
+            {"transformers", "datasets", "wandb", "deepspeed", "accelerate", "hydra"},
+        ),
     ],
 )
 def test_importing_a_module_brings_in_no_heavy_package(module: str, absent: set[str]) -> None:

@@ -2,8 +2,8 @@
 
 import os
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,16 +19,22 @@ def commands() -> list[str]:
 
 def test_the_readme_shows_the_commands_that_matter() -> None:
     text = "\n".join(commands())
-    for needed in ("launch/demo.sh", "launch.processes=2", "mesh=fsdp", "torchrun", "pretrain_text"):
+    for needed in (
+        "launch/demo.sh",
+        "launch.processes=2",
+        "mesh=fsdp",
+        "torchrun",
+        "pretrain_text",
+    ):
         assert needed in text
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_works(command: str, tmp_path: Path) -> None:
-    is_recipe = "train" in command and "--help" not in command or "demo.sh" in command
+    is_recipe = ("train" in command and "--help" not in command) or "demo.sh" in command
     options = f" max_steps=2 runs={tmp_path} data.cache={tmp_path}/cache" if is_recipe else ""
-    folder = Path(shutil.which("tessera") or "tessera").parent
+    folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", command + options], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -13,7 +13,7 @@ from trainer.checkpoint.commit import committed_steps
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 AUTO, NEVER = "auto", "never"
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 
 def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:

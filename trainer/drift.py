@@ -56,4 +56,4 @@ def check_drift(
 
 
 def _fits(key: str, patterns: tuple[str, ...]) -> bool:
-    return any(key == p or (p.endswith(".") and key.startswith(p)) for p in patterns)
+    return any(key == p.rstrip(".") or (p.endswith(".") and key.startswith(p)) for p in patterns)

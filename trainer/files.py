@@ -17,7 +17,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` by temporary file, fsync and rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: a crash leaves one at most
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,5 +1,6 @@
 """Optimizers over the local pieces of the weights, with weight decay by group."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,7 +70,7 @@ class SGD:
 
 
 def _check(lr: float, weight_decay: float, max_grad_norm: float | None) -> None:
-    if lr <= 0.0:
+    if not 0.0 < lr < math.inf:  # NaN too
         raise ValueError(f"optim.lr={lr} is not positive; set it above 0")
     if weight_decay < 0.0:
         raise ValueError(f"optim.weight_decay={weight_decay} is negative; set it to 0 or more")

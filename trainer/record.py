@@ -28,7 +28,10 @@ class RunRecord:
             self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         (folder / "ledger").mkdir(parents=True, exist_ok=True)
         ledger = folder / "ledger" / f"rank{rank:05d}.jsonl"
+        is_torn = _is_torn(ledger)
         self._ledger = open(ledger, "a", encoding="utf-8")  # noqa: SIM115
+        if is_torn:
+            self._ledger.write("\n")  # else the first new line would be lost with the torn one
         self._ranges: dict[int, list[tuple[int, int]]] = {}
 
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
@@ -86,6 +89,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue  # torn by a crash in an earlier attempt
     return objects
+
+
+def _is_torn(path: Path) -> bool:
+    """Return whether the last line lacks its end: the writer died while writing it."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.nn.init import SkipInit
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.data.pretraining import PretrainingData
@@ -115,7 +116,7 @@ class Run:
 
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""
-        with torch.device("meta"):
+        with torch.device("meta"), SkipInit():
             return self.task.build_model(self.model).to(PRECISIONS[self.precision].master)
 
     @property

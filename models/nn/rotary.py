@@ -49,6 +49,8 @@ class RopeParameters:
         )
         for name in optional:
             given = getattr(self, name) is not None
+            if given and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not positive; set it above 0")
             if given != (name in wanted):
                 fix = "remove it" if given else "set it"
                 raise ValueError(

@@ -51,7 +51,9 @@ def test_gradient_check_in_fp64() -> None:
         from models.nn.head import _ChunkedCrossEntropy
 
         scale = torch.tensor(2.0, dtype=torch.float64)
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), scale, 6)[0]
+        return _ChunkedCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, targets.flatten(), scale, 6
+        )[0]
 
     assert torch.autograd.gradcheck(objective, (hidden, head.weight))
 
@@ -69,7 +71,9 @@ def test_without_gradients_the_value_is_the_same() -> None:
     scale = torch.ones((), dtype=torch.float64)
     with torch.no_grad():
         found = head.loss(hidden, targets, scale)
-    assert float(found.sum) == pytest.approx(float(head.loss(hidden, targets, scale).sum), rel=1e-12)
+    assert float(found.sum) == pytest.approx(
+        float(head.loss(hidden, targets, scale).sum), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])

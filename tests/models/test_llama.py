@@ -1,4 +1,4 @@
-"""Llama against transformers, back-ends against the eager reference, packed rows against single ones."""
+"""Llama against transformers, back-ends against eager, packed rows against single ones."""
 
 from typing import Any
 
@@ -184,9 +184,9 @@ def test_the_flop_formula_counts_what_torch_counts() -> None:
 
     from trainer.meter import num_matmul_weights
 
-    # Eager: the counter sees nothing of the fused CPU kernel. It knows no causal discount either, so
-    # the attention term of one training token is 12 * layers * width * T there and half of it in ours.
-    # Nor does it know addmm_, with which the head adds up its weight gradient: 2 * weights of the head.
+    # Eager: the counter sees nothing of the fused CPU kernel. It knows no causal discount either:
+    # the attention term of a training token is 12 * layers * width * T there and half of it in
+    # ours. Nor does it know addmm_, which adds up the head's weight gradient: 2 * head weights.
     spec = tiny_spec(attn_implementation="eager", hidden_size=32, head_dim=8)
     model = built(spec)
     length = 24

@@ -56,9 +56,7 @@ def reference_rows(lengths: list[int], row_tokens: int) -> list[dict[str, list[i
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12), row_tokens=st.integers(1, 17)
-)
+@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12), row_tokens=st.integers(1, 17))
 def test_rows_equal_a_cut_made_token_by_token(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], row_tokens: int
 ) -> None:
@@ -72,9 +70,16 @@ def test_rows_equal_a_cut_made_token_by_token(
     assert int((batch.labels != IGNORED).sum()) == sum(length + 1 for length in lengths)
 
 
-def loader_of(rows: PackedRows, global_rows: int, micro_rows: int, rank: int, ranks: int) -> StepLoader:
+def loader_of(
+    rows: PackedRows, global_rows: int, micro_rows: int, rank: int, ranks: int
+) -> StepLoader:
     return StepLoader(
-        rows=rows, seed=5, global_rows=global_rows, micro_rows=micro_rows, rank=rank, num_ranks=ranks
+        rows=rows,
+        seed=5,
+        global_rows=global_rows,
+        micro_rows=micro_rows,
+        rank=rank,
+        num_ranks=ranks,
     )
 
 

@@ -31,7 +31,7 @@ ROWS, STD = 8, 0.2
 
 
 def masked(batch: Batch, first_row: int) -> Batch:
-    """Make target counts uneven: the first rows of the step train nothing, others every k-th token."""
+    """Make target counts uneven: two rows of the step train nothing, others every k-th token."""
     labels = batch.labels.clone()
     for place in range(labels.shape[0]):
         row = first_row + place
@@ -110,9 +110,7 @@ def reference(cache: Path, options: dict[str, Any]) -> dict[str, Any]:
     num_targets = int((batch.labels != IGNORED).sum())
     norm = float(sum(p.grad.square().sum() for _, p in unique_parameters(model)).sqrt())
     clip = min(1.0, options.get("clip", float("inf")) / (norm + 1e-6))
-    updated = {
-        n: (p.detach() - 0.5 * clip * p.grad).tolist() for n, p in unique_parameters(model)
-    }
+    updated = {n: (p.detach() - 0.5 * clip * p.grad).tolist() for n, p in unique_parameters(model)}
     return {
         "loss_sum": loss.item() * num_targets,
         "num_targets": num_targets,
@@ -178,7 +176,9 @@ def test_frozen_parts_stay_and_the_rest_trains_as_before(
 ) -> None:
     freeze = FreezeSpec(frozen=("model.layers.0.*",))
     options = {"freeze": freeze, "optim": AdamW(lr=1e-2, weight_decay=0.5), "steps": 2}
-    (start,) = run_ranks(1, one_step, cache, DDP, 2, {**options, "steps": 1, "optim": SGD(lr=1e-30)})
+    (start,) = run_ranks(
+        1, one_step, cache, DDP, 2, {**options, "steps": 1, "optim": SGD(lr=1e-30)}
+    )
     (expected,) = run_ranks(1, one_step, cache, DDP, 8, options)
     (found, *_) = run_ranks(world_size, one_step, cache, mesh, 2, options)
     assert_equal(found, expected, 1e-12)

@@ -1,5 +1,7 @@
 """The O(1) shuffle: a bijection for every length, pseudo-random, and the same everywhere."""
 
+from itertools import pairwise
+
 import pytest
 
 from trainer.data.order import permute, round_keys
@@ -25,7 +27,7 @@ def test_neighbours_are_not_correlated() -> None:
     count = 4096
     order = [permute(i, count, round_keys("rows", 1, 0)) for i in range(count)]
     mean = (count - 1) / 2
-    covariance = sum((a - mean) * (b - mean) for a, b in zip(order, order[1:], strict=False))
+    covariance = sum((a - mean) * (b - mean) for a, b in pairwise(order))
     variance = sum((a - mean) ** 2 for a in order)
     assert abs(covariance / variance) < 4 / count**0.5  # four times what chance gives
 

@@ -1,4 +1,4 @@
-"""Schedules, meshes, freezing, n-grams, sampling, progress: small pure parts against plain arithmetic."""
+"""Schedules, meshes, freezing, n-grams, sampling, progress: against plain arithmetic."""
 
 import math
 from pathlib import Path

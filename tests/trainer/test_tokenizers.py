@@ -1,4 +1,4 @@
-"""Tokenizers: the byte tokenizer is its own tokenizer.json, BPE is trained and cached, files are read."""
+"""Tokenizers: bytes are their own tokenizer.json, BPE is trained and cached, files are read."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,10 @@ def corpus(folder: Path) -> Path:
 
 def test_a_bpe_is_trained_once_and_then_read_from_the_cache(tmp_path: Path) -> None:
     data = PretrainingData(
-        path=str(corpus(tmp_path / "in")), row_tokens=16, global_rows=2, cache=str(tmp_path / "cache")
+        path=str(corpus(tmp_path / "in")),
+        row_tokens=16,
+        global_rows=2,
+        cache=str(tmp_path / "cache"),
     )
     first = data.tokenizer("bpe", 300)
     (saved,) = (tmp_path / "cache" / "bpe").glob("*/tokenizer.json")

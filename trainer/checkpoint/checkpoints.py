@@ -92,8 +92,8 @@ class Checkpoints:
     def _tidy(self, newest: Path) -> None:
         """Point `latest` to the newest step and delete old ones; a failure here loses nothing."""
         try:
-            write_text(self.folder / "latest", newest.name + "\n")
             commit.retain(self.folder, self.spec.keep)
+            write_text(self.folder / "latest", newest.name + "\n")
         except OSError as error:
             log.warning("old checkpoints were not tidied: %s", _explain(error, self.folder))
 

@@ -22,7 +22,7 @@ from trainer.files import fsync_folder, write_text
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
-_STEP = re.compile(r"^step_(\d{8})$")
+_STEP = re.compile(r"^step_(\d{8})\Z", re.ASCII)
 _CHUNK = 1 << 22
 
 
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text())
         stated = body.pop("xxh3_of_the_above")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
     if stated != _body_hash(body):
         raise StorageError(f"{path} is damaged: its hash does not match its content")
@@ -168,6 +168,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path, body: dict[str, Any], part: int, parts: int) -> None:
     """Check every size and this part's share of the piece hashes; StorageError names the file."""
+    listed = {folder / name for name in body["files"]}
+    for path in sorted(folder.rglob("*.safetensors")):
+        if path not in listed:
+            raise StorageError(f"{path} is not in the manifest: it was never verified")
     number = 0
     for name, entry in body["files"].items():
         path = folder / name

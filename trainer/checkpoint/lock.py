@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class RunLock:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             if read_lease(self.folder).get("generation") != self.generation:
                 return  # taken over: `check` tells the writer
-            self._beat()
+            with suppress(OSError):  # a full disk passes; `check` guards every commit
+                self._beat()
 
     def check(self) -> None:
         """Raise StorageError unless this lock is still the newest: the fence before a commit."""
@@ -75,7 +77,8 @@ class RunLock:
     def release(self) -> None:
         self._stopped.set()
         self._thread.join()
-        write_json(self._lease, {"generation": self.generation})
+        if read_lease(self.folder).get("generation") == self.generation:
+            write_json(self._lease, {"generation": self.generation})
         self._file.close()
 
 

@@ -65,9 +65,9 @@ class PretrainingData:
 
     def check(self) -> None:
         """Raise ValueError where the files cannot serve; reads names and the first row only."""
-        for path in (self.path, self.eval_path):
-            if path is not None:
-                TextSource(path, self.column).peek()
+        TextSource(self.path, self.column).peek()
+        if self.eval_path is not None:
+            TextSource(self.eval_path, self.column, "data.eval_path").peek()
 
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
         """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""

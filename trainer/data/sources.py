@@ -1,5 +1,6 @@
 """Where texts come from: files read through `datasets`, or this Python's standard library."""
 
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,11 +18,18 @@ _FORMATS = {
 }  # fmt: skip
 
 
+def _standard_library_files(root: Path) -> Iterator[Path]:
+    """Yield the modules, without entering what is left out: site-packages can be huge."""
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _LEFT_OUT]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+
+
 class TextSource:
     """All texts under a path, in a fixed order. Making one reads names only."""
 
-    def __init__(self, path: str, column: str) -> None:
-        self.path, self.column = path, column
+    def __init__(self, path: str, column: str, key: str = "data.path") -> None:
+        self.path, self.column, self.name = path, column, key
         self.is_standard_library = path == STANDARD_LIBRARY
         self.root = (
             Path(sysconfig.get_path("stdlib"))
@@ -31,18 +39,17 @@ class TextSource:
         self.files = list(self._list_files())
         if not self.files:
             raise ValueError(
-                f"data.path={path} holds no file that can be read; give a folder or file with "
+                f"{key}={path} holds no file that can be read; give a folder or file with "
                 f"{', '.join(_FORMATS)}"
             )
         self.format = "text" if self.is_standard_library else self._detect_format()
 
     def _list_files(self) -> Iterable[Path]:
         if self.is_standard_library:
-            found = sorted(self.root.rglob("*.py"))
-            return (f for f in found if not _LEFT_OUT & set(f.relative_to(self.root).parts[:-1]))
+            return sorted(_standard_library_files(self.root))
         if not self.root.exists():
             raise ValueError(
-                f"data.path={self.path} does not exist; give an existing folder or file"
+                f"{self.name}={self.path} does not exist; give an existing folder or file"
             )
         if self.root.is_file():
             return [self.root]
@@ -53,13 +60,13 @@ class TextSource:
         unknown = suffixes - set(_FORMATS)
         if unknown:
             raise ValueError(
-                f"data.path={self.path} ends in {unknown.pop()!r}; "
+                f"{self.name}={self.path} ends in {unknown.pop()!r}; "
                 f"give one of {', '.join(_FORMATS)}"
             )
         formats = {_FORMATS[suffix] for suffix in suffixes}
         if len(formats) > 1:
             raise ValueError(
-                f"data.path={self.path} mixes {', '.join(sorted(formats))} files; "
+                f"{self.name}={self.path} mixes {', '.join(sorted(formats))} files; "
                 "keep one kind in the folder or give a single file"
             )
         return formats.pop()
@@ -89,12 +96,12 @@ class TextSource:
             for row in self._rows():
                 self._text(row, 0)
                 return
-            raise ValueError(f"data.path={self.path} holds no rows; give a file that has some")
+            raise ValueError(f"{self.name}={self.path} holds no rows; give a file that has some")
 
     def _text(self, row: dict[str, object], number: int) -> str:
         if self.column not in row:
             raise ValueError(
-                f"data.path={self.path} has no column {self.column!r}, only "
+                f"{self.name}={self.path} has no column {self.column!r}, only "
                 f"{', '.join(sorted(row))}; set data.column to one of them"
             )
         text = row[self.column]
@@ -111,9 +118,12 @@ class TextSource:
         names = [str(file) for file in self.files]
         # Streaming: datasets' own cache would copy the corpus once more.
         options = {"sample_by": "document"} if self.format == "text" else {}
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says it all
         try:
             yield from datasets.load_dataset(
                 self.format, data_files=names, split="train", streaming=True, **options
             )
-        except (OSError, UnicodeDecodeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data.path={self.path} cannot be read: {error}") from error
+        except StopIteration:  # datasets' way to say that a JSON file is empty
+            return
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{self.name}={self.path} cannot be read: {error}") from error

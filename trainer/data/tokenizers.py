@@ -116,7 +116,10 @@ class FileTokenizer:
                 "give a folder that has one, or tokenizer=byte or tokenizer=bpe"
             )
         self._json = path.read_text(encoding="utf-8")
-        self._fast = Fast.from_str(self._json)
+        try:
+            self._fast = Fast.from_str(self._json)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"{path} is no tokenizer: {error}; give another folder") from None
         config_path = folder / "tokenizer_config.json"
         self._config = json.loads(config_path.read_text()) if config_path.is_file() else {}
         self.bos_token_id, self.eos_token_id = self._special("bos"), self._special("eos")
