@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from trainer.callbacks.protocol import RunView
@@ -49,6 +50,8 @@ def fit(run: Run, start: Start) -> bool:
     fit.
     """
     run.check(start.placement.world_size)
+    # Before any thread is started, which inherits it: denormal numbers made a CPU step 1.5x slower.
+    torch.set_flush_denormal(True)
     ranks = Ranks(start.placement, run.timeout_seconds)
     attempt = Path(ranks.broadcast_text(str(start.locate()) if start.placement.is_main else ""))
     folder = attempt.parent.parent
