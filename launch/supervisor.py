@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,8 +60,6 @@ class Supervisor:
             )
 
     def _environment(self, rank: int, port: int) -> dict[str, str]:
-        ours = str(Path(__file__).resolve().parent.parent)
-        known = os.environ.get("PYTHONPATH")
         environment = dict(os.environ)
         environment.setdefault(
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes))
@@ -74,9 +73,7 @@ class Supervisor:
             "MASTER_PORT": str(port),
             "TESSERA_ATTEMPT": str(self.attempt),
             "TESSERA_SUPERVISOR_PID": str(os.getpid()),
-            # A models/ folder in the user's directory must not shadow ours.
-            "PYTHONSAFEPATH": "1",
-            "PYTHONPATH": f"{ours}:{known}" if known else ours,
+            **safe_paths(os.environ),
         }
 
     def _wait(self) -> None:
@@ -148,6 +145,15 @@ class Supervisor:
         folder = self.attempt.parent.parent / "checkpoints"
         steps = sorted(folder.glob("step_????????/MANIFEST.json"))
         return steps[-1].parent.name.removeprefix("step_").lstrip("0") if steps else "none"
+
+
+def safe_paths(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables under which Python finds our packages, and none in the user's directory.
+
+    A `models/` folder there must not shadow ours.
+    """
+    ours, known = str(Path(__file__).resolve().parent.parent), environ.get("PYTHONPATH")
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ours}:{known}" if known else ours}
 
 
 def _ending(code: int) -> str:

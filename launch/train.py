@@ -10,7 +10,7 @@ from typing import Any
 from launch.binding import bind, convert
 from launch.compose import compose
 from launch.menu import lines
-from launch.supervisor import STOP_SIGNALS
+from launch.supervisor import STOP_SIGNALS, safe_paths
 
 USAGE = """usage: tessera train [experiment=NAME] [group=choice] [key=value] ...
 
@@ -157,9 +157,7 @@ def _train_as_rank(request: Request) -> int:
 
 def _become_supervisor(processes: int, attempt: Path) -> int:
     """Replace this process, which has torch in memory, by a small one that watches the workers."""
-    ours = str(Path(__file__).resolve().parent.parent)
-    known = os.environ.get("PYTHONPATH")
-    os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ours}:{known}" if known else ours}
+    os.environ |= safe_paths(os.environ)
     sys.stdout.flush()
     arguments = [sys.executable, "-m", "launch.supervisor", str(processes), str(attempt)]
     os.execv(sys.executable, arguments)

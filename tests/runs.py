@@ -1,5 +1,6 @@
 """A tiny run for tests, built without Hydra: the same specs, real code paths."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import yaml
 
 from tests.conftest import tiny_spec
+from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.construct import Start, fit
 from trainer.control import StopRequest
@@ -17,6 +19,7 @@ from trainer.engines.native import NativeEngine
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
 from trainer.optim import AdamW
+from trainer.progress import Progress
 from trainer.run import Run
 from trainer.schedule import Constant
 from trainer.tasks.causal_lm import CausalLMTask
@@ -76,3 +79,17 @@ def start_in(folder: Path, placement: Placement, request: StopRequest | None = N
 def train(placement: Placement, folder: Path, run: Run) -> bool:
     """Train one rank in `folder`: what `run_ranks` calls."""
     return fit(run, start_in(folder, placement))
+
+
+class DieAt(Callback):
+    """Ends every rank at a log point, as `kill -9` would: its own spec and callback."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def build(self) -> "DieAt":
+        return self
+
+    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        if progress.step == self.step:
+            os._exit(9)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_spec
 from tests.ranks import run_ranks
-from tests.runs import start_in, tiny_run, train
+from tests.runs import DieAt, start_in, tiny_run, train
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.checkpoint.commit import committed_steps, step_folder
@@ -38,20 +38,6 @@ DDP, FSDP = MeshSpec(dp_replicate=-1), MeshSpec(dp_shard=-1)
 HSDP = MeshSpec(dp_replicate=2, dp_shard=2)
 DROPOUT = tiny_spec(attention_dropout=0.1)
 MODEL, OPTIMIZER = "model/model.safetensors", "state/optimizer.safetensors"
-
-
-class DieAt(Callback):
-    """Ends every rank at a log point, as `kill -9` would: its own spec and callback."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def build(self) -> "DieAt":
-        return self
-
-    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        if progress.step == self.step:
-            os._exit(9)
 
 
 class KeepPieces(Callback):

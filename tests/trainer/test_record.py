@@ -10,26 +10,12 @@ import pytest
 import torch._dynamo  # noqa: F401  once here: a meta model needs it, each forked rank would import it
 
 from tests.ranks import run_ranks
-from tests.runs import tiny_run, train
+from tests.runs import DieAt, tiny_run, train
 from trainer.callbacks.protocol import Callback
 from trainer.control import HostResult
 from trainer.mesh import MeshSpec
 from trainer.progress import Progress
 from trainer.record import METRICS, RunRecord, cut_back, read_lines
-
-
-class DieAt(Callback):
-    """Ends every rank at a log point, as `kill -9` would: its own spec and callback."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def build(self) -> "DieAt":
-        return self
-
-    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        if progress.step == self.step:
-            os._exit(9)
 
 
 class DieAfterSave(Callback):
