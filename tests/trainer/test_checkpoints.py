@@ -523,7 +523,8 @@ def test_full_disk_fails_a_save_on_all_ranks_and_leaves_no_debris(
     run = tiny_run(cache, mesh=mesh, save_every=2, max_steps=4)
     folder = small_disk / "run"
     messages = run_ranks(world_size, outcome, folder, replace(run, callbacks={"fill": fill}))
-    assert complaint in messages[0]
+    # Whichever rank met the full disk says so; the others name that rank.
+    assert any(complaint in message for message in messages)
     assert all(str(folder / "checkpoints") in message for message in messages)
     assert names(folder) == ["latest", "step_00000002"]
     (small_disk / "filler").unlink()
