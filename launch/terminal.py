@@ -5,6 +5,7 @@ It shares one screen with the progress bar.
 
 import logging
 import socket
+import sys
 
 
 class ScreenHandler(logging.Handler):
@@ -16,6 +17,13 @@ class ScreenHandler(logging.Handler):
         rich.get_console().print(
             self.format(record), markup=False, highlight=False, soft_wrap=True, emoji=False
         )
+
+
+def show_cursor() -> None:
+    """Undo what a progress bar did to the terminal, however the run ended."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h")
+        sys.stdout.flush()
 
 
 def configure_logging(rank: int) -> None:

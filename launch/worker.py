@@ -48,7 +48,7 @@ def placement_from(environ: Mapping[str, str]) -> "Placement":
 
 def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> int:
     """Train as one rank; return the exit code, after leaving a record beside the config."""
-    from launch.terminal import configure_logging
+    from launch.terminal import configure_logging, show_cursor
     from trainer.construct import Start, fit
     from trainer.control import StopRequest
 
@@ -67,6 +67,7 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> i
     except Exception as error:  # the one place where every failure becomes an exit code
         code, reason = code_of(error), f"{type(error).__name__}: {error}"
         _report(error, code)
+    show_cursor()
     attempt = os.environ.get("TESSERA_ATTEMPT") or (located[0] if located else None)
     if attempt:
         _leave_record(Path(attempt), placement.rank, code, reason)
@@ -87,9 +88,11 @@ def _leave_record(attempt: Path, rank: int, code: int, reason: str) -> None:
 
 def _handle_signals(request: "StopRequest") -> None:
     """First signal: stop after the step, with a save. Second: leave at once."""
+    from launch.terminal import show_cursor
 
     def handle(number: int, _: FrameType | None) -> None:
         if request.is_set:
+            show_cursor()
             os._exit(128 + number)
         request.is_set = True
 
