@@ -75,9 +75,13 @@ class ConsoleCallback(Callback):
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         if self.bar:
             self.bar.stop()
-        minutes = timedelta(seconds=round(time.monotonic() - self.started))
-        verdict = "finished" if finished else "stopped early, saved; the same command goes on"
-        log.info("%s | %s after %s", self._step(progress.step), verdict, minutes)
+        elapsed = timedelta(seconds=round(time.monotonic() - self.started))
+        verdict = (
+            f"finished after {elapsed}"
+            if finished
+            else f"stopped after {elapsed} and saved; the same command goes on from here"
+        )
+        log.info("%s | %s", self._step(progress.step), verdict)
 
     def _step(self, step: int, kind: str = "step") -> str:
         width = len(str(self.max_steps))
