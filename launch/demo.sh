@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 set_up ""
-exec .venv/bin/tessera train experiment=demo "$@"
+.venv/bin/tessera train experiment=demo "$@"
+echo "  (the tessera command is on your path after: source .venv/bin/activate)"

@@ -41,9 +41,11 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> lis
         for process in processes:
             process.kill()
             process.join()
-    for rank, (is_fine, value) in enumerate(outcomes):
-        if not is_fine:
-            raise AssertionError(f"rank {rank} failed:\n{value}")
+    failures = [
+        f"rank {rank} failed:\n{v}" for rank, (is_fine, v) in enumerate(outcomes) if not is_fine
+    ]
+    if failures:
+        raise AssertionError("\n".join(failures))
     return [value for _, value in outcomes]
 
 

@@ -88,8 +88,6 @@ def _groups(
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for name, piece in pieces.items():
-        if piece.local.numel() == 0:  # this rank has no rows of it
-            continue
         is_decayed = len(piece.shape) >= 2 and name not in no_decay
         (decayed if is_decayed else plain).append(piece.local)
     groups = [

@@ -547,3 +547,19 @@ def test_masters_of_another_precision_are_refused(six_steps: Path, cache: Path) 
     (message,) = run_ranks(1, outcome, six_steps, tiny_run(cache, precision="fp64"))
     assert "is torch.float32, the run keeps torch.float64" in message
     assert "set precision" in message
+
+
+def test_empty_shards_are_saved_and_loaded(tmp_path: Path, cache: Path) -> None:
+    """Keys and values have 2 rows: on 4 ranks two of the shards are empty."""
+    model = tiny_spec(num_key_value_heads=1, head_dim=2)
+    run = tiny_run(cache, model=model, mesh=FSDP, max_steps=4)
+    run_ranks(4, train, tmp_path / "whole", run)
+    run_ranks(4, train, tmp_path / "parts", replace(run, max_steps=2))
+    run_ranks(4, train, tmp_path / "parts", run)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    for name in (MODEL, OPTIMIZER):
+        parts, whole = (
+            (step_folder(tmp_path / kind / "checkpoints", 4) / name).read_bytes()
+            for kind in ("parts", "whole")
+        )
+        assert parts == whole, name

@@ -149,6 +149,14 @@ def test_an_sgd_step_on_uneven_targets_equals_the_one_by_hand(
         assert_equal(outcome, expected, 1e-12)
 
 
+def test_a_rank_without_rows_of_a_weight_takes_part(cache: Path) -> None:
+    # k and v have 2 rows: on 4 ranks two of the shards are empty.
+    options = {"model": {"num_key_value_heads": 1, "head_dim": 2}}
+    expected = reference(cache, options)
+    for outcome in run_ranks(4, one_step, cache, FSDP, 1, options):
+        assert_equal(outcome, expected, 1e-12)
+
+
 def test_clipping_scales_the_update_to_the_norm(cache: Path) -> None:
     norm = reference(cache, {})["grad_norm"]
     optim = SGD(lr=0.5, max_grad_norm=norm / 3)

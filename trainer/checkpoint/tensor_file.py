@@ -151,7 +151,8 @@ def read_piece(folder: Path, entry: Entry, piece: Piece, name: str) -> Tensor:
     data = np.fromfile(folder / entry.file, np.uint8, count=count, offset=entry.offset(piece))
     if len(data) != count:
         raise StorageError(f"{folder / entry.file} ends inside tensor {name}")
-    return torch.from_numpy(data).view(entry.dtype)
+    # torch views no empty array as another dtype: a rank may hold no rows of a tensor.
+    return torch.from_numpy(data).view(entry.dtype) if count else torch.empty(0, dtype=entry.dtype)
 
 
 def missing_and_unexpected(entries: dict[str, Entry], wanted: dict[str, Piece]) -> Iterator[str]:
