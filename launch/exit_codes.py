@@ -19,7 +19,12 @@ MEANINGS = {
 
 def code_of(error: Exception) -> int:
     """Return the exit code that tells this failure from others."""
+    from errno import EDQUOT, EIO, ENOSPC, EROFS
+
     from trainer.errors import DataError, StorageError
+
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EIO, EDQUOT, EROFS):
+        return STORAGE
 
     codes: dict[type[Exception], int] = {
         ValueError: BAD_CONFIG,

@@ -50,14 +50,15 @@ class Request:
 
         from trainer.checkpoint.commit import committed_steps
         from trainer.checkpoint.lock import refuse_if_locked
-        from trainer.directory import CHECKPOINTS, CONFIG, choose_run
+        from trainer.directory import CHECKPOINTS, CONFIG, choose_run, read_rewind
         from trainer.drift import check_drift
 
         tree = self.tree
         folder = choose_run(tree["runs"], tree["name"], tree["max_steps"], tree["resume"])
         refuse_if_locked(folder)
         steps = committed_steps(folder / CHECKPOINTS)
-        if tree["resume_step"] is not None and tree["resume_step"] not in steps:
+        has_rewound = read_rewind(folder) == tree["resume_step"]
+        if tree["resume_step"] is not None and tree["resume_step"] not in steps and not has_rewound:
             raise ValueError(
                 f"resume_step={tree['resume_step']} has no checkpoint in {folder / CHECKPOINTS}; "
                 f"set it to {f'one of {steps}' if steps else 'null'}"
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE + "\n".join(lines()))
         return 0
     request = _request(arguments)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not request.is_dry:
         return _train_as_rank(request)
     folder = request.choose()  # before torch is imported: a refusal is fast
     run, processes = _bind(request.tree)

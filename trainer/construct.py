@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trainer.banner import describe
 from trainer.callbacks.protocol import RunView
 from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
@@ -16,16 +17,15 @@ from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
-from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT
+from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
 from trainer.distributed import Placement, Ranks
 from trainer.environment import environment
 from trainer.evaluate import Evaluator
-from trainer.files import write_json
+from trainer.files import write_json, write_text
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
 from trainer.parallel.materialise import RANDOM, file_values, materialise, random_values
-from trainer.parallel.pieces import unique_parameters
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
@@ -56,6 +56,16 @@ def fit(run: Run, start: Start) -> bool:
     attempt = Path(ranks.broadcast_text(str(start.locate()) if start.placement.is_main else ""))
     folder = attempt.parent.parent
     lock = RunLock(folder) if start.placement.is_main else None
+    try:
+        return _train(run, start, ranks, attempt, lock)
+    finally:  # no collectives here: the others may have failed
+        if lock:
+            lock.release()
+
+
+def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | None) -> bool:
+    """Build everything on the connected ranks, and train."""
+    folder = attempt.parent.parent
     mesh = run.mesh.build(ranks=ranks)
     model = run.plan_model()
     run.freeze.apply(model)
@@ -65,6 +75,8 @@ def fit(run: Run, start: Start) -> bool:
         ),
         world_size=start.placement.world_size,
         device=ranks.device,
+        has_peak=PRECISIONS[run.precision].compute == torch.bfloat16
+        and all(parameter.requires_grad for parameter in model.parameters()),
     )
     engine = _engine(run, model, ranks, mesh)
     tokenizer, loader, eval_loader = _data(run, mesh)
@@ -76,8 +88,13 @@ def fit(run: Run, start: Start) -> bool:
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
-        banner=_banner(run, model, mesh, ranks, loader, eval_loader, meter),
+        banner=describe(run, model, mesh, ranks, loader, eval_loader, meter),
     )  # fmt: skip
+    if run.eval_every and eval_loader is None:
+        raise ValueError(
+            f"data.path={run.data.path} holds one document, so none can be held out for "
+            f"eval_every={run.eval_every}; set data.eval_path, or eval_every=null"
+        )
     evaluator = (
         Evaluator(loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device)
         if eval_loader
@@ -90,8 +107,6 @@ def fit(run: Run, start: Start) -> bool:
     )  # fmt: skip
     is_finished = _fit(loop, view)
     ranks.barrier()  # rank 0 may still print: nobody leaves before the work is done
-    if lock:
-        lock.release()
     ranks.close()
     return is_finished
 
@@ -159,10 +174,15 @@ def _resume(
 ) -> tuple[StepLoader, int]:
     """Load the newest intact checkpoint; return the loader going on there, and the skip count."""
     # Rank 0 looks once for all: a shared file system need not show every rank the same.
-    steps: list[int] = json.loads(
-        ranks.broadcast_text(json.dumps(commit.committed_steps(checkpoints.folder)))
+    folder = checkpoints.folder.parent
+    steps, rewound_to = json.loads(
+        ranks.broadcast_text(
+            json.dumps([commit.committed_steps(checkpoints.folder), read_rewind(folder)])
+        )
     )
-    if run.resume_step is not None:
+    # The same command may be started again, by a scheduler too: it goes back once, not each time.
+    is_rewind = run.resume_step is not None and run.resume_step != rewound_to
+    if is_rewind:
         if run.resume_step not in steps:
             raise ValueError(
                 f"resume_step={run.resume_step} has no checkpoint in {checkpoints.folder}; "
@@ -178,6 +198,8 @@ def _resume(
         for step in commit.committed_steps(checkpoints.folder):
             if step > progress.step:
                 commit.set_aside(commit.step_folder(checkpoints.folder, step), "rewound")
+        if is_rewind:
+            write_text(folder / REWIND, str(run.resume_step))
     return loader, state["skipped_in_a_row"]
 
 
@@ -195,36 +217,11 @@ def _record(folder: Path, attempt: Path, ranks: Ranks, progress: Progress) -> Ru
 def _fit(loop: Loop, view: RunView) -> bool:
     for callback in loop.callbacks:
         callback.on_start(view, loop.progress)
-    is_finished = loop.fit()
+    try:
+        is_finished = loop.fit()
+    except ValueError as error:  # past the checks, a wrong value is a defect and no bad config
+        raise RuntimeError(f"after step {loop.progress.step}: {error}") from error
     for callback in loop.callbacks:
         callback.on_end(loop.progress, finished=is_finished)
     loop.record.close()
     return is_finished
-
-
-def _banner(
-    run: Run,
-    model: nn.Module,
-    mesh: Mesh,
-    ranks: Ranks,
-    loader: StepLoader,
-    eval_loader: EvalLoader | None,
-    meter: Meter,
-) -> dict[str, str]:
-    """Say in words what is about to run: a mistake is seen here first."""
-    sizes = [(p.numel(), p.requires_grad) for _, p in unique_parameters(model)]
-    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-    micro = loader.global_rows // (loader.num_ranks * loader.micro_rows)
-    tokens = loader.global_rows * loader.rows.row_tokens
-    store = loader.rows.store
-    held_out = eval_loader.rows.store.num_documents if eval_loader else 0
-    return {
-        "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained",
-        "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
-        "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
-        f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
-        "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
-        f"{run.max_steps * tokens / store.num_tokens:.2f} epochs; {held_out} documents held out",
-        "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
-        "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal)",
-    }

@@ -12,6 +12,7 @@ from trainer.checkpoint.commit import committed_steps
 
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+REWIND = "rewound_to"
 AUTO, NEVER = "auto", "never"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
@@ -44,6 +45,14 @@ def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:
         raise AssertionError("count() has no end")
     is_free = not newest.exists()
     return newest if is_free or (resume == AUTO and is_unfinished(newest, max_steps)) else following
+
+
+def read_rewind(folder: Path) -> int | None:
+    """Return the step that this run was last taken back to by `resume_step`, if any."""
+    try:
+        return int((folder / REWIND).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def is_unfinished(folder: Path, max_steps: int) -> bool:

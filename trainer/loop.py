@@ -62,6 +62,7 @@ class Loop:
         progress, plan, readback = self.progress, self.plan, Readback()
         steps = self.loader.steps(progress.step)
         is_stopping = False
+        progress.stopwatch.start()
         while progress.step < plan.max_steps and not is_stopping:
             with progress.stopwatch.waiting_for_data():
                 step = next(steps)

@@ -25,7 +25,7 @@ class Progress:
         self.total_tokens = self._zero()
         self.window = {name: self._zero() for name in _SUMS}
         self.last: StepResult | None = None
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(device)
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
@@ -75,15 +75,20 @@ def _ratio(total: float, count: float) -> float:
 class Stopwatch:
     """Measures training time alone: evaluation and saving are left out, data wait is told apart."""
 
-    def __init__(self) -> None:
-        self._reset()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.start()
 
-    def _reset(self) -> None:
+    def start(self) -> None:
+        """Begin to measure, now."""
         self._start = time.monotonic()
         self._paused = self._waited = 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        if self._device.type == "cuda":
+            # sync: steps still queued belong to training. What follows waits for them anyway.
+            torch.cuda.synchronize(self._device)
         start = time.monotonic()
         yield
         self._paused += time.monotonic() - start
@@ -101,5 +106,5 @@ class Stopwatch:
             "tokens_per_second": num_tokens / elapsed,
             "data_wait_fraction": self._waited / elapsed,
         }
-        self._reset()
+        self.start()
         return lap

@@ -1,5 +1,6 @@
 """The command itself: fast help, a whole menu, a dry run that starts nothing, and exit codes."""
 
+import errno
 import json
 import statistics
 import subprocess
@@ -238,3 +239,18 @@ def bound(tree: dict[str, Any]) -> tuple[Run, Any]:
     run = bind(tree)
     assert isinstance(run, Run)
     return run, launcher
+
+
+def test_a_full_disk_is_a_storage_failure_wherever_it_is_met() -> None:
+    assert exit_codes.code_of(OSError(errno.ENOSPC, "No space left on device")) == 74
+    assert exit_codes.code_of(OSError(errno.ENOENT, "No such file")) == 70
+
+
+def test_dry_run_under_torchruns_variables_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "experiment=demo", f"runs={tmp_path}", "dry_run=true"]) == 0
+    assert "nothing was started" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

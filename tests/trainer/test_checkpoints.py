@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # once here: a meta model needs it, each forked rank would import it
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_spec
@@ -31,7 +30,7 @@ from trainer.mesh import MeshSpec
 from trainer.parallel.pieces import unique_parameters
 from trainer.pieces import Piece
 from trainer.progress import Progress
-from trainer.record import read_lines
+from trainer.record import METRICS, read_lines
 from trainer.run import Run
 
 DDP, FSDP = MeshSpec(dp_replicate=-1), MeshSpec(dp_shard=-1)
@@ -563,3 +562,31 @@ def test_empty_shards_are_saved_and_loaded(tmp_path: Path, cache: Path) -> None:
             for kind in ("parts", "whole")
         )
         assert parts == whole, name
+
+
+def test_the_same_resume_step_goes_back_once_and_then_goes_on(tmp_path: Path, cache: Path) -> None:
+    run = tiny_run(cache, save_every=2, max_steps=6, checkpoint=CheckpointSpec(keep=9))
+    run_ranks(2, train, tmp_path, run)
+    for max_steps, rewound in ((8, 2), (10, 2)):
+        again = replace(run, resume_step=2, max_steps=max_steps)
+        run_ranks(2, train, tmp_path, again)
+        assert len(list((tmp_path / "checkpoints").glob("*.rewound-*"))) == rewound
+    assert [line["step"] for line in read_lines(tmp_path / METRICS)] == list(range(1, 11))
+
+
+class WrongValue(Callback):
+    """A defect that shows as a ValueError in the middle of training."""
+
+    def build(self) -> "WrongValue":
+        return self
+
+    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        raise ValueError("math domain error")
+
+
+def test_a_value_error_in_training_is_no_bad_config_and_frees_the_lock(
+    tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(AssertionError, match="RuntimeError: after step 1: math domain error"):
+        run_ranks(1, train, tmp_path, tiny_run(cache, callbacks={"wrong": WrongValue()}))
+    assert set(json.loads((tmp_path / "lease.json").read_text())) == {"generation"}

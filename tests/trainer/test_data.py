@@ -1,6 +1,7 @@
 """From text to steps: borders, targets, order, elasticity, sources."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from trainer.data.pretraining import PretrainingData
 from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource
 from trainer.data.tokenizers import ByteTokenizer
-from trainer.data.tokens import Document, TokenStore, build_stores, is_eval_document
+from trainer.data.tokens import Document, TokenStore, build_stores, eval_rank
 from trainer.errors import DataError
 
 
@@ -213,9 +214,22 @@ def test_held_out_documents_are_chosen_by_id_and_never_trained_on(tmp_path: Path
     train, held_out = data.stores(ByteTokenizer())
     assert held_out is not None
     assert train.num_documents + held_out.num_documents == 40
-    chosen = [is_eval_document(f"in#{n}", 0.25) for n in range(40)]
-    assert held_out.num_documents == sum(chosen)
+    ids = [document.id for document in TextSource(data.path, "text").documents()]
+    assert held_out.num_documents == sum(eval_rank(i) < 0.25 for i in ids)
     assert 0 < held_out.num_documents < 25
+    (tmp_path / "in").rename(tmp_path / "moved")
+    moved, _ = replace(data, path=str(tmp_path / "moved")).stores(ByteTokenizer())
+    assert moved.fingerprint == train.fingerprint
+
+
+def test_a_small_corpus_holds_one_document_out(tmp_path: Path) -> None:
+    data = PretrainingData(
+        path=str(write_corpus(tmp_path / "in", "jsonl")),
+        row_tokens=16, global_rows=2, eval_fraction=1e-9, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    train, held_out = data.stores(ByteTokenizer())
+    assert held_out is not None
+    assert (train.num_documents, held_out.num_documents) == (39, 1)
 
 
 def test_an_eval_path_takes_nothing_from_the_training_data(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch._dynamo  # noqa: F401  once here: a meta model needs it, each forked rank would import it
 
 from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train

@@ -76,7 +76,7 @@ def pair_counts(batches: Iterator[Batch], vocab_size: int) -> np.ndarray:
         labels = batch.labels.numpy().ravel()
         is_target = labels != IGNORED
         pairs = batch.input_ids.numpy().ravel()[is_target] * vocab_size + labels[is_target]
-        counts += np.bincount(pairs, minlength=len(counts))
+        np.add.at(counts, pairs, 1)
     return counts.reshape(vocab_size, vocab_size)
 
 

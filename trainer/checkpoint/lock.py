@@ -32,11 +32,9 @@ class RunLock:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._lease = folder, folder / "lease.json"
         self._file = open(folder / "lock", "a", encoding="utf-8")  # noqa: SIM115  until release
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._take_within(1.0):  # a launcher that only looks holds it for a moment
             self._file.close()
-            raise LockedError(_refusal(folder, read_lease(folder))) from None
+            raise LockedError(_refusal(folder, read_lease(folder)))
         lease = read_lease(folder)
         if _is_alive_elsewhere(lease):
             self._file.close()
@@ -47,6 +45,18 @@ class RunLock:
         self._beat()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="lease")
         self._thread.start()
+
+    def _take_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.05)
+            else:
+                return True
 
     def _beat(self) -> None:
         lease = {
@@ -60,7 +70,8 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            if read_lease(self.folder).get("generation") != self.generation:
+            found = read_lease(self.folder).get("generation")  # None: could not be read, just now
+            if isinstance(found, int) and found > self.generation:
                 return  # taken over: `check` tells the writer
             with suppress(OSError):  # a full disk passes; `check` guards every commit
                 self._beat()

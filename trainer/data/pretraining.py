@@ -9,7 +9,7 @@ from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource
 from trainer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
-from trainer.data.tokens import VERSION, Document, TokenStore, build_stores, is_eval_document
+from trainer.data.tokens import VERSION, Document, TokenStore, build_stores, eval_rank
 from trainer.errors import DataError
 from trainer.files import exclusive
 
@@ -91,10 +91,18 @@ class PretrainingData:
         fraction = 0.0 if self.eval_path else self.eval_fraction
 
         def route(document: Document) -> str:
-            return "eval" if is_eval_document(document.id, fraction) else "train"
+            return "eval" if eval_rank(document.id) < fraction else "train"
 
         folder = self._cache_folder("tokens", source.key(), tokenizer.fingerprint, fraction)
         build_stores(folder, source.documents, tokenizer, route)
+        is_split = not fraction or (folder / "eval.json").exists()
+        if not is_split and TokenStore(folder, "train").num_documents > 1:
+            # A small corpus: its first document by hash is held out, so that there is one.
+            first = min(source.documents(), key=lambda d: eval_rank(d.id)).id
+            folder = self._cache_folder("tokens", source.key(), tokenizer.fingerprint, "one")
+            build_stores(
+                folder, source.documents, tokenizer, lambda d: "eval" if d.id == first else "train"
+            )
         if not (folder / "train.json").exists():
             raise DataError(f"data.path={self.path} left no training document; add documents")
         evaluation = folder

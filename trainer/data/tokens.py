@@ -11,9 +11,9 @@ import xxhash
 
 from trainer.data.tokenizers import Tokenizer
 from trainer.errors import DataError
-from trainer.files import exclusive, write_json
+from trainer.files import exclusive, fsync_folder, write_json
 
-VERSION = 1  # part of every cache key: raise it when what is written for the same input changes
+VERSION = 2  # part of every cache key: raise it when what is written for the same input changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class TokenStore:
         return self._tokens[start:stop].astype(np.int64)
 
 
-def is_eval_document(document_id: str, fraction: float) -> bool:
-    """Decide by hash of the id: the same documents on every machine, whatever the order."""
-    return xxhash.xxh3_64_intdigest(document_id.encode()) < fraction * 2**64
+def eval_rank(document_id: str) -> float:
+    """Return a number in [0, 1) by hash of the id; a document below the share is held out."""
+    return xxhash.xxh3_64_intdigest(document_id.encode()) / 2**64
 
 
 def build_stores(
@@ -91,6 +91,7 @@ def build_stores(
                 writers[name].add(ids, len(document.text.encode()))
         for writer in writers.values():
             writer.close()
+        fsync_folder(folder)
         (folder / "COMPLETE").touch()
 
 
@@ -127,7 +128,10 @@ class _StoreWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        np.save(self.folder / f"{self.name}.starts.npy", np.array(self.starts, np.int64))
+        with open(self.folder / f"{self.name}.starts.npy", "wb") as file:
+            np.save(file, np.array(self.starts, np.int64))
+            file.flush()
+            os.fsync(file.fileno())
         meta = _Meta(
             num_tokens=self.starts[-1],
             num_documents=len(self.starts) - 1,

@@ -99,7 +99,8 @@ class NativeTrainer:
     def _count(self, micro_batches: list[Batch], num_tokens: int) -> Tensor:
         """Return (targets, tokens) of the step over all data ranks, before the first backward."""
         targets = [(batch.labels != IGNORED).sum() for batch in micro_batches]
-        tokens = torch.tensor(num_tokens, device=self.device)
+        # full, not tensor: a fill on the device, where a copy from the host would wait.
+        tokens = torch.full((), num_tokens, dtype=torch.int64, device=self.device)
         counts = torch.stack([torch.stack(targets).sum(), tokens])
         self._all_reduce(counts)
         return counts

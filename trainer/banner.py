@@ -1,0 +1,38 @@
+"""What is about to run, in words: a mistake is seen here first."""
+
+from torch import nn
+
+from trainer.data.loader import EvalLoader, StepLoader
+from trainer.distributed import Ranks
+from trainer.mesh import Mesh
+from trainer.meter import Meter
+from trainer.parallel.pieces import unique_parameters
+from trainer.run import Run
+
+
+def describe(
+    run: Run,
+    model: nn.Module,
+    mesh: Mesh,
+    ranks: Ranks,
+    loader: StepLoader,
+    eval_loader: EvalLoader | None,
+    meter: Meter,
+) -> dict[str, str]:
+    """Return one line each on model, layout, batch, data and the FLOP formula."""
+    sizes = [(p.numel(), p.requires_grad) for _, p in unique_parameters(model)]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    micro = loader.global_rows // (loader.num_ranks * loader.micro_rows)
+    tokens = loader.global_rows * loader.rows.row_tokens
+    store = loader.rows.store
+    held_out = eval_loader.rows.store.num_documents if eval_loader else 0
+    return {
+        "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained",
+        "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
+        "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
+        f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
+        "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
+        f"{run.max_steps * tokens / store.num_tokens:.2f} epochs; {held_out} documents held out",
+        "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
+        "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal, one segment)",
+    }
