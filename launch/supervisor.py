@@ -21,6 +21,8 @@ from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
 GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 POLL_SECONDS = 0.05
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What a worker is told beside torchrun's variables.
+ATTEMPT, PARENT = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID"
 
 
 class Supervisor:
@@ -71,8 +73,8 @@ class Supervisor:
             "LOCAL_WORLD_SIZE": str(self.processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "TESSERA_ATTEMPT": str(self.attempt),
-            "TESSERA_SUPERVISOR_PID": str(os.getpid()),
+            ATTEMPT: str(self.attempt),
+            PARENT: str(os.getpid()),
             **safe_paths(os.environ),
         }
 

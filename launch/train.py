@@ -63,7 +63,7 @@ class Request:
                 f"resume_step={tree['resume_step']} has no checkpoint in {folder / CHECKPOINTS}; "
                 f"set it to {f'one of {steps}' if steps else 'null'}"
             )
-        if committed_steps(folder / CHECKPOINTS) and (folder / CONFIG).exists():
+        if steps and (folder / CONFIG).exists():
             old = yaml.safe_load((folder / CONFIG).read_text())
             changes = check_drift(old, tree, tree["resume_allow"])
             for key, (was, now) in changes.items():
@@ -141,7 +141,7 @@ def _bind(tree: dict[str, Any]) -> tuple[Any, int]:
 
 def _train_as_rank(request: Request) -> int:
     """Train as one rank of torchrun: rank 0 chooses the folder for all."""
-    from launch.worker import execute, placement_from
+    from launch.worker import execute, leave, placement_from
 
     run, processes = _bind(request.tree)
     placement = placement_from(os.environ)
@@ -150,10 +150,7 @@ def _train_as_rank(request: Request) -> int:
             f"launch.processes={processes} has no effect under torchrun, which started "
             f"{placement.world_size}; leave it out"
         )
-    code = execute(run, placement, request.locate)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gloo's teardown after a lost peer can end in SIGABRT and hide the code
+    leave(execute(run, placement, request.locate))
 
 
 def _become_supervisor(processes: int, attempt: Path) -> int:

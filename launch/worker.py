@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import logging
 import os
 import signal
 import sys
@@ -11,18 +10,16 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, code_of
-from launch.supervisor import STOP_SIGNALS
+from launch.supervisor import ATTEMPT, PARENT, STOP_SIGNALS
 
 if TYPE_CHECKING:
     from trainer.control import StopRequest
     from trainer.distributed import Placement
     from trainer.run import Run
 
-log = logging.getLogger(__name__)
-PARENT = "TESSERA_SUPERVISOR_PID"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -68,7 +65,7 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> i
         code, reason = code_of(error), f"{type(error).__name__}: {error}"
         _report(error, code)
     show_cursor()
-    attempt = os.environ.get("TESSERA_ATTEMPT") or (located[0] if located else None)
+    attempt = os.environ.get(ATTEMPT) or (located[0] if located else None)
     if attempt:
         _leave_record(Path(attempt), placement.rank, code, reason)
     return code
@@ -102,6 +99,13 @@ def _handle_signals(request: "StopRequest") -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def leave(code: int) -> NoReturn:
+    """End this rank: gloo's teardown after a lost peer can end in SIGABRT and hide the code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def die_with(parent: int) -> None:
     """Ask the kernel to kill this process when its parent dies; leave if it is dead already."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -116,13 +120,10 @@ def main() -> None:
 
     from launch.binding import bind
 
-    attempt = Path(os.environ["TESSERA_ATTEMPT"])
+    attempt = Path(os.environ[ATTEMPT])
     tree: dict[str, Any] = yaml.safe_load((attempt / "config.yaml").read_text())
     tree.pop("launch")
-    code = execute(bind(tree), placement_from(os.environ), lambda: attempt)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gloo's teardown after a lost peer can end in SIGABRT and hide the code
+    leave(execute(bind(tree), placement_from(os.environ), lambda: attempt))
 
 
 if __name__ == "__main__":

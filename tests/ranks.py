@@ -2,7 +2,6 @@
 
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from launch.supervisor import free_port
 from trainer.distributed import Placement
 
 LIMIT_SECONDS = 60.0
@@ -26,7 +26,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> lis
     `work` opens its own `Ranks(placement, COLLECTIVE_SECONDS)`. Results must be picklable.
     """
     context = mp.get_context("fork")
-    port = _free_port()
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         context.Process(target=_child, args=(rank, world_size, port, pipe[1], work, arguments))
@@ -78,9 +78,3 @@ def _child(
         sender.send((False, traceback.format_exc()))
     sender.close()
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -90,11 +90,6 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
         banner=describe(run, model, mesh, ranks, loader, eval_loader, meter),
     )  # fmt: skip
-    if run.eval_every and eval_loader is None:
-        raise ValueError(
-            f"data.path={run.data.path} holds one document, so none can be held out for "
-            f"eval_every={run.eval_every}; set data.eval_path, or eval_every=null"
-        )
     evaluator = (
         Evaluator(loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device)
         if eval_loader
@@ -132,6 +127,11 @@ def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | Non
     loader, eval_loader = run.data.build(
         tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size
     )
+    if run.eval_every and eval_loader is None:
+        raise ValueError(
+            f"data.path={run.data.path} holds one document, so none can be held out for "
+            f"eval_every={run.eval_every}; set data.eval_path, or eval_every=null"
+        )
     return tokenizer, loader, eval_loader
 
 

@@ -1,6 +1,5 @@
 """Who this process is among the ranks, and the process groups that connect them."""
 
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -34,7 +33,6 @@ class Ranks:
 
     def __init__(self, placement: Placement, timeout_seconds: float) -> None:
         self.placement, self.device = placement, placement.device
-        self.host = socket.gethostname()
         timeout = timedelta(seconds=timeout_seconds)
         is_cuda = self.device.type == "cuda"
         if is_cuda:

@@ -10,7 +10,6 @@ from models.nn.init import SkipInit
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.data.pretraining import PretrainingData
-from trainer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 from trainer.engines.native import NativeEngine
 from trainer.freeze import FreezeSpec
 from trainer.loop import Plan
@@ -100,13 +99,9 @@ class Run:
             check_weights(Path(self.weights).expanduser(), model)
 
     def _check_vocabulary(self) -> None:
-        tokenizer: Tokenizer
         if self.tokenizer == "bpe":
-            return  # trained to fit
-        if self.tokenizer == "byte":
-            tokenizer = ByteTokenizer()
-        else:
-            tokenizer = FileTokenizer(Path(self.tokenizer).expanduser())
+            return  # trained to fit, on the data
+        tokenizer = self.data.tokenizer(self.tokenizer, self.model.vocab_size)
         if tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer={self.tokenizer} has {tokenizer.vocab_size} tokens, "
