@@ -13,9 +13,9 @@ from launch.binding import bind
 from launch.compose import compose
 from trainer.data.sources import STANDARD_LIBRARY, TextSource
 from trainer.files import write_json
-from trainer.parallel.materialise import RANDOM, materialise, random_values
+from trainer.parallel.materialise import materialise, random_values
 from trainer.parallel.pieces import unique_parameters
-from trainer.run import Run
+from trainer.run import RANDOM, Run
 
 RUN, ROWS, WEIGHTS = "run.yaml", "rows.pt", "weights"
 

@@ -9,6 +9,10 @@ from launch.exit_codes import BAD_CONFIG, INTERNAL, MEANINGS, code_of
 # One line each; the module is imported only when its command runs.
 COMMANDS = {
     "train": ("launch.train", "train a model: tessera train experiment=demo"),
+    "generate": (
+        "launch.generate",
+        "continue a text: tessera generate checkpoint=DIR prompt=...",
+    ),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 class Layout:
     """Which modules are cut how. Names are dotted module paths; `*` stands for one component."""
 
-    blocks: str
-    """The repeated blocks: units of sharding, activation checkpointing and compilation."""
+    blocks: tuple[str, ...]
+    """The repeated blocks, `a.b.*`: units of sharding, activation checkpointing, compilation."""
     colwise: tuple[str, ...]
     """Linears of a block split along their output features."""
     rowwise: tuple[str, ...]
     """Linears of a block split along their input features."""
+    special: tuple[str, ...] = ()
+    """Linears of a block with a split of their own: a fused `c_attn`."""
     embedding: str
     """The token embedding."""
     head: str
-    """The output head."""
+    """The language-model head."""

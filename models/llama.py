@@ -1,40 +1,44 @@
-"""Llama: spec, block, model and its parallel layout.
+"""Llama: spec, model and its parallel layout.
 
 Source: Touvron et al. 2023; Llama 3 (Dubey et al. 2024). Module and config names are those of
 Hugging Face.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from models import heads
+from models.hf_config import read_config, read_rope
 from models.layout import Layout
-from models.nn.attention import BACKENDS, Attention, segment_mask
-from models.nn.causal_lm import CausalLM
+from models.nn import backends
+from models.nn.attention import Attention
+from models.nn.checks import check_heads, check_positive, check_probabilities
+from models.nn.decoder import LAYOUT, DecoderBlock, DecoderTrunk
 from models.nn.head import LMHead
 from models.nn.mlp import GatedMLP
+from models.nn.model import DecoderModel
 from models.nn.norm import RMSNorm
-from models.nn.rotary import RopeParameters, RotaryEmbedding
-
-LAYOUT = Layout(
-    blocks="model.layers.*",
-    colwise=(
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-    ),
-    rowwise=("self_attn.o_proj", "mlp.down_proj"),
-    embedding="model.embed_tokens",
-    head="lm_head",
-)
+from models.nn.rope import RopeParameters
+from models.nn.rotary import RotaryEmbedding
+from models.nn.sliced import check_slices
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaSpec:
     """Size and switches of a Llama; field names as in Hugging Face's LlamaConfig."""
+
+    model_type: ClassVar[str] = "llama"
+    trunk_name: ClassVar[str] = "model"
+    token_head_name: ClassVar[str] = "score"
+    architectures: ClassVar[dict[str, str]] = {
+        heads.CAUSAL_LM: "LlamaForCausalLM",
+        heads.SEQUENCE: "LlamaForSequenceClassification",
+        heads.TOKEN: "LlamaForTokenClassification",
+    }
+    ignored_weights: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq",)
+    """Buffers that old files hold and that are computed here."""
 
     vocab_size: int
     """Rows of the embedding and of the head."""
@@ -59,11 +63,14 @@ class LlamaSpec:
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight in training."""
     hidden_act: str = "silu"
-    attn_implementation: str = "sdpa"
-    """Attention back-end: `sdpa`, or `eager` (the reference)."""
+    pretraining_tp: int = 1
+    """Compute linears in this many slices, as that many tensor-parallel ranks do: an oracle."""
+    attn_implementation: str = "auto"
+    """Attention back-end: auto, eager (the reference), sdpa, flex, varlen or flash."""
 
     def __post_init__(self) -> None:
-        sizes = (
+        check_positive(
+            self,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -72,38 +79,35 @@ class LlamaSpec:
             "num_key_value_heads",
             "max_position_embeddings",
         )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not positive; set it to 1 or more"
-                )
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; "
-                f"set it to one of {[n for n in range(1, heads + 1) if heads % n == 0]}"
-            )
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}; "
-                "change one of them or set head_dim"
-            )
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"head_dim={self.head_dim} is not positive; set it to 2 or more")
-        if self.head_size % 2:
-            raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even one")
-        if not 0.0 <= self.attention_dropout < 1.0:
-            raise ValueError(
-                f"attention_dropout={self.attention_dropout} is no probability below 1; "
-                "set it to 0 or more and less than 1"
-            )
+        check_heads(self)
+        check_probabilities(self, "attention_dropout")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act={self.hidden_act!r} is not Llama's; set it to 'silu'")
-        if self.attn_implementation not in BACKENDS:
-            raise ValueError(
-                f"attn_implementation={self.attn_implementation!r} is unknown; "
-                f"set it to one of {', '.join(BACKENDS)}"
-            )
+        names = (
+            "vocab_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
+        check_slices(self.pretraining_tp, {name: getattr(self, name) for name in names})
+        backends.check_name(self.attn_implementation)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> "LlamaSpec":
+        """Read a config.json of transformers 4 or 5; ValueError for what Llama has not."""
+        defaults = {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+        }
+        fields = read_config(cls, config, defaults)
+        if fields.get("num_key_value_heads") is None:
+            fields["num_key_value_heads"] = fields["num_attention_heads"]
+        return cls(**fields, rope_parameters=read_rope(config))
 
     @property
     def head_size(self) -> int:
@@ -113,71 +117,77 @@ class LlamaSpec:
     def layout(self) -> Layout:
         return LAYOUT
 
-    def build_causal_lm(self, *, chunk_tokens: int) -> CausalLM:
-        """Build the model on torch's current default device (`torch.device("meta")` to plan)."""
-        head = LMHead(self.hidden_size, self.vocab_size, chunk_tokens=chunk_tokens)
-        trunk = Llama(self)
+    def build_trunk(self) -> "Llama":
+        return Llama(self)
+
+    def build_lm_head(self, trunk: nn.Module, *, chunk_tokens: int) -> LMHead:
+        head = LMHead(
+            self.hidden_size,
+            self.vocab_size,
+            chunk_tokens=chunk_tokens,
+            tp_slices=self.pretraining_tp,
+        )
         if self.tie_word_embeddings:
-            head.weight = trunk.embed_tokens.weight
-        return CausalLM("model", trunk, head)
+            head.weight = trunk.get_submodule("embed_tokens").get_parameter("weight")
+        return head
+
+    def build_causal_lm(self, *, chunk_tokens: int) -> DecoderModel:
+        """Build the model on torch's current default device (`torch.device("meta")` to plan)."""
+        return heads.causal_lm(self, chunk_tokens=chunk_tokens)
 
     def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
         """Return training FLOPs per token: 6N + 6 * layers * heads * head_dim * T (causal)."""
         width = self.num_attention_heads * self.head_size
         return 6 * num_matmul_weights + 6 * self.num_hidden_layers * width * row_tokens
 
-    def hf_config(self) -> dict[str, Any]:
-        """Return the keys of a Hugging Face (v5-style) config.json."""
+    def hf_config(self, head: str = heads.CAUSAL_LM) -> dict[str, Any]:
+        """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
         config = {key: value for key, value in asdict(self).items() if value is not None}
-        rope = config.pop("rope_parameters")
         config.pop("attn_implementation")
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.architectures[head]],
+            "model_type": self.model_type,
             **config,
             "head_dim": self.head_size,
-            "rope_parameters": {key: value for key, value in rope.items() if value is not None},
+            "rope_parameters": self.rope_parameters.given(),
         }
 
 
-class LlamaBlock(nn.Module):
-    """One pre-norm decoder layer: attention, then the gated MLP, each added to the residual."""
+class Llama(DecoderTrunk):
+    """The trunk: token ids to hidden states after the final norm."""
 
     def __init__(self, spec: LlamaSpec) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(
+        backend = backends.backend(spec.attn_implementation)
+        super().__init__(
+            embed_tokens=nn.Embedding(spec.vocab_size, spec.hidden_size),
+            layers=[_block(spec, backend) for _ in range(spec.num_hidden_layers)],
+            norm=RMSNorm(spec.hidden_size, spec.rms_norm_eps),
+            rotary_emb=RotaryEmbedding(
+                spec.rope_parameters, spec.head_size, spec.max_position_embeddings
+            ),
+            backend=backend,
+        )
+
+
+def _block(spec: LlamaSpec, backend: backends.Backend) -> DecoderBlock:
+    return DecoderBlock(
+        self_attn=Attention(
             spec.hidden_size,
             spec.num_attention_heads,
             spec.num_key_value_heads,
             spec.head_size,
             bias=spec.attention_bias,
             dropout=spec.attention_dropout,
-            backend=spec.attn_implementation,
-        )
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
-
-    def forward(self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, mask_B1TS: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTH, sin_BTH, mask_B1TS)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-
-
-class Llama(nn.Module):
-    """The trunk: token ids to hidden states after the final norm."""
-
-    def __init__(self, spec: LlamaSpec) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(LlamaBlock(spec) for _ in range(spec.num_hidden_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(spec.rope_parameters, spec.head_size)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """Return the (B, T, D) hidden states of (B, T) ids; attention stays within segments."""
-        x_BTD = self.embed_tokens(input_ids)
-        cos_BTH, sin_BTH = self.rotary_emb(position_ids, x_BTD.dtype)
-        mask_B1TT = segment_mask(segment_ids)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_BTH, sin_BTH, mask_B1TT)
-        return self.norm(x_BTD)
+            backend=backend,
+            tp_slices=spec.pretraining_tp,
+        ),
+        mlp=GatedMLP(
+            spec.hidden_size,
+            spec.intermediate_size,
+            bias=spec.mlp_bias,
+            activation=spec.hidden_act,
+            tp_slices=spec.pretraining_tp,
+        ),
+        input_layernorm=RMSNorm(spec.hidden_size, spec.rms_norm_eps),
+        post_attention_layernorm=RMSNorm(spec.hidden_size, spec.rms_norm_eps),
+    )

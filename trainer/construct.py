@@ -25,7 +25,7 @@ from trainer.files import write_json, write_text
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
-from trainer.parallel.materialise import RANDOM, file_values, materialise, random_values
+from trainer.parallel.materialise import materialise, random_values
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
@@ -109,12 +109,10 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
 def _engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine:
     """Lay the meta model out, give it weights, and put the optimizer on the pieces."""
     precision = PRECISIONS[run.precision]
+    source = run.weight_source(model)
     run.engine.lay_out(model, run.model.layout, mesh, precision)
-    values = (
-        random_values(model, run.model.initializer_range, run.seed)
-        if run.weights == RANDOM
-        else file_values(Path(run.weights).expanduser())
-    )
+    std = run.model.initializer_range
+    values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
     materialise(model, ranks.device, values)
     return run.engine.build(
         model=model, layout=run.model.layout, mesh=mesh, precision=precision, device=ranks.device,
@@ -123,7 +121,7 @@ def _engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine:
 
 
 def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
-    tokenizer = run.data.tokenizer(run.tokenizer, run.model.vocab_size)
+    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
     loader, eval_loader = run.data.build(
         tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size
     )

@@ -1,10 +1,10 @@
 """Sampling from a model in training, without a cache: the same text on every rank."""
 
 import torch
-from torch import Tensor
 
 from models.nn.head import IGNORED
 from trainer.batch import Batch
+from trainer.decoding import choose
 from trainer.protocols import Engine
 
 
@@ -25,18 +25,11 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     for _ in range(num_tokens):
-        logits_V = engine.logits(_batch(ids[-max_context:]))[0, -1].double().cpu()
-        ids.append(_choose(logits_V, temperature, generator))
+        logits_BV = engine.logits(_batch(ids[-max_context:]))[:, -1].double().cpu()
+        ids += choose(logits_BV, [generator], temperature=temperature)
         if ids[-1] == stop_token_id:
             break
     return ids
-
-
-def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probabilities = (logits_V / temperature).softmax(-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _batch(ids: list[int]) -> Batch:

@@ -20,11 +20,11 @@ PEAKS = {
 
 
 def num_matmul_weights(model: nn.Module, layout: Layout) -> int:
-    """Count weights that multiply activations: matrices, the head once, no input embedding."""
-    embedding = model.get_submodule(layout.embedding).get_parameter("weight")
+    """Count weights that multiply activations: matrices, the head once, no table of embeddings."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_submodule(layout.head).get_parameter("weight")
-    total = sum(p.numel() for _, p in unique_parameters(model) if p.ndim >= 2)
-    return total if head is embedding else total - embedding.numel()
+    matrices = (p for _, p in unique_parameters(model) if p.ndim >= 2)
+    return sum(p.numel() for p in matrices if p is head or id(p) not in tables)
 
 
 @dataclass(frozen=True, kw_only=True)

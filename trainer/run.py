@@ -15,10 +15,12 @@ from trainer.freeze import FreezeSpec
 from trainer.loop import Plan
 from trainer.mesh import MeshSpec
 from trainer.optim import OptimSpec
-from trainer.parallel.materialise import RANDOM, check_weights
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
 from trainer.tasks.causal_lm import CausalLMSpec, CausalLMTask
+from trainer.weights import WeightSource, match_weights
+
+AUTO, RANDOM, BPE = "auto", "random", "bpe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,11 @@ class Run:
     precision: str
     """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
     tokenizer: str
-    """`byte`, `bpe` (trained on the data, cached), or a folder with tokenizer.json."""
+    """`byte`, `bpe` (trained on the data, cached), a folder with tokenizer.json, or `auto`: that
+    of model.path, where the model has one, else bpe."""
     weights: str
-    """`random`, or a folder with safetensors files in Hugging Face layout."""
+    """`random`, a folder with safetensors files in Hugging Face layout, or `auto`: those of
+    model.path, where the model has one, else random."""
     resume: str
     """`auto`: go on with an unfinished run of this name; `never`; or the folder of a run."""
     resume_step: int | None
@@ -95,16 +99,15 @@ class Run:
         self.data.check()
         model = self.plan_model()
         self.freeze.apply(model)
-        if self.weights != RANDOM:
-            check_weights(Path(self.weights).expanduser(), model)
+        self.weight_source(model)
 
     def _check_vocabulary(self) -> None:
-        if self.tokenizer == "bpe":
+        if self.tokenizer_setting == BPE:
             return  # trained to fit, on the data
-        tokenizer = self.data.tokenizer(self.tokenizer, self.model.vocab_size)
+        tokenizer = self.data.tokenizer(self.tokenizer_setting, self.model.vocab_size)
         if tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"tokenizer={self.tokenizer} has {tokenizer.vocab_size} tokens, "
+                f"tokenizer={self.tokenizer_setting} has {tokenizer.vocab_size} tokens, "
                 f"model.vocab_size={self.model.vocab_size} has fewer rows; "
                 f"set model.vocab_size to {tokenizer.vocab_size} or more, or take another tokenizer"
             )
@@ -113,6 +116,28 @@ class Run:
         """Return the model on the meta device: shapes without memory."""
         with torch.device("meta"), SkipInit():
             return self.task.build_model(self.model).to(PRECISIONS[self.precision].master)
+
+    @property
+    def tokenizer_setting(self) -> str:
+        """`byte`, `bpe` or a folder: what `tokenizer` comes to."""
+        return self.tokenizer if self.tokenizer != AUTO else self._model_path or BPE
+
+    @property
+    def _model_path(self) -> str | None:
+        return getattr(self.model, "path", None)
+
+    def weight_source(self, model: nn.Module) -> WeightSource | None:
+        """Match the weight files to the planned model; None: random. ValueError: no match."""
+        folder = self.weights if self.weights != AUTO else self._model_path or RANDOM
+        if folder == RANDOM:
+            return None
+        return match_weights(
+            Path(folder).expanduser(),
+            model,
+            trunk_name=self.model.trunk_name,
+            head_name="lm_head",
+            ignored=self.model.ignored_weights,
+        )
 
     @property
     def plan(self) -> Plan:

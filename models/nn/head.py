@@ -1,9 +1,12 @@
 """Language-model head fused with cross-entropy: loss and gradients in chunks, never all logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.nn.sliced import colwise
 
 IGNORED = -100
 
@@ -28,52 +31,65 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden_XD: Tensor,
-        weight_VD: Tensor,
         labels_X: Tensor,
         scale: Tensor,
         chunk_tokens: int,
+        *weights_VD: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        """Logits are those of all `weights_VD`, side by side; frozen ones cost no gradient."""
+        needs_hidden, _, _, _, *needs_weights = ctx.needs_input_grad
         wide = torch.promote_types(hidden_XD.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_XD) if needs_hidden else None
-        # Accumulates over chunks: kept wide, cast once in backward.
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        # Accumulate over chunks: kept wide, cast once in backward.
+        grad_weights = [
+            torch.zeros_like(weight, dtype=wide) if needs else None
+            for weight, needs in zip(weights_VD, needs_weights, strict=True)
+        ]
         total = torch.zeros((), dtype=wide, device=hidden_XD.device)
         for start in range(0, hidden_XD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            nll_sum, grad_logits = _chunk(hidden_XD[rows], weight_VD, labels_X[rows], scale, wide)
+            logits_XV = project(hidden_XD[rows], weights_VD)
+            nll_sum, grad_XV = _chunk(logits_XV.to(wide), labels_X[rows], scale)
             total += nll_sum
+            parts = grad_XV.to(hidden_XD.dtype).split([len(w) for w in weights_VD], dim=-1)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight_VD
-            if grad_weight is not None:
-                _accumulate(grad_weight, grad_logits, hidden_XD[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight)  # type: ignore[arg-type]
-        ctx.dtype = weight_VD.dtype  # type: ignore[attr-defined]
+                products = (part @ weight for part, weight in zip(parts, weights_VD, strict=True))
+                grad_hidden[rows] = sum(products, start=next(products))
+            for grad_weight, part in zip(grad_weights, parts, strict=True):
+                if grad_weight is not None:
+                    _accumulate(grad_weight, part, hidden_XD[rows])
+        ctx.save_for_backward(grad_hidden, *grad_weights)
+        ctx.dtypes = [weight.dtype for weight in weights_VD]
         ctx.mark_non_differentiable(total)
         return total * scale, total
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *grad_weights = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),  # type: ignore[attr-defined]
             None,
             None,
             None,
+            *(
+                None if grad_weight is None else (grad_weight * grad).to(dtype)
+                for grad_weight, dtype in zip(grad_weights, ctx.dtypes, strict=True)
+            ),
         )
 
 
-def _chunk(
-    hidden_XD: Tensor, weight_VD: Tensor, labels_X: Tensor, scale: Tensor, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the nll sum and the gradient of `scale * sum` with respect to the (X, V) logits."""
+def project(hidden_XD: Tensor, weights_VD: tuple[Tensor, ...]) -> Tensor:
+    """Return the logits of all `weights_VD`, side by side."""
+    parts = [F.linear(hidden_XD, weight) for weight in weights_VD]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _chunk(logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nll sum and the gradient of `scale * sum` with respect to the wide logits."""
     # In place from here on: each pass over (X, V) costs as much as a tenth of the products.
-    log_p_XV = (hidden_XD @ weight_VD.T).to(wide).log_softmax(-1)
+    log_p_XV = logits_XV.log_softmax(-1)
     is_target_X1 = (labels_X != IGNORED)[:, None]
     index_X1 = labels_X.clamp(min=0)[:, None]
     # where and masked_fill, not multiplication: 0 * inf of an ignored row would be NaN.
@@ -81,7 +97,7 @@ def _chunk(
     grad_XV = log_p_XV.exp_()
     grad_XV.scatter_add_(1, index_X1, grad_XV.new_full(index_X1.shape, -1.0))
     grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
-    return nll_sum, grad_XV.to(hidden_XD.dtype)
+    return nll_sum, grad_XV
 
 
 def _accumulate(total_VD: Tensor, grad_logits_XV: Tensor, hidden_XD: Tensor) -> None:
@@ -95,9 +111,30 @@ def _accumulate(total_VD: Tensor, grad_logits_XV: Tensor, hidden_XD: Tensor) -> 
 class LMHead(nn.Linear):
     """Project hidden states onto the vocabulary; with labels, straight to the loss."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, chunk_tokens: int) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, chunk_tokens: int, tp_slices: int = 1
+    ) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
         self.chunk_tokens = chunk_tokens
+        self.tp_slices = tp_slices
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_BTD: Tensor,
+        segment_ids_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor | Loss:
+        """Return the (B, T, V) logits, or with labels the Loss. Segments play no part."""
+        if labels_BT is not None and scale is not None:
+            return self.loss(hidden_BTD, labels_BT, scale)
+        if self.tp_slices > 1:
+            return colwise(hidden_BTD, self, self.tp_slices)
+        return project(hidden_BTD, self.weights())
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return the rows of the vocabulary, in one part or more."""
+        return (self.weight,)
 
     def loss(self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor) -> Loss:
         """Return the loss against labels that are already shifted (-100 is ignored)."""
@@ -106,7 +143,7 @@ class LMHead(nn.Linear):
         num_targets = (labels_X != IGNORED).sum()
         if torch.is_grad_enabled():
             objective, nll_sum = _ChunkedCrossEntropy.apply(
-                hidden_XD, self.weight, labels_X, scale, self.chunk_tokens
+                hidden_XD, labels_X, scale, self.chunk_tokens, *self.weights()
             )
             return Loss(nll_sum, num_targets, objective)
         nll_sum = self._nll_sum(hidden_XD, labels_X)
@@ -119,7 +156,10 @@ class LMHead(nn.Linear):
             hidden_XD.split(self.chunk_tokens), labels_X.split(self.chunk_tokens), strict=True
         )
         for hidden, labels in chunks:
-            total += nn.functional.cross_entropy(
-                (hidden @ self.weight.T).to(wide), labels, ignore_index=IGNORED, reduction="sum"
+            total += F.cross_entropy(
+                project(hidden, self.weights()).to(wide),
+                labels,
+                ignore_index=IGNORED,
+                reduction="sum",
             )
         return total

@@ -1,7 +1,8 @@
 """Initial values keyed by parameter name: every parallel layout starts from the same weights."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,35 +28,58 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def initial_stds(model: nn.Module, std: float) -> dict[str, float | None]:
-    """Map each parameter name to the standard deviation of its normal distribution.
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """How a parameter starts: normal numbers of `std` around `mean`."""
 
-    Weights of linears and embeddings get `std`, biases 0.0 (zeros); None means "at its identity":
-    ones, the scale of a norm.
+    std: float = 0.0
+    mean: float = 0.0
+    zeros: tuple[int, int] | None = None
+    """Range of the flattened parameter that starts at zero: the padding row of an embedding."""
+
+
+def initializers(model: nn.Module, std: float) -> dict[str, Init]:
+    """Map each parameter name to how it starts.
+
+    Weights of linears, convolutions and embeddings get `std`, scales of norms one, biases zero. A
+    module with a method `initial(std) -> dict[str, Init]` decides over what it names, for itself
+    and below; the outermost module decides.
     """
-    return {name: rule for module_rules in _rules(model, std) for name, rule in module_rules}
-
-
-def _rules(model: nn.Module, std: float) -> Iterator[list[tuple[str, float | None]]]:
+    found: dict[str, Init] = {}
     for prefix, module in model.named_modules():
-        is_matrix = isinstance(module, nn.Linear | nn.Embedding)
+        initial: Any = getattr(module, "initial", None)
+        for name, init in (initial(std) if initial else {}).items():
+            found.setdefault(_join(prefix, name), init)
         for name, _ in module.named_parameters(recurse=False):
-            path = f"{prefix}.{name}" if prefix else name
-            yield [(path, (std if name == "weight" else 0.0) if is_matrix else None)]
+            found.setdefault(_join(prefix, name), _default(module, name, std))
+    return found
 
 
-def initial_values(name: str, std: float | None, seed: int, start: int, stop: int) -> Tensor:
+def _default(module: nn.Module, name: str, std: float) -> Init:
+    if name == "bias":
+        return Init()
+    is_matrix = isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
+    return Init(std=std) if is_matrix else Init(mean=1.0)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def initial_values(name: str, init: Init, seed: int, start: int, stop: int) -> Tensor:
     """Return elements [start, stop) of the flattened parameter `name`, fp32 on the CPU.
 
     A pure function of its arguments: which rank asks, and for which range, changes nothing.
     """
-    if std is None:
-        return torch.ones(stop - start)
-    if std == 0.0 or stop == start:
-        return torch.zeros(stop - start)
+    if init.std == 0.0 or stop == start:
+        return torch.full((stop - start,), init.mean)
     first, last = start // BLOCK, (stop - 1) // BLOCK
     blocks = torch.cat([_normal_block(name, seed, number) for number in range(first, last + 1)])
-    return blocks[start - first * BLOCK : stop - first * BLOCK] * std
+    values = blocks[start - first * BLOCK : stop - first * BLOCK] * init.std + init.mean
+    if init.zeros is not None:
+        zero_start, zero_stop = (min(max(edge - start, 0), stop - start) for edge in init.zeros)
+        values[zero_start:zero_stop] = 0.0
+    return values
 
 
 def _normal_block(name: str, seed: int, number: int) -> Tensor:

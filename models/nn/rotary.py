@@ -1,98 +1,9 @@
-"""Rotary position embedding: frequencies per kind, cos/sin tables, and their application."""
-
-import math
-from dataclasses import dataclass
+"""Rotary position embedding: cos/sin tables and their application."""
 
 import torch
 from torch import Tensor, nn
 
-KINDS = ("default", "linear", "llama3")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeParameters:
-    """Rotary settings; keys as in the `rope_parameters` of a Hugging Face config."""
-
-    rope_type: str = "default"
-    """One of `default`, `linear`, `llama3`."""
-    rope_theta: float = 10_000.0
-    """Base of the geometric frequency series."""
-    factor: float | None = None
-    """`linear` and `llama3`: how many times longer the context is made."""
-    low_freq_factor: float | None = None
-    """`llama3`: wavelengths above original / low_freq_factor are stretched by `factor`."""
-    high_freq_factor: float | None = None
-    """`llama3`: wavelengths below original / high_freq_factor stay as they are."""
-    original_max_position_embeddings: int | None = None
-    """`llama3`: context length of the original model, in tokens."""
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in KINDS:
-            raise ValueError(
-                f"rope_type={self.rope_type!r} is unknown; set it to one of {', '.join(KINDS)}"
-            )
-        wanted = {
-            "default": set(),
-            "linear": {"factor"},
-            "llama3": {
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            },
-        }[self.rope_type]
-        optional = (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-        for name in optional:
-            given = getattr(self, name) is not None
-            if given and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive; set it above 0")
-            if given != (name in wanted):
-                fix = "remove it" if given else "set it"
-                raise ValueError(
-                    f"rope_type={self.rope_type!r} {'has no' if given else 'needs'} {name}; {fix}"
-                )
-
-
-def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
-    """Return the (H/2,) angular frequencies in fp64, on the CPU.
-
-    Source: Su et al. 2021; Llama 3.1.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    # fp32 throughout, as Hugging Face computes it: checkpoints were trained with these roundings.
-    frequencies = 1.0 / (rope.rope_theta**exponents)
-    if rope.rope_type == "linear":
-        assert rope.factor is not None
-        return frequencies / rope.factor
-    if rope.rope_type == "llama3":
-        return _llama3(frequencies, rope)
-    return frequencies
-
-
-def _llama3(frequencies: Tensor, rope: RopeParameters) -> Tensor:
-    """Stretch low frequencies by `factor`, keep high ones, interpolate between."""
-    assert rope.factor
-    assert rope.low_freq_factor
-    assert rope.high_freq_factor
-    assert rope.original_max_position_embeddings
-    original = rope.original_max_position_embeddings
-    wavelengths = 2 * math.pi / frequencies
-    stretched = torch.where(
-        wavelengths > original / rope.low_freq_factor, frequencies / rope.factor, frequencies
-    )
-    smooth = (original / wavelengths - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    blended = (1 - smooth) * stretched / rope.factor + smooth * stretched
-    is_medium = (wavelengths >= original / rope.high_freq_factor) & (
-        wavelengths <= original / rope.low_freq_factor
-    )
-    return torch.where(is_medium, blended, stretched)
+from models.nn.rope import RopeParameters, dynamic_frequencies, inverse_frequencies
 
 
 class RotaryEmbedding(nn.Module):
@@ -104,9 +15,10 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, rope: RopeParameters, head_dim: int) -> None:
+    def __init__(self, rope: RopeParameters, head_dim: int, max_position_embeddings: int) -> None:
         super().__init__()
         self.rope, self.head_dim = rope, head_dim
+        self.max_position_embeddings = max_position_embeddings
         self.register_buffer("inv_freq", inverse_frequencies(rope, head_dim), persistent=False)
 
     def reset_buffers(self, device: torch.device) -> None:
@@ -117,9 +29,18 @@ class RotaryEmbedding(nn.Module):
         """Return cos and sin of shape (B, T, H) in `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(position_ids_BT.device.type, enabled=False):
-            angles = position_ids_BT[:, :, None].to(wide) * self.inv_freq.to(wide)
+            frequencies = self._frequencies(position_ids_BT).to(wide)
+            angles = position_ids_BT[:, :, None].to(wide) * frequencies
             angles_BTH = torch.cat((angles, angles), dim=-1)
-            return angles_BTH.cos().to(dtype), angles_BTH.sin().to(dtype)
+            factor = self.rope.cos_sin_factor
+            return (angles_BTH.cos() * factor).to(dtype), (angles_BTH.sin() * factor).to(dtype)
+
+    def _frequencies(self, position_ids_BT: Tensor) -> Tensor:
+        if self.rope.rope_type != "dynamic":
+            return self.inv_freq
+        lengths_B1 = position_ids_BT.amax(1, keepdim=True) + 1
+        limit = self.max_position_embeddings
+        return dynamic_frequencies(self.rope, self.head_dim, limit, lengths_B1)[:, None]
 
 
 def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import yaml
 
 from launch.binding import bind
 from launch.compose import compose
-from models.nn.rotary import RopeParameters
+from models.nn.rope import RopeParameters
 from trainer.run import Run
 
 TARGET = "_target_"
@@ -193,7 +193,7 @@ def test_nested_settings_bind_without_a_target(tree: dict[str, Any]) -> None:
 
 
 def test_nested_settings_bind_with_their_own_target_too(tree: dict[str, Any]) -> None:
-    tree["model"]["rope_parameters"] = {TARGET: "models.nn.rotary.RopeParameters", "rope_theta": 5}
+    tree["model"]["rope_parameters"] = {TARGET: "models.nn.rope.RopeParameters", "rope_theta": 5}
     assert bind(tree).model.rope_parameters == RopeParameters(rope_theta=5.0)
 
 
@@ -204,7 +204,7 @@ def test_nested_settings_bind_with_their_own_target_too(tree: dict[str, Any]) ->
         ("schedule", SGD, {"lr": 0.1}, "Schedule"),
         ("model", "trainer.mesh.MeshSpec", {}, "CausalLMSpec"),
         ("engine", "trainer.mesh.MeshSpec", {}, "NativeEngine"),
-        ("data", "models.nn.rotary.RopeParameters", {}, "PretrainingData"),
+        ("data", "models.nn.rope.RopeParameters", {}, "PretrainingData"),
         ("model.rope_parameters", SGD, {"lr": 0.1}, "RopeParameters"),
         ("callbacks.console", "trainer.schedule.Constant", {}, "CallbackSpec"),
         # These have a `build` as well, which wants other things than a listener's.

@@ -18,6 +18,8 @@ MANDATORY = {
     "data=text": ["data.path=stdlib"],
     "experiment=pretrain_text": ["data.path=stdlib"],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
+    "model=pretrained": ["model.path={folder}"],
+    "model=hf_auto": ["model.path={folder}"],
 }
 CHOICES = [
     f"{group}={choice}"
@@ -72,8 +74,11 @@ def test_every_experiment_fits_a_run_and_plans_its_model(experiment: str) -> Non
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_of_every_group_fits_the_demo_and_plans_its_model(choice: str) -> None:
-    tree = compose(["experiment=demo", choice, *MANDATORY.get(choice, [])]).tree
+def test_every_choice_of_every_group_fits_the_demo_and_plans_its_model(
+    choice: str, model_folder: Path
+) -> None:
+    needed = [option.format(folder=model_folder) for option in MANDATORY.get(choice, [])]
+    tree = compose(["experiment=demo", choice, *needed]).tree
     group, _, name = choice.partition("=")
     file = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
     assert tree[group].get("_target_") == file.get("_target_")
@@ -97,7 +102,14 @@ def test_every_file_begins_with_what_it_is_and_stays_short(file: Path) -> None:
     ("choice", "expected"),
     [
         ("smollm2_135m", 134_515_008),
+        ("smollm2_360m", 361_821_120),
+        ("smollm2_1_7b", 1_711_376_384),
         ("llama_3_2_1b", 1_235_814_400),
+        ("llama_3_2_3b", 3_212_749_824),
+        ("llama_3_1_70b", 70_553_706_496),
+        ("llama_2_7b", 6_738_415_616),
+        ("gemma_2b", 2_506_172_416),
+        ("gemma_7b", 8_537_680_896),
         ("llama_3_1_8b", 8_030_261_248),
     ],
 )

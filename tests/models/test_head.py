@@ -52,7 +52,7 @@ def test_gradient_check_in_fp64() -> None:
 
         scale = torch.tensor(2.0, dtype=torch.float64)
         return _ChunkedCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, targets.flatten(), scale, 6
+            hidden.flatten(0, 1), targets.flatten(), scale, 6, weight
         )[0]
 
     assert torch.autograd.gradcheck(objective, (hidden, head.weight))

@@ -3,32 +3,32 @@
 import torch
 
 from models.nn import init
-from models.nn.init import initial_stds, initial_values
+from models.nn.init import Init, initial_values, initializers
 from tests.conftest import tiny_spec
 
 
 def test_any_range_equals_the_same_range_of_the_whole() -> None:
     count = 2 * init.BLOCK + 1000
-    whole = initial_values("a", 0.02, 7, 0, count)
+    whole = initial_values("a", Init(std=0.02), 7, 0, count)
     for start, stop in ((0, 10), (init.BLOCK - 5, init.BLOCK + 5), (13, count), (count - 1, count)):
-        assert torch.equal(initial_values("a", 0.02, 7, start, stop), whole[start:stop])
-    assert initial_values("a", 0.02, 7, 5, 5).numel() == 0
+        assert torch.equal(initial_values("a", Init(std=0.02), 7, start, stop), whole[start:stop])
+    assert initial_values("a", Init(std=0.02), 7, 5, 5).numel() == 0
 
 
 def test_values_depend_on_seed_and_name_and_have_the_stated_spread() -> None:
-    values = initial_values("a", 0.02, 0, 0, 100_000)
+    values = initial_values("a", Init(std=0.02), 0, 0, 100_000)
     assert abs(float(values.std()) - 0.02) < 3e-4
     assert abs(float(values.mean())) < 3e-4
-    assert not torch.equal(values, initial_values("b", 0.02, 0, 0, 100_000))
-    assert not torch.equal(values, initial_values("a", 0.02, 1, 0, 100_000))
+    assert not torch.equal(values, initial_values("b", Init(std=0.02), 0, 0, 100_000))
+    assert not torch.equal(values, initial_values("a", Init(std=0.02), 1, 0, 100_000))
 
 
 def test_norms_start_at_one_biases_at_zero_and_matrices_random() -> None:
     with torch.device("meta"):
         model = tiny_spec(attention_bias=True).build_causal_lm(chunk_tokens=8)
-    stds = initial_stds(model, 0.02)
-    assert stds["model.norm.weight"] is None
-    assert stds["model.layers.0.self_attn.q_proj.bias"] == 0.0
-    assert stds["model.layers.0.self_attn.q_proj.weight"] == 0.02
-    assert stds["model.embed_tokens.weight"] == 0.02
-    assert set(stds) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    inits = initializers(model, 0.02)
+    assert inits["model.norm.weight"] == Init(mean=1.0)
+    assert inits["model.layers.0.self_attn.q_proj.bias"] == Init()
+    assert inits["model.layers.0.self_attn.q_proj.weight"] == Init(std=0.02)
+    assert inits["model.embed_tokens.weight"] == Init(std=0.02)
+    assert set(inits) == {name for name, _ in model.named_parameters(remove_duplicate=False)}

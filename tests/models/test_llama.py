@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models.llama import LlamaSpec
-from models.nn.init import initial_stds, initial_values
-from models.nn.rotary import RopeParameters, inverse_frequencies
+from models.nn.init import Init, initial_values, initializers
+from models.nn.rope import RopeParameters, inverse_frequencies
 from tests.conftest import tiny_spec
 
 LLAMA3 = RopeParameters(
@@ -27,10 +27,10 @@ LINEAR = RopeParameters(rope_type="linear", factor=4.0)
 def built(spec: LlamaSpec, std: float = 0.2) -> nn.Module:
     """Return the model with weights large enough that every part matters."""
     model = spec.build_causal_lm(chunk_tokens=7)
-    stds = initial_stds(model, std)
+    stds = initializers(model, std)
     for name, parameter in model.named_parameters():
         values = initial_values(name, stds[name], 1, 0, parameter.numel())
-        noise = initial_values(name + "+", 0.1, 1, 0, parameter.numel())
+        noise = initial_values(name + "+", Init(std=0.1), 1, 0, parameter.numel())
         parameter.data.copy_((values + noise).view(parameter.shape))
     return model
 
@@ -208,7 +208,8 @@ def test_the_flop_formula_counts_what_torch_counts() -> None:
         ({"hidden_size": 18}, "does not divide hidden_size=18"),
         ({"head_dim": 3}, "odd"),
         ({"hidden_act": "gelu"}, "silu"),
-        ({"attn_implementation": "fast"}, "eager, sdpa"),
+        ({"attn_implementation": "fast"}, "auto, eager, sdpa"),
+        ({"pretraining_tp": 7}, "pretraining_tp=7 does not divide vocab_size"),
         ({"vocab_size": 0}, "1 or more"),
         ({"attention_dropout": 1.0}, "less than 1"),
     ],
@@ -225,5 +226,5 @@ def test_rope_parameters_that_do_not_belong_are_refused() -> None:
         RopeParameters(rope_type="linear")
     with pytest.raises(ValueError, match="has no factor"):
         RopeParameters(factor=2.0)
-    with pytest.raises(ValueError, match="default, linear, llama3"):
+    with pytest.raises(ValueError, match="default, linear, dynamic, llama3, yarn"):
         RopeParameters(rope_type="magic")

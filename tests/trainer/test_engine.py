@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.nn.head import IGNORED
-from models.nn.init import initial_stds, initial_values
+from models.nn.init import initial_values, initializers
 from tests.conftest import tiny_spec
 from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from trainer.batch import Batch
@@ -96,7 +96,7 @@ def reference(cache: Path, options: dict[str, Any]) -> dict[str, Any]:
     """One process, one batch, all logits, autograd and SGD by hand, in fp64."""
     spec = tiny_spec(**options.get("model", {}))
     model = spec.build_causal_lm(chunk_tokens=24).double()
-    stds = initial_stds(model, STD)
+    stds = initializers(model, STD)
     for name, parameter in unique_parameters(model):
         values = initial_values(name, stds[name], 0, 0, parameter.numel())
         parameter.data.copy_(values.view(parameter.shape))

@@ -13,7 +13,7 @@ from trainer.checkpoint import commit
 from trainer.checkpoint.commit import FilePiece
 from trainer.checkpoint.loading import MODEL, STATE, load
 from trainer.checkpoint.lock import RunLock
-from trainer.checkpoint.tensor_file import TensorFiles, piece_bytes, plan
+from trainer.checkpoint.tensor_file import TensorFiles, piece_bytes, plan, write_index
 from trainer.distributed import Ranks
 from trainer.errors import StorageError
 from trainer.files import write_json, write_text
@@ -158,7 +158,7 @@ class Checkpoints:
                 os.truncate(path, files.sizes[file])
         write_json(staging / STATE / "state.json", state)
         self.describe_model(staging / MODEL)
-        _write_index(staging / MODEL, groups[MODEL][1])
+        write_index(staging / MODEL, groups[MODEL][1])
         pieces += commit.hash_small_files(staging)
         _publish(staging, "headers", pieces)
 
@@ -226,15 +226,6 @@ class Checkpoints:
             log.error("%s", error)
         (failed,) = self.ranks.maximum([1 if failure else 0])
         return not failed
-
-
-def _write_index(folder: Path, files: TensorFiles) -> None:
-    """Write Hugging Face's index where the weights are in several files."""
-    if len(files.headers) > 1:
-        total = sum(entry.stop - entry.start for entry in files.entries.values())
-        weight_map = {name: entry.file for name, entry in files.entries.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _publish(staging: Path, who: str, pieces: list[FilePiece]) -> None:

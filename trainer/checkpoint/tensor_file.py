@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import StorageError
+from trainer.files import write_json
 from trainer.pieces import Piece
 
 _NAMES = {
@@ -110,11 +111,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     """Read the headers of all safetensors files of `folder`, checked before any byte is trusted."""
     entries: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        entries.update(_read_header(path))
+        entries.update(read_header(path))
     return entries
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
+    """Read the header of one file, checked before any byte is trusted."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -153,6 +155,15 @@ def read_piece(folder: Path, entry: Entry, piece: Piece, name: str) -> Tensor:
         raise StorageError(f"{folder / entry.file} ends inside tensor {name}")
     # torch views no empty array as another dtype: a rank may hold no rows of a tensor.
     return torch.from_numpy(data).view(entry.dtype) if count else torch.empty(0, dtype=entry.dtype)
+
+
+def write_index(folder: Path, files: TensorFiles) -> None:
+    """Write Hugging Face's index where the weights are in several files."""
+    if len(files.headers) > 1:
+        total = sum(entry.stop - entry.start for entry in files.entries.values())
+        weight_map = {name: entry.file for name, entry in files.entries.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def missing_and_unexpected(entries: dict[str, Entry], wanted: dict[str, Piece]) -> Iterator[str]:

@@ -36,10 +36,13 @@ def shard(model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision) ->
 
 
 def blocks(model: nn.Module, layout: Layout) -> list[nn.Module]:
-    """Return the modules that the layout's block pattern names, in order."""
-    prefix, _, rest = layout.blocks.partition(".*")
-    assert not rest, f"layout.blocks={layout.blocks!r} must end in .*"
-    return list(model.get_submodule(prefix).children())
+    """Return the modules that the layout's block patterns name and the model has, in order."""
+    found = []
+    for pattern in layout.blocks:
+        prefix, _, rest = pattern.partition(".*")
+        assert not rest, f"layout.blocks={pattern!r} must end in .*"
+        found += list(model.get_submodule(prefix).children())
+    return found
 
 
 class ComputeCast(nn.Module):
@@ -52,9 +55,9 @@ class ComputeCast(nn.Module):
         super().__init__()
         self.module, self.dtype = module, dtype
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         cast = {name: weight.to(self.dtype) for name, weight in self.module.named_parameters()}
-        return functional_call(self.module, cast, args)
+        return functional_call(self.module, cast, args, kwargs)
 
 
 def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:

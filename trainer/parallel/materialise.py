@@ -1,17 +1,13 @@
 """From a planned model on the meta device to real weights, the same on every layout."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models.nn.init import initial_stds, initial_values
-from trainer.checkpoint.tensor_file import missing_and_unexpected, read_entries, read_piece
-from trainer.parallel.pieces import named_pieces, piece_of, unique_parameters
+from models.nn.init import initial_values, initializers
+from trainer.parallel.pieces import piece_of, tied_names, unique_parameters
 from trainer.pieces import Piece
-
-RANDOM = "random"
 
 Values = Callable[[str, Piece], Tensor]
 """Returns elements [piece.start, piece.stop) of the named parameter, on the CPU."""
@@ -19,8 +15,12 @@ Values = Callable[[str, Piece], Tensor]
 
 def materialise(model: nn.Module, device: torch.device, values: Values) -> None:
     """Allocate this rank's pieces on `device` and fill them with `values`. No communication."""
-    ties = _tied_names(model)
+    ties = tied_names(model)
+    kept = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        if name in kept:  # computed when the model was built, not planned
+            buffer.copy_(kept[name])
     for alias, name in ties.items():
         _tie(model, alias, name)
     for module in model.modules():
@@ -34,48 +34,8 @@ def materialise(model: nn.Module, device: torch.device, values: Values) -> None:
 
 def random_values(model: nn.Module, std: float, seed: int) -> Values:
     """Return the initial values of every parameter, keyed by its name."""
-    stds = initial_stds(model, std)
-    return lambda name, piece: initial_values(name, stds[name], seed, piece.start, piece.stop)
-
-
-def file_values(folder: Path) -> Values:
-    """Return the weights of the safetensors files of `folder`, in Hugging Face layout."""
-    entries = read_entries(folder)
-    return lambda name, piece: read_piece(folder, entries[name], piece, name)
-
-
-def check_weights(folder: Path, model: nn.Module) -> None:
-    """Raise ValueError where a tensor in the files of `folder` does not fit the planned model."""
-    entries = read_entries(folder) if folder.is_dir() else {}
-    if not entries:
-        raise ValueError(
-            f"weights={folder} holds no safetensors file; "
-            "give a folder that does, or weights=random"
-        )
-    wanted = named_pieces(unique_parameters(model))
-    if problems := list(missing_and_unexpected(entries, wanted)):
-        raise ValueError(
-            f"weights={folder}: {problems[0]} ({len(problems)} such tensors); "
-            "choose the model that these weights belong to"
-        )
-    for name, piece in wanted.items():
-        if entries[name].shape != piece.shape:
-            raise ValueError(
-                f"weights={folder}: {name} has shape {list(entries[name].shape)}, the model needs "
-                f"{list(piece.shape)}; choose the model that these weights belong to"
-            )
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Map each further name of a shared parameter to its first one."""
-    first: dict[int, str] = {}
-    ties = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            ties[name] = first[id(parameter)]
-        else:
-            first[id(parameter)] = name
-    return ties
+    inits = initializers(model, std)
+    return lambda name, piece: initial_values(name, inits[name], seed, piece.start, piece.stop)
 
 
 def _tie(model: nn.Module, alias: str, name: str) -> None:

@@ -74,3 +74,15 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def unique_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield each parameter once, under its first name: a tied head is its embedding."""
     yield from model.named_parameters(remove_duplicate=True)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Map each further name of a shared parameter to its first one."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            ties[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return ties

@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from models.heads import CAUSAL_LM
 from models.layout import Layout
-from models.nn.causal_lm import CausalLM
+from models.nn.model import DecoderModel
 
 
 class CausalLMSpec(Protocol):
@@ -19,9 +20,16 @@ class CausalLMSpec(Protocol):
     def initializer_range(self) -> float: ...
     @property
     def layout(self) -> Layout: ...
-    def build_causal_lm(self, *, chunk_tokens: int) -> CausalLM: ...
+    @property
+    def trunk_name(self) -> str: ...
+    @property
+    def ignored_weights(self) -> tuple[str, ...]:
+        """Patterns of tensor names that old weight files hold and no model needs."""
+        ...
+
+    def build_causal_lm(self, *, chunk_tokens: int) -> DecoderModel: ...
     def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int: ...
-    def hf_config(self) -> dict[str, object]: ...
+    def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +45,7 @@ class CausalLMTask:
                 f"task.chunk_tokens={self.chunk_tokens} is not positive; set it to 1024"
             )
 
-    def build_model(self, spec: CausalLMSpec) -> CausalLM:
+    def build_model(self, spec: CausalLMSpec) -> DecoderModel:
         return spec.build_causal_lm(chunk_tokens=self.chunk_tokens)
 
     def eval_metrics(self, nll_sum: float, num_targets: int, num_bytes: int) -> dict[str, float]:

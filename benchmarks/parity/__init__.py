@@ -1,0 +1,1 @@
+"""Every family against transformers, cell by cell: `python -m benchmarks.parity`."""

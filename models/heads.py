@@ -1,0 +1,79 @@
+"""The heads that every decoder family can carry: what a spec must offer, and how they are built."""
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from models.layout import Layout
+from models.nn.classifiers import SequenceClassifier, TokenClassifier
+from models.nn.model import DecoderModel
+
+CAUSAL_LM = "causal_lm"
+SEQUENCE = "sequence_classification"
+TOKEN = "token_classification"
+
+
+class DecoderSpec(Protocol):
+    """Size and switches of one decoder family."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def initializer_range(self) -> float: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def trunk_name(self) -> str:
+        """The trunk's attribute in every model of the family, as in Hugging Face."""
+        ...
+
+    @property
+    def token_head_name(self) -> str: ...
+    @property
+    def architectures(self) -> dict[str, str]:
+        """Hugging Face's class by head."""
+        ...
+
+    def build_trunk(self) -> nn.Module:
+        """Build token ids -> hidden states on torch's current default device."""
+        ...
+
+    def build_lm_head(self, trunk: nn.Module, *, chunk_tokens: int) -> nn.Module:
+        """Build the language-model head, tied to the trunk where the spec says so."""
+        ...
+
+    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int: ...
+    def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]:
+        """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
+        ...
+
+
+def causal_lm(spec: DecoderSpec, *, chunk_tokens: int) -> DecoderModel:
+    """Build trunk and language-model head, whose logits exist for `chunk_tokens` at a time."""
+    trunk = spec.build_trunk()
+    head = spec.build_lm_head(trunk, chunk_tokens=chunk_tokens)
+    return DecoderModel(trunk, head, trunk_name=spec.trunk_name, head_name="lm_head")
+
+
+def sequence_classifier(spec: DecoderSpec, *, num_labels: int, problem_type: str) -> DecoderModel:
+    """Build trunk and `score` head: one answer per segment."""
+    head = SequenceClassifier(spec.hidden_size, num_labels, problem_type=problem_type)
+    return DecoderModel(spec.build_trunk(), head, trunk_name=spec.trunk_name, head_name="score")
+
+
+def token_classifier(
+    spec: DecoderSpec, *, num_labels: int, dropout: float | None = None
+) -> DecoderModel:
+    """Build trunk and token head; dropout None: the spec's `hidden_dropout`, else 0.1."""
+    if dropout is None:
+        dropout = getattr(spec, "hidden_dropout", 0.1)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout} is no probability below 1; set it to 0.1")
+    head = TokenClassifier(spec.hidden_size, num_labels, dropout=dropout)
+    return DecoderModel(
+        spec.build_trunk(), head, trunk_name=spec.trunk_name, head_name=spec.token_head_name
+    )

@@ -1,0 +1,101 @@
+"""The attention back-ends by name, and which of them this machine has."""
+
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.nn.flash import flash_problem
+from models.nn.segments import Segments
+
+VARLEN_TORCH = "2.12"  # the first whose varlen_attn takes grouped heads
+
+
+class Backend(Protocol):
+    """One way to compute softmax(scale * Q K^T + mask) V."""
+
+    def prepare(self, segments: Segments) -> Any:
+        """Return what `attend` needs of the mask: computed once, shared by all layers."""
+        ...
+
+    def attend(
+        self,
+        query_BNTH: Tensor,
+        key_BKSH: Tensor,
+        value_BKSH: Tensor,
+        mask: Any,
+        *,
+        dropout: float,
+        scale: float,
+    ) -> Tensor:
+        """Return the (B, N, T, H) mixture of values; K divides N."""
+        ...
+
+
+NAMES = ("auto", "eager", "sdpa", "flex", "varlen", "flash")
+
+
+def backend(name: str) -> Backend:
+    """Return the back-end called `name`; ValueError where it is unknown or not installed."""
+    check_name(name)
+    if name == "auto":
+        name = automatic()
+    _check_installed(name)
+    if name == "flex":
+        from models.nn.flex import Flex
+
+        return Flex()
+    if name == "varlen":
+        from models.nn.varlen import Varlen
+
+        return Varlen()
+    if name == "flash":
+        from models.nn.flash import Flash
+
+        return Flash()
+    from models.nn.dense import Eager, Sdpa
+
+    return Eager() if name == "eager" else Sdpa()
+
+
+def automatic() -> str:
+    """Return what `auto` picks: sdpa without CUDA, else flash where it is installed, else flex."""
+    if not torch.cuda.is_available():
+        return "sdpa"
+    return "flash" if has_flash() else "flex"
+
+
+def has_flash() -> bool:
+    """Whether flash-attn (2.x or 4) is installed in a version that serves; nothing is imported."""
+    return flash_problem() is None
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where there is no back-end called `name`."""
+    if name not in NAMES:
+        raise ValueError(
+            f"attn_implementation={name!r} is unknown; set it to one of {', '.join(NAMES)}"
+        )
+
+
+def _check_installed(name: str) -> None:
+    problem = flash_problem() if name == "flash" else None
+    if problem is not None:
+        raise ValueError(problem)
+    if name == "varlen" and torch.__version__ < VARLEN_TORCH:
+        raise ValueError(
+            f"attn_implementation='varlen' needs torch >= {VARLEN_TORCH}, and {torch.__version__} "
+            "is installed; upgrade torch, or set it to flex or auto"
+        )
+    has_cuda = torch.cuda.is_available()
+    if name in ("flash", "varlen") and not has_cuda:
+        raise ValueError(
+            f"attn_implementation={name!r} needs a CUDA GPU, and this machine has none; "
+            "set it to sdpa or auto"
+        )
+    if name == "flex" and has_cuda and find_spec("triton") is None:
+        raise ValueError(
+            "attn_implementation='flex' needs the package triton on CUDA, which is not installed; "
+            "run pip install triton, or set it to sdpa"
+        )

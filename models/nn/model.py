@@ -1,0 +1,67 @@
+"""A decoder trunk with one head: what a task trains."""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from models.nn.cache import Cache
+from models.nn.head import Loss
+
+
+class Head(Protocol):
+    """Turns hidden states into logits, or with labels straight into the loss."""
+
+    def __call__(
+        self,
+        hidden_BTD: Tensor,
+        segment_ids_BT: Tensor,
+        labels: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Any: ...
+
+
+class DecoderModel(nn.Module):
+    """Trunk under `trunk_name` and head under `head_name`: parameter names as in Hugging Face.
+
+    Trunk and head run inside one `forward`, so that the hooks of FSDP2, DDP and DeepSpeed on this
+    root module cover both, tied weights included.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, head: nn.Module, *, trunk_name: str, head_name: str
+    ) -> None:
+        super().__init__()
+        self.trunk_name, self.head_name = trunk_name, head_name
+        self.add_module(trunk_name, trunk)
+        self.add_module(head_name, head)
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.get_submodule(self.trunk_name)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.get_submodule(self.head_name)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        labels: Tensor | None = None,
+        scale: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        **inputs: Any,
+    ) -> Tensor | Loss:
+        """Return the Loss against `labels`, or without labels the logits.
+
+        input_ids, position_ids and segment_ids are (B, T) int64. `labels` and logits are the
+        head's; `scale` (0-dim) multiplies the objective of backward, and nothing that is logged.
+        `inputs` go to the trunk: images, or an encoder's states.
+        """
+        if cache is not None:
+            inputs["cache"] = cache
+        hidden_BTD = self.trunk(input_ids, position_ids, segment_ids, **inputs)
+        result: Tensor | Loss = self.head(hidden_BTD, segment_ids, labels, scale)
+        return result

@@ -1,0 +1,189 @@
+"""A decoder that looks at images through gated cross-attention, and which parts of it train."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.nn import backends
+from models.nn.attention import Attention
+from models.nn.backends import Backend
+from models.nn.cache import Cache, segments_for
+from models.nn.decoder import DecoderBlock
+from models.nn.decoupled import DecoupledEmbedding
+from models.nn.dense import Eager, Sdpa
+from models.nn.gated import CrossAttention, GatedCrossBlock, ImageMask
+from models.nn.init import Init
+from models.nn.mlp import GatedMLP
+from models.nn.model import DecoderModel
+from models.nn.norm import RMSNorm
+from models.nn.resampler import PerceiverResampler
+from models.nn.rotary import RotaryEmbedding
+from models.nn.vision import VisionTower
+
+FREEZABLE = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
+"""Kinds of modules that an exception from freezing may name."""
+
+
+class VisionTextTrunk(nn.Module):
+    """Token ids, and images or none, to hidden states after the final norm."""
+
+    def __init__(self, spec: Any) -> None:
+        """`spec` is an IdeficsSpec."""
+        super().__init__()
+        self.interval = spec.cross_layer_interval
+        self.backend = backends.backend(spec.attn_implementation)
+        # An image mask is any pattern, no segments: only a dense mask can say it.
+        dense = Eager() if spec.attn_implementation == "eager" else Sdpa()
+        self.embed_tokens = DecoupledEmbedding(
+            spec.vocab_size, spec.additional_vocab_size, spec.hidden_size, spec.pad_token_id
+        )
+        self.vision_model = VisionTower(spec.vision_config, dense)
+        if spec.use_resampler:
+            self.perceiver_resampler = PerceiverResampler(
+                spec.perceiver_config, spec.vision_config.embed_dim, spec.num_hidden_layers, dense
+            )
+        self.has_resampler = spec.use_resampler
+        self.layers = nn.ModuleList(
+            _decoder_block(spec, self.backend) for _ in range(spec.num_hidden_layers)
+        )
+        num_gated = -(-spec.num_hidden_layers // spec.cross_layer_interval)
+        self.gated_cross_attn_layers = nn.ModuleList(
+            _gated_block(spec, dense) for _ in range(num_gated)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(
+            spec.rope_parameters,
+            spec.hidden_size // spec.num_attention_heads,
+            spec.max_position_embeddings,
+        )
+
+    @property
+    def num_cached_layers(self) -> int:
+        return len(self.layers)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        cache: Cache | None = None,
+        pixel_values: Tensor | None = None,
+        image_states: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Tensor:
+        """Return the (B, T, D) hidden states of (B, T) ids.
+
+        Images come as `pixel_values` (B, I, C, height, width) or as `image_states`, what
+        `encode_images` returned for them (generation encodes once), with `image_attention_mask`
+        (B, T, I), which image each position may look at. Without images the cross-attention adds
+        nothing. ValueError where these do not fit together.
+        """
+        if pixel_values is not None and image_states is not None:
+            raise ValueError("both pixel_values and image_states were given; leave one of them out")
+        if pixel_values is not None:
+            image_states = self.encode_images(pixel_values, interpolate_pos_encoding)
+        mask, states_BSE = None, None
+        if image_states is not None:
+            mask = _image_mask(image_states, image_attention_mask, input_ids)
+            states_BSE = image_states.flatten(1, 2)
+        x_BTD = self.embed_tokens(input_ids)
+        cos_BTH, sin_BTH = self.rotary_emb(position_ids, x_BTD.dtype)
+        text_mask = self.backend.prepare(segments_for(segment_ids, cache))
+        for index, layer in enumerate(self.layers):
+            if index % self.interval == 0:
+                gated = self.gated_cross_attn_layers[index // self.interval]
+                x_BTD = gated(x_BTD, states_BSE, mask)
+            own = None if cache is None else cache.layer(index)
+            x_BTD = layer(x_BTD, cos_BTH, sin_BTH, text_mask, own)
+        result: Tensor = self.norm(x_BTD)
+        return result
+
+    def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Return (B, I, states, E): what the text looks at, of (B, I, C, height, width) pixels."""
+        states_XSE = self.vision_model(pixel_values.flatten(0, 1), interpolate_pos_encoding)
+        if self.has_resampler:
+            states_XSE = self.perceiver_resampler(states_XSE)
+        return states_XSE.unflatten(0, pixel_values.shape[:2])
+
+
+def _image_mask(states_BISE: Tensor, mask_BTI: Tensor | None, ids_BT: Tensor) -> ImageMask:
+    needed = (*ids_BT.shape, states_BISE.shape[1])
+    if mask_BTI is None or tuple(mask_BTI.shape) != needed:
+        found = None if mask_BTI is None else tuple(mask_BTI.shape)
+        raise ValueError(
+            f"image_attention_mask has shape {found}; needed (rows, tokens, images) = {needed}"
+        )
+    return ImageMask(mask_BTI, states_BISE.shape[2])
+
+
+def _decoder_block(spec: Any, backend: Backend) -> DecoderBlock:
+    heads = spec.num_attention_heads
+    return DecoderBlock(
+        self_attn=Attention(
+            spec.hidden_size, heads, heads, spec.hidden_size // heads,
+            bias=False, dropout=spec.dropout, backend=backend,
+        ),
+        mlp=GatedMLP(
+            spec.hidden_size, spec.intermediate_size, bias=False, activation=spec.hidden_act
+        ),
+        input_layernorm=RMSNorm(spec.hidden_size, spec.rms_norm_eps),
+        post_attention_layernorm=RMSNorm(spec.hidden_size, spec.rms_norm_eps),
+        dropout=spec.dropout,
+    )  # fmt: skip
+
+
+def _gated_block(spec: Any, backend: Backend) -> GatedCrossBlock:
+    known = {"zeros": Init(), "ones": Init(mean=1.0)}
+    return GatedCrossBlock(
+        spec.hidden_size,
+        spec.intermediate_size,
+        CrossAttention(
+            spec.hidden_size,
+            spec.num_attention_heads,
+            spec.vision_config.embed_dim,
+            qk_layer_norms=spec.qk_layer_norms,
+            eps=spec.rms_norm_eps,
+            dropout=spec.dropout,
+            backend=backend,
+        ),
+        hidden_act=spec.hidden_act,
+        eps=spec.rms_norm_eps,
+        dropout=spec.dropout,
+        alpha_type=spec.alpha_type,
+        alpha=known.get(spec.alpha_initializer, Init(std=spec.alphas_initializer_range)),
+        num_decoder_layers=spec.num_hidden_layers,
+    )
+
+
+def freeze(model: DecoderModel, spec: Any) -> None:
+    """Freeze in place what the spec's flags say; ValueError for an exception without effect.
+
+    The additional rows, the resampler and the gated blocks always train. A tied head is frozen with
+    the text. The tower's post_layernorm never sees a gradient, so it never trains.
+    """
+    trunk = model.trunk
+    assert isinstance(trunk, VisionTextTrunk)
+    if spec.freeze_text_layers:
+        text = nn.ModuleList([trunk.layers, trunk.norm])
+        _freeze_but(text, spec.freeze_text_module_exceptions, "freeze_text_module_exceptions")
+        trunk.embed_tokens.weight.requires_grad_(False)
+    if spec.freeze_vision_layers:
+        exceptions = spec.freeze_vision_module_exceptions
+        _freeze_but(trunk.vision_model, exceptions, "freeze_vision_module_exceptions")
+    trunk.vision_model.post_layernorm.requires_grad_(False)
+    if spec.freeze_lm_head:
+        model.head.get_parameter("weight").requires_grad_(False)
+
+
+def _freeze_but(part: nn.Module, exceptions: tuple[str, ...], key: str) -> None:
+    kinds = tuple(FREEZABLE[name] for name in exceptions)
+    for name, kind in zip(exceptions, kinds, strict=True):
+        if not any(isinstance(module, kind) for module in part.modules()):
+            raise ValueError(
+                f"{key}={name!r} matches no module, so nothing of it trains; remove it"
+            )
+    part.requires_grad_(False)
+    for module in part.modules():
+        if isinstance(module, kinds):
+            module.requires_grad_(True)

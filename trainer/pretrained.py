@@ -1,0 +1,154 @@
+"""Models from a Hugging Face folder: its config.json decides the family, its files the weights."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.heads import CAUSAL_LM
+from models.hf_config import family_of
+from models.layout import Layout
+from models.nn.backends import check_name
+from models.nn.init import SkipInit
+from models.nn.model import DecoderModel
+from trainer.checkpoint.tensor_file import piece_bytes, plan, write_index
+from trainer.files import write_json
+from trainer.parallel.materialise import materialise
+from trainer.parallel.pieces import named_pieces, unique_parameters
+from trainer.weights import match_weights
+
+# Keys of v4 files that others replace, and a version that would no longer be true.
+REPLACED = ("rope_theta", "rope_scaling", "torch_dtype", "transformers_version", "auto_map")
+CHUNK_TOKENS = 1024  # of a model that is loaded to be used, not trained
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """Return the folder's config.json; ValueError in one line where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; give another folder") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no keys; give another folder")
+    return config
+
+
+def spec_from(folder: Path, *, attn_implementation: str = "auto") -> Any:
+    """Return the family's spec of a Hugging Face folder; ValueError for what is not supported."""
+    config = read_hf_config(folder)
+    family = family_of(config, str(folder / "config.json"))
+    try:
+        spec = family.from_hf_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    return replace(spec, attn_implementation=attn_implementation)
+
+
+def load_causal_lm(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "auto",
+) -> DecoderModel:
+    """Return the whole model on one device, in eval mode; nothing is half-loaded.
+
+    Raises ValueError or StorageError in one line for a folder that does not fit.
+    """
+    spec = spec_from(folder, attn_implementation=attn_implementation)
+    with torch.device("meta"), SkipInit():
+        model: DecoderModel = spec.build_causal_lm(chunk_tokens=CHUNK_TOKENS).to(dtype)
+    source = match_weights(
+        folder,
+        model,
+        trunk_name=spec.trunk_name,
+        head_name=model.head_name,
+        ignored=spec.ignored_weights,
+    )
+    materialise(model, device, source.values(model, spec.initializer_range, seed=0))
+    return model.eval()
+
+
+def save_pretrained(
+    folder: Path, model: nn.Module, config: dict[str, Any], *, max_file_gb: float = 5.0
+) -> None:
+    """Write config.json and the weights of a whole model, as Hugging Face does: no tied aliases.
+
+    More than `max_file_gb` (1e9 bytes) of weights are split into shards with an index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = named_pieces(unique_parameters(model))
+    files = plan(pieces, "model", int(max_file_gb * 1e9))
+    for file, header in files.headers.items():
+        with open(folder / file, "wb") as stream:
+            stream.write(header)
+            for name, piece in pieces.items():
+                if files.entries[name].file == file:
+                    stream.write(piece_bytes(piece))
+    write_index(folder, files)
+    dtype = next(iter(pieces.values())).local.dtype
+    write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedModel:
+    """A model of a known family (Llama, Gemma, GPT-BigCode, Idefics) from its own folder."""
+
+    path: str
+    """Hugging Face folder: config.json, weights and tokenizer."""
+    attn_implementation: str = "auto"
+    """Attention back-end: auto, eager (the reference), sdpa, flex, varlen or flash."""
+
+    def __post_init__(self) -> None:
+        check_name(self.attn_implementation)
+        assert self.spec is not None  # reads config.json: what is wrong there is wrong here
+
+    @cached_property
+    def spec(self) -> Any:
+        folder = Path(self.path).expanduser()
+        return spec_from(folder, attn_implementation=self.attn_implementation)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.spec.vocab_size)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return int(self.spec.max_position_embeddings)
+
+    @property
+    def initializer_range(self) -> float:
+        return float(self.spec.initializer_range)
+
+    @property
+    def layout(self) -> Layout:
+        layout: Layout = self.spec.layout
+        return layout
+
+    @property
+    def trunk_name(self) -> str:
+        return str(self.spec.trunk_name)
+
+    @property
+    def ignored_weights(self) -> tuple[str, ...]:
+        return tuple(self.spec.ignored_weights)
+
+    def build_causal_lm(self, *, chunk_tokens: int) -> DecoderModel:
+        model: DecoderModel = self.spec.build_causal_lm(chunk_tokens=chunk_tokens)
+        return model
+
+    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
+        return int(self.spec.flops_per_token(num_matmul_weights, row_tokens))
+
+    def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]:
+        """Return the spec's keys over those of the folder: labels, padding token and the like."""
+        config = read_hf_config(Path(self.path).expanduser())
+        kept = {key: value for key, value in config.items() if key not in REPLACED}
+        return {**kept, **self.spec.hf_config(head)}

@@ -1,0 +1,159 @@
+"""The weights of a Hugging Face folder, matched by name to a planned model before any is read."""
+
+import json
+import logging
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.tensor_file import Entry, read_entries, read_header, read_piece
+from trainer.errors import StorageError
+from trainer.parallel.materialise import Values, random_values
+from trainer.parallel.pieces import named_pieces, tied_names, unique_parameters
+from trainer.pieces import Piece
+
+log = logging.getLogger(__name__)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """Where every parameter of a model comes from."""
+
+    folder: Path
+    entries: dict[str, Entry]
+    """By parameter name of the model."""
+    fresh: tuple[str, ...]
+    """Parameters of a new head, which no file of another head has."""
+
+    def values(self, model: nn.Module, std: float, seed: int) -> Values:
+        """Return what fills each piece: the file's numbers, or random ones for a new head."""
+        random = random_values(model, std, seed)
+
+        def value(name: str, piece: Piece) -> Tensor:
+            if name in self.fresh:
+                return random(name, piece)
+            return read_piece(self.folder, self.entries[name], piece, name)
+
+        return value
+
+
+def weight_entries(folder: Path) -> dict[str, Entry]:
+    """Return every tensor of the folder's weight files; ValueError or StorageError in one line.
+
+    As in Hugging Face: model.safetensors, else all shards that the index names, else (a folder
+    without either) every safetensors file.
+    """
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _sharded(folder)
+    entries = read_entries(folder) if folder.is_dir() else {}
+    if not entries:
+        pickled = sorted(folder.glob("*.bin")) if folder.is_dir() else []
+        found = f"only {pickled[0].name}, which is a pickle" if pickled else "no safetensors file"
+        raise ValueError(
+            f"weights={folder} holds {found}; convert it to safetensors, give a folder that has "
+            "them, or set weights=random"
+        )
+    return entries
+
+
+def _sharded(folder: Path) -> dict[str, Entry]:
+    try:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{folder / INDEX} is no index of weights: {error!r}") from error
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise StorageError(
+                f"{folder / INDEX} names {file}, which is not there; copy the missing shard"
+            )
+        found = read_header(folder / file)
+        entries.update({n: e for n, e in found.items() if weight_map.get(n) == file})
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise StorageError(f"{folder / file} has no tensor {name}, which {INDEX} says it has")
+    return entries
+
+
+def match_weights(
+    folder: Path,
+    model: nn.Module,
+    *,
+    trunk_name: str,
+    head_name: str,
+    ignored: tuple[str, ...] = (),
+) -> WeightSource:
+    """Match the files of `folder` to a planned model by name and shape.
+
+    Accepts what Hugging Face writes: tied aliases in the file or not, the trunk alone without its
+    prefix, old buffers (`ignored` patterns), another head than the model's (that one is dropped and
+    the model's own starts fresh). Raises ValueError for a tensor that is missing, unknown, of
+    another shape, or an alias that differs from what it is tied to.
+    """
+    entries = {
+        name: entry
+        for name, entry in weight_entries(folder).items()
+        if not any(fnmatchcase(name, pattern) for pattern in ignored)
+    }
+    if not any(name.startswith(f"{trunk_name}.") for name in entries):
+        entries = {f"{trunk_name}.{name}": entry for name, entry in entries.items()}
+    _drop_aliases(folder, entries, tied_names(model))
+    wanted = named_pieces(unique_parameters(model))
+    has_head = any(name.startswith(f"{head_name}.") for name in entries)
+    fresh = tuple(n for n in wanted if n.startswith(f"{head_name}.") and not has_head)
+    if fresh and head_name == "lm_head":
+        fresh = ()  # a language model without its head is broken, not new
+    if fresh:
+        log.info("%s has no %s: %s start from random values", folder, head_name, ", ".join(fresh))
+        entries = {n: e for n, e in entries.items() if n.startswith(f"{trunk_name}.")}
+    _check(folder, entries, wanted, fresh)
+    return WeightSource(folder=folder, entries=entries, fresh=fresh)
+
+
+def _drop_aliases(folder: Path, entries: dict[str, Entry], ties: dict[str, str]) -> None:
+    """Take further names of tied tensors out; ValueError where the file unties them."""
+    for alias, name in ties.items():
+        if alias not in entries:
+            continue
+        if name not in entries:  # stored under its other name
+            entries[name] = entries.pop(alias)
+            continue
+        first, second = entries[name], entries.pop(alias)
+        tensors = [_whole(folder, entry, name) for entry in (first, second)]
+        if first.shape != second.shape or not torch.equal(*tensors):
+            raise ValueError(
+                f"weights={folder}: {alias} differs from {name}, to which the config ties it; "
+                "set tie_word_embeddings to false"
+            )
+
+
+def _whole(folder: Path, entry: Entry, name: str) -> Tensor:
+    stop = (entry.stop - entry.start) // entry.dtype.itemsize
+    piece = Piece(local=torch.empty(0), shape=entry.shape, start=0, stop=stop)
+    return read_piece(folder, entry, piece, name)
+
+
+def _check(
+    folder: Path, entries: dict[str, Entry], wanted: dict[str, Piece], fresh: tuple[str, ...]
+) -> None:
+    missing = [n for n in wanted if n not in entries and n not in fresh]
+    unknown = [n for n in entries if n not in wanted]
+    advice = "choose the model that these weights belong to"
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown to the model"
+        raise ValueError(
+            f"weights={folder}: {what} ({len(missing)} missing, {len(unknown)} unknown); {advice}"
+        )
+    for name, entry in entries.items():
+        if entry.shape != wanted[name].shape:
+            raise ValueError(
+                f"weights={folder}: {name} has shape {list(entry.shape)}, the model needs "
+                f"{list(wanted[name].shape)}; {advice}"
+            )
