@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
-    import yaml
-
     options: dict[str, Any] = {}
     for word in arguments:
         key, separator, value = word.partition("=")
         if not separator:
             raise ValueError(f'{word!r} is no option; write key=value, for example prompt="Once"')
-        options[key] = value if key.startswith(("prompt", "checkpoint")) else yaml.safe_load(value)
+        is_text = key in ("checkpoint", "prompt", "prompt_file", "precision", "cache")
+        options[key] = value if is_text else _value(value)
     if "checkpoint" not in options:
         raise ValueError("checkpoint is missing; set checkpoint=DIR")
     if ("prompt" in options) == ("prompt_file" in options):
@@ -47,24 +47,54 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     return options
 
 
+def _value(text: str) -> Any:
+    """Return what a word stands for: null, true, false, a number, or else itself."""
+    if text in (constants := {"null": None, "true": True, "false": False}):
+        return constants[text]
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text
+
+
 def model_folder(folder: Path) -> Path:
     """Return the Hugging Face folder of a run, a checkpoint or such a folder; ValueError if none.
 
-    Of a run it is that of the newest committed step.
+    Of a run it is that of the newest intact step; StorageError where a step is damaged and no
+    older one is left.
     """
-    from trainer.checkpoint.commit import committed_steps, step_folder
+    from trainer.checkpoint.commit import MANIFEST, committed_steps, step_folder
     from trainer.directory import CHECKPOINTS
 
     if (folder / "config.json").is_file():
         return folder
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
+    if (folder / MANIFEST).is_file():
+        return _first_intact([folder])
     if steps := committed_steps(folder / CHECKPOINTS):
-        return step_folder(folder / CHECKPOINTS, steps[0]) / "model"
+        return _first_intact([step_folder(folder / CHECKPOINTS, step) for step in steps])
     raise ValueError(
         f"checkpoint={folder} is no run with a checkpoint, no checkpoint and no model folder; "
         "give one of these"
     )
+
+
+def _first_intact(steps: list[Path]) -> Path:
+    """Return the model folder of the first step whose weights match its manifest."""
+    from trainer.checkpoint.commit import read_manifest, verify
+    from trainer.errors import StorageError
+
+    for step in steps:
+        model = step / "model"
+        try:
+            files = read_manifest(step.resolve())["files"]
+            own = {Path(n).name: e for n, e in files.items() if Path(n).parent.name == "model"}
+            verify(model, {"files": own}, 0, 1)
+            return model
+        except StorageError as error:
+            if step == steps[-1]:
+                raise
+            print(f"tessera: {error}; trying the step before it", file=sys.stderr)
+    raise AssertionError("no step was given")
 
 
 def _generate(folder: Path, options: dict[str, Any]) -> int:
@@ -74,25 +104,34 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     from trainer.decoding import check_lengths, generate
     from trainer.pretrained import load_causal_lm, spec_from
 
-    precision, is_json = options.pop("precision", "fp32"), options.pop("json", False)
+    precision = options.pop("precision", "fp32")
+    is_json = convert(options.pop("json", False), bool, "json")
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; set it to fp32 or bf16")
-    has_bos, text = options.pop("bos", True), _prompt(options)
+    has_bos = convert(options.pop("bos", True), bool, "bos")
+    text = _prompt(options)
     tokenizer = FileTokenizer(folder)
-    spec = _spec(options, tokenizer.eos_token_id)
+    spec = _spec(options, _stop_token_ids(folder, tokenizer.eos_token_id))
     bos = [tokenizer.bos_token_id] if has_bos and tokenizer.bos_token_id is not None else []
     prompt = [*bos, *tokenizer.encode(text)]
-    check_lengths([prompt], spec, spec_from(folder).max_position_embeddings)
+    model_spec = spec_from(folder)
+    check_lengths([prompt], spec, model_spec.max_position_embeddings)
+    if max(prompt) >= model_spec.vocab_size:
+        raise ValueError(
+            f"the prompt has token {max(prompt)}, the model vocab_size={model_spec.vocab_size}; "
+            f"put this model's tokenizer.json into {folder}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    model = load_causal_lm(folder, dtype=dtype, device=device)
-    stream = _Stream(tokenizer) if sys.stdout.isatty() and not is_json else None
+    # sdpa on every device: flex would be compiled anew for the shapes of a growing text.
+    model = load_causal_lm(folder, dtype=dtype, device=device, attn_implementation="sdpa")
+    stream = _Stream(tokenizer, prompt) if sys.stdout.isatty() and not is_json else None
     if stream:
         print(text, end="", flush=True)
     start = time.perf_counter()
     (ids,) = generate(model, [prompt], spec, stream.on_token if stream else None)
     seconds = time.perf_counter() - start
-    found = tokenizer.decode(ids)
+    found = _continuation(tokenizer, prompt, ids)
     if is_json:
         print(json.dumps({"prompt": text, "text": found, "ids": ids, "seconds": round(seconds, 3)}))
     elif stream:
@@ -112,8 +151,28 @@ def _prompt(options: dict[str, Any]) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _spec(options: dict[str, Any], eos_token_id: int | None) -> Any:
-    """Return the checked GenerationSpec of the options; the tokenizer's EOS ends the text."""
+def _continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """Return the text of `ids` after `prompt`: decoded alone, they may lose their first space."""
+    return str(tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :])
+
+
+def _stop_token_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
+    """Return the tokenizer's EOS and those of the model: generation_config.json, else config.json.
+
+    Chat models have several there.
+    """
+    stops = [] if eos_token_id is None else [eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            stops += found if isinstance(found, list) else [found]
+            break
+    return tuple(dict.fromkeys(stops))
+
+
+def _spec(options: dict[str, Any], stop_token_ids: tuple[int, ...]) -> Any:
+    """Return the checked GenerationSpec of the options."""
     from difflib import get_close_matches
     from typing import get_type_hints
 
@@ -127,21 +186,20 @@ def _spec(options: dict[str, Any], eos_token_id: int | None) -> Any:
             hint = f"did you mean {near[0]}?" if near else "see tessera generate --help"
             raise ValueError(f"unknown key {key}; {hint}")
     values = {key: convert(value, hints[key], key) for key, value in options.items()}
-    stops = () if eos_token_id is None else (eos_token_id,)
-    return GenerationSpec(**values, stop_token_ids=stops)
+    return GenerationSpec(**values, stop_token_ids=stop_token_ids)
 
 
 class _Stream:
     """Prints text as its tokens come; bytes that are half of a letter wait for the rest."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self.tokenizer, self.prompt = tokenizer, prompt
         self.ids: list[int] = []
         self.text = ""
 
     def on_token(self, row: int, token: int) -> None:
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
+        text = _continuation(self.tokenizer, self.prompt, self.ids)
         if text.startswith(self.text) and not text.endswith("\ufffd"):
             print(text[len(self.text) :], end="", flush=True)
             self.text = text

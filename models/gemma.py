@@ -155,7 +155,7 @@ class Gemma(DecoderTrunk):
     """The trunk: token ids to hidden states after the final norm."""
 
     def __init__(self, spec: GemmaSpec) -> None:
-        backend = backends.backend(spec.attn_implementation)
+        backend = backends.backend(spec.attn_implementation, dropout=spec.attention_dropout)
         super().__init__(
             embed_tokens=nn.Embedding(spec.vocab_size, spec.hidden_size),
             layers=[_block(spec, backend) for _ in range(spec.num_hidden_layers)],

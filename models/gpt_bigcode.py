@@ -167,7 +167,7 @@ class GPTBigCode(nn.Module):
     def __init__(self, spec: GPTBigCodeSpec) -> None:
         super().__init__()
         self.num_layers = spec.n_layer
-        self.backend = backends.backend(spec.attn_implementation)
+        self.backend = backends.backend(spec.attn_implementation, dropout=spec.attn_pdrop)
         self.wte = nn.Embedding(spec.vocab_size, spec.n_embd)
         self.wpe = nn.Embedding(spec.n_positions, spec.n_embd)
         self.drop = nn.Dropout(spec.embd_pdrop)

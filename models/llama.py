@@ -157,7 +157,7 @@ class Llama(DecoderTrunk):
     """The trunk: token ids to hidden states after the final norm."""
 
     def __init__(self, spec: LlamaSpec) -> None:
-        backend = backends.backend(spec.attn_implementation)
+        backend = backends.backend(spec.attn_implementation, dropout=spec.attention_dropout)
         super().__init__(
             embed_tokens=nn.Embedding(spec.vocab_size, spec.hidden_size),
             layers=[_block(spec, backend) for _ in range(spec.num_hidden_layers)],

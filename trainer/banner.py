@@ -10,6 +10,12 @@ from trainer.parallel.pieces import unique_parameters
 from trainer.run import Run
 
 
+def _back_ends(model: nn.Module) -> set[str]:
+    """Return the names of the attention back-ends that the model's modules use."""
+    used = (getattr(module, "backend", None) for module in model.modules())
+    return {type(backend).__name__.lower() for backend in used if backend is not None}
+
+
 def describe(
     run: Run,
     model: nn.Module,
@@ -27,7 +33,8 @@ def describe(
     store = loader.rows.store
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     return {
-        "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained",
+        "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained"
+        + "".join(f", attention by {name}" for name in sorted(_back_ends(model))),
         "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
         "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
         f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",

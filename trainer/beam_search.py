@@ -12,9 +12,9 @@ def beam_search(model: Any, prompt: list[int], spec: GenerationSpec) -> list[int
     """Return the new ids of the best sequence, without its stop token.
 
     Scores are sums of log-probabilities over length ** length_penalty, the stop token counted. At
-    every length 2 * num_beams candidates are looked at, so that num_beams can go on even where some
-    stop. It ends when num_beams sequences have stopped and the best running one scores no better
-    than the worst of them.
+    every length so many candidates are looked at that num_beams can go on even where others stop.
+    It ends when num_beams sequences have stopped and the best running one scores no better than the
+    worst of them.
     """
     decoder = Decoder(
         model, [prompt] * spec.num_beams, spec.cache, len(prompt) + spec.max_new_tokens
@@ -49,7 +49,8 @@ def _go_on(
 ) -> tuple[Tensor, list[int], Tensor]:
     """Return row, token and score of the beams that go on; put those that stop to `finished`."""
     vocab_size = log_p_BV.shape[1]
-    count = min(2 * spec.num_beams, log_p_BV.numel())
+    # Every beam may stop in every way, and num_beams others must still go on.
+    count = min(max(2, 1 + len(spec.stop_token_ids)) * spec.num_beams, log_p_BV.numel())
     best, places = log_p_BV.flatten().topk(count)
     going: list[tuple[int, int, float]] = []
     for rank, (score, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):

@@ -1,5 +1,6 @@
 """Text from a whole model on one device: greedy, sampled or by beam search, with a cache."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,10 @@ class GenerationSpec:
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive; set it to 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; set it to 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} is no temperature; set it to 0 or more"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is no probability; set it above 0, up to 1")
         if self.top_k is not None and self.top_k < 1:
@@ -120,8 +123,10 @@ class Decoder:
             start = self.ids.shape[1] - 1
         inputs = (self.ids[:, start:], positions[:, start:], self.segment_ids[:, start:])
         extra = {} if self.cache is None else {"cache": self.cache}
-        result: Tensor = self.model(*inputs, **extra)[:, -1]
-        return result
+        hidden_BTD = self.model.trunk(*inputs, **extra)
+        # The head sees the last position only: logits of 8k x 128k in fp32 would take 4 GB.
+        logits_B1V: Tensor = self.model.head(hidden_BTD[:, -1:], inputs[2][:, -1:])
+        return logits_B1V[:, 0]
 
     def append(self, tokens: list[int]) -> None:
         """Add one id to every row."""
@@ -149,11 +154,12 @@ def check_lengths(prompts: list[list[int]], spec: GenerationSpec, max_positions:
     for prompt in prompts:
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
-        if len(prompt) + spec.max_new_tokens > max_positions:
+        room = max_positions - len(prompt)
+        if room < spec.max_new_tokens:
+            lower = f"lower max_new_tokens to {room} or " if room > 0 else ""
             raise ValueError(
                 f"{len(prompt)} prompt tokens and max_new_tokens={spec.max_new_tokens} exceed "
-                f"max_position_embeddings={max_positions}; lower max_new_tokens to "
-                f"{max(max_positions - len(prompt), 0)} or shorten the prompt"
+                f"max_position_embeddings={max_positions}; {lower}shorten the prompt"
             )
 
 
@@ -188,7 +194,7 @@ def _steps(
     """Yield the next id of each row; None once the row has stopped."""
     max_length = max(map(len, prompts)) + spec.max_new_tokens
     decoder = Decoder(model, prompts, spec.cache, max_length)
-    generators = [torch.Generator().manual_seed(spec.seed) for _ in prompts]
+    generators = _generators(spec.seed, len(prompts))
     has_stopped = [False] * len(prompts)
     for _ in range(spec.max_new_tokens):
         tokens = choose(  # sync: the host decides who has stopped
@@ -208,3 +214,10 @@ def _steps(
         ]
         if all(has_stopped):
             break
+
+
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    """Return one generator per row: equal prompts get different texts, whatever comes behind."""
+    source = torch.Generator().manual_seed(seed)
+    seeds = [int(torch.randint(2**63 - 1, (), generator=source)) for _ in range(count)]
+    return [torch.Generator().manual_seed(row_seed) for row_seed in seeds]

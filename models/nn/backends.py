@@ -34,14 +34,23 @@ class Backend(Protocol):
 
 
 NAMES = ("auto", "eager", "sdpa", "flex", "varlen", "flash")
+WITHOUT_DROPOUT = ("flex", "varlen")
 
 
-def backend(name: str) -> Backend:
-    """Return the back-end called `name`; ValueError where it is unknown or not installed."""
+def backend(name: str, *, dropout: float = 0.0) -> Backend:
+    """Return the back-end called `name`, for attention with this dropout in training.
+
+    Raises ValueError where it is unknown, not installed, or has no dropout and needs it.
+    """
     check_name(name)
     if name == "auto":
-        name = automatic()
+        name = automatic(dropout)
     _check_installed(name)
+    if dropout and name in WITHOUT_DROPOUT:
+        raise ValueError(
+            f"attn_implementation={name!r} has no dropout, and the model asks for {dropout}; "
+            "set it to sdpa or auto, or the dropout to 0"
+        )
     if name == "flex":
         from models.nn.flex import Flex
 
@@ -59,11 +68,9 @@ def backend(name: str) -> Backend:
     return Eager() if name == "eager" else Sdpa()
 
 
-def automatic() -> str:
-    """Return what `auto` picks: sdpa without CUDA, else flash where it is installed, else flex."""
-    if not torch.cuda.is_available():
-        return "sdpa"
-    return "flash" if has_flash() else "flex"
+def automatic(dropout: float = 0.0) -> str:
+    """Return what `auto` picks: flex on CUDA without dropout, else sdpa. Both take any dtype."""
+    return "flex" if torch.cuda.is_available() and not dropout else "sdpa"
 
 
 def has_flash() -> bool:

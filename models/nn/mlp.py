@@ -1,9 +1,10 @@
 """Gated feed-forward layer."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.nn.activation import ACTIVATIONS
-from models.nn.sliced import colwise, rowwise
+from models.nn.sliced import column_slices
 
 
 class GatedMLP(nn.Module):
@@ -30,6 +31,24 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF = self.activation(colwise(x_BTD, self.gate_proj, self.tp_slices))
-        up_BTF = colwise(x_BTD, self.up_proj, self.tp_slices)
-        return rowwise(gate_BTF * up_BTF, self.down_proj, self.tp_slices)
+        if self.tp_slices > 1:
+            return self._sliced(x_BTD)
+        result: Tensor = self.down_proj(
+            self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        )
+        return result
+
+    def _sliced(self, x_BTD: Tensor) -> Tensor:
+        """Go through all three products one slice at a time: bit for bit what a rank computes.
+
+        The activation too: the last elements of a tensor are computed by other instructions.
+        """
+        k = self.tp_slices
+        gates, ups = column_slices(self.gate_proj, k), column_slices(self.up_proj, k)
+        downs = self.down_proj.weight.chunk(k, dim=1)
+        parts = [
+            F.linear(self.activation(F.linear(x_BTD, *gate)) * F.linear(x_BTD, *up), down)
+            for gate, up, down in zip(gates, ups, downs, strict=True)
+        ]
+        total = sum(parts[1:], start=parts[0])
+        return total if self.down_proj.bias is None else total + self.down_proj.bias

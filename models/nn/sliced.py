@@ -10,10 +10,14 @@ def colwise(x_D: Tensor, linear: nn.Linear, slices: int) -> Tensor:
     if slices == 1:
         result: Tensor = linear(x_D)
         return result
+    return torch.cat([F.linear(x_D, *part) for part in column_slices(linear, slices)], dim=-1)
+
+
+def column_slices(linear: nn.Linear, slices: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Return (weight, bias) of each slice of the output features."""
     weights = linear.weight.chunk(slices)
     biases = [None] * slices if linear.bias is None else linear.bias.chunk(slices)
-    parts = [F.linear(x_D, w, b) for w, b in zip(weights, biases, strict=True)]
-    return torch.cat(parts, dim=-1)
+    return list(zip(weights, biases, strict=True))
 
 
 def rowwise(x_F: Tensor, linear: nn.Linear, slices: int) -> Tensor:

@@ -31,7 +31,7 @@ class VisionTextTrunk(nn.Module):
         """`spec` is an IdeficsSpec."""
         super().__init__()
         self.interval = spec.cross_layer_interval
-        self.backend = backends.backend(spec.attn_implementation)
+        self.backend = backends.backend(spec.attn_implementation, dropout=spec.dropout)
         # An image mask is any pattern, no segments: only a dense mask can say it.
         dense = Eager() if spec.attn_implementation == "eager" else Sdpa()
         self.embed_tokens = DecoupledEmbedding(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.nn.backends import automatic, backend, has_flash
+from models.nn.backends import automatic, backend
 from models.nn.dense import Eager
 from models.nn.flash import flash_problem
 from models.nn.segments import Segments
@@ -105,7 +105,7 @@ def test_sdpa_in_fp32_is_eager(case: str) -> None:
 
 
 def test_auto_is_flash_where_it_is_installed_and_else_flex() -> None:
-    assert automatic() == ("flash" if has_flash() else "flex")
+    assert (automatic(), automatic(dropout=0.1)) == ("flex", "sdpa")
 
 
 @pytest.mark.parametrize("name", NAMES)

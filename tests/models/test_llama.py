@@ -7,11 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.llama import LlamaSpec
 from models.nn.init import Init, initial_values, initializers
+from models.nn.mlp import GatedMLP
 from models.nn.rope import RopeParameters, inverse_frequencies
 from tests.conftest import tiny_spec
+from tests.ranks import run_ranks
+from trainer.distributed import Placement, Ranks
 
 LLAMA3 = RopeParameters(
     rope_type="llama3",
@@ -22,6 +26,19 @@ LLAMA3 = RopeParameters(
     original_max_position_embeddings=32,
 )
 LINEAR = RopeParameters(rope_type="linear", factor=4.0)
+DYNAMIC = RopeParameters(rope_type="dynamic", factor=2.0)
+YARN = RopeParameters(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+YARN_SET = RopeParameters(
+    rope_type="yarn",
+    rope_theta=1000.0,
+    factor=8.0,
+    original_max_position_embeddings=32,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    mscale=0.7,
+    mscale_all_dim=0.9,
+    truncate=False,
+)
 
 
 def built(spec: LlamaSpec, std: float = 0.2) -> nn.Module:
@@ -65,7 +82,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     tied=st.booleans(),
     attention_bias=st.booleans(),
     mlp_bias=st.booleans(),
-    rope=st.sampled_from([RopeParameters(), LINEAR, LLAMA3]),
+    rope=st.sampled_from([RopeParameters(), LINEAR, LLAMA3, DYNAMIC, YARN, YARN_SET]),
     vocab_size=st.sampled_from([67, 258]),
 )
 def test_logits_and_gradients_equal_those_of_transformers(
@@ -100,7 +117,7 @@ def test_logits_and_gradients_equal_those_of_transformers(
         assert relative(parameter.grad, gradients[name].grad) < 1e-4, name
 
 
-@pytest.mark.parametrize("rope", [RopeParameters(rope_theta=5e5), LINEAR, LLAMA3])
+@pytest.mark.parametrize("rope", [RopeParameters(rope_theta=5e5), LINEAR, LLAMA3, YARN, YARN_SET])
 def test_frequencies_equal_those_of_transformers_bit_for_bit(rope: RopeParameters) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -228,3 +245,66 @@ def test_rope_parameters_that_do_not_belong_are_refused() -> None:
         RopeParameters(factor=2.0)
     with pytest.raises(ValueError, match="default, linear, dynamic, llama3, yarn"):
         RopeParameters(rope_type="magic")
+
+
+def test_dynamic_positions_stretch_long_rows_as_transformers_does_on_a_fresh_model() -> None:
+    spec = tiny_spec(rope_parameters=DYNAMIC, max_position_embeddings=16)
+    model = built(spec)
+    ids, positions, segments = row(24, 258)
+    short = (ids[:, :10], positions[:, :10], segments[:, :10])
+    before = model(*short)
+    expected = oracle(spec, model)(ids, position_ids=positions, use_cache=False).logits
+    assert relative(model(ids, positions, segments), expected) < 1e-5
+    assert torch.equal(model(*short), before), "a long row changed a later short one"
+
+
+def test_a_dynamic_row_does_not_depend_on_a_longer_neighbour() -> None:
+    model = built(tiny_spec(rope_parameters=DYNAMIC, max_position_embeddings=16))
+    ids, positions, segments = row(24, 258)
+    segments[0, 12:] = 2
+    positions = positions.clone()
+    positions[0, 12:] -= 12
+    together = model(ids, positions, segments)[:1]
+    assert relative(together, model(ids[:1], positions[:1], segments[:1])) < 1e-6
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_slices_compute_the_dense_model(slices: int) -> None:
+    changes: dict[str, object] = {
+        "vocab_size": 256, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    dense = built(tiny_spec(**changes)).double()
+    sliced = built(tiny_spec(**changes, pretraining_tp=slices)).double()
+    inputs = row(24, 256)
+    found, expected = sliced(*inputs), dense(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(sliced.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)
+
+
+def _parallel_mlp(placement: Placement) -> bool:
+    """Compute this rank's half of a gated MLP, add up, and compare bit for bit with slices."""
+    import torch.distributed as dist
+
+    ranks = Ranks(placement, 30.0)
+    generator = torch.Generator().manual_seed(0)
+    mlp = GatedMLP(16, 24, bias=False, tp_slices=2)
+    for parameter in mlp.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(3, 5, 16, generator=generator)
+    gate, up, down = (p.weight.data for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    rows = slice(12 * placement.rank, 12 * placement.rank + 12)
+    inner = F.silu(F.linear(x, gate[rows])) * F.linear(x, up[rows])
+    total = F.linear(inner, down[:, rows])
+    dist.all_reduce(total)
+    with torch.no_grad():
+        is_equal = torch.equal(total, mlp(x))
+    ranks.close()
+    return is_equal
+
+
+def test_two_slices_are_bit_for_bit_what_two_tensor_parallel_ranks_compute() -> None:
+    assert run_ranks(2, _parallel_mlp) == [True, True]

@@ -1,0 +1,289 @@
+"""Idefics: drawn configs, what transformers crashes on, freezing tables, initial values."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from benchmarks.parity.oracle import built, inputs, relative, specs, their_inputs, theirs
+from models.idefics import IdeficsSpec
+from models.nn.cache import GrowingCache
+from models.nn.decoupled import DecoupledEmbedding, DecoupledLMHead
+from models.nn.init import Init, initializers
+
+SPEC: IdeficsSpec = specs()["Idefics"]
+
+
+def trained(model: Any) -> list[str]:
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    use_resampler=st.booleans(),
+    qk_norms=st.booleans(),
+    perceiver_norms=st.booleans(),
+    interval=st.sampled_from([1, 2]),
+    additional=st.sampled_from([0, 2]),
+    tied=st.booleans(),
+    alpha=st.sampled_from([("ones", "float"), ("ones", "vector"), ("normal", "vector")]),
+    masked_row=st.booleans(),
+)
+def test_logits_and_gradients_equal_those_of_transformers(
+    use_resampler: bool, qk_norms: bool, perceiver_norms: bool, interval: int, additional: int,
+    tied: bool, alpha: tuple[str, str], masked_row: bool,
+) -> None:  # fmt: skip
+    perceiver = replace(SPEC.perceiver_config, qk_layer_norms_perceiver=perceiver_norms)
+    spec = replace(
+        SPEC, use_resampler=use_resampler, qk_layer_norms=qk_norms, perceiver_config=perceiver,
+        cross_layer_interval=interval, additional_vocab_size=additional, tie_word_embeddings=tied,
+        alpha_initializer=alpha[0], alpha_type=alpha[1], alphas_initializer_range=0.3,
+    )  # fmt: skip
+    model, batch = built(spec), inputs(spec)
+    if additional:
+        batch["input_ids"][:, 4:6] = spec.vocab_size + 1
+    if masked_row:
+        batch["image_attention_mask"][1] = 0
+    other = theirs(spec, model)
+    found, expected = model(**batch), other(**their_inputs(batch)).logits
+    assert found.shape[-1] == spec.vocab_size + additional
+    assert relative(found, expected) < 1e-5
+    weights = torch.linspace(-1, 1, found.numel()).view(found.shape)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = dict(other.named_parameters())
+    for name in trained(model):
+        if name.endswith(
+            ("k_proj.bias", "k_layer_norm.bias")
+        ):  # zero but for rounding: softmax does not see it
+            continue
+        mine, reference = model.get_parameter(name).grad, gradients.get(name)
+        if reference is not None:
+            assert relative(mine, reference.grad) < 1e-4, name
+
+
+def test_text_alone_equals_an_image_that_nobody_looks_at() -> None:
+    model, batch = built(SPEC), inputs(SPEC)
+    text = {k: v for k, v in batch.items() if k not in ("pixel_values", "image_attention_mask")}
+    blind = {**batch, "image_attention_mask": torch.zeros_like(batch["image_attention_mask"])}
+    assert torch.equal(model(**text), model(**blind))
+    assert relative(model(**text), theirs(SPEC, model)(**their_inputs(blind)).logits) < 1e-5
+    assert not torch.equal(model(**text), model(**batch))
+
+
+def test_positions_before_the_first_image_do_not_depend_on_it() -> None:
+    model, batch = built(SPEC), inputs(SPEC)
+    other = {**batch, "pixel_values": -batch["pixel_values"]}
+    first, second = model(**batch), model(**other)
+    assert torch.equal(first[:, :3], second[:, :3])
+    assert not torch.equal(first[:, 3:], second[:, 3:])
+
+
+def test_layers_need_not_divide_by_the_interval() -> None:
+    spec = replace(SPEC, num_hidden_layers=5, cross_layer_interval=2)
+    model, batch = built(spec), inputs(spec)
+    assert len(model.trunk.gated_cross_attn_layers) == 3
+    assert model(**batch).isfinite().all()
+
+
+def test_images_are_encoded_once_and_reused_with_a_cache() -> None:
+    model, batch = built(SPEC), inputs(SPEC)
+    full = model(**batch)
+    pixels, mask = batch.pop("pixel_values"), batch.pop("image_attention_mask")
+    states = model.trunk.encode_images(pixels)
+    cache = GrowingCache(model.trunk.num_cached_layers)
+    parts = []
+    for start, stop in ((0, 7), (7, 8), (8, 18)):
+        piece = {key: value[:, start:stop] for key, value in batch.items()}
+        parts.append(
+            model(
+                **piece, cache=cache, image_states=states, image_attention_mask=mask[:, start:stop]
+            )
+        )
+    assert relative(torch.cat(parts, dim=1), full) < 1e-5
+
+
+def test_other_image_sizes_need_interpolated_positions_and_agree_with_transformers() -> None:
+    model, batch = built(SPEC), inputs(SPEC)
+    batch["pixel_values"] = torch.randn(2, 2, 3, 30, 24, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="images are 30 x 24 pixels, the model takes 12 x 12"):
+        model(**batch)
+    expected = theirs(SPEC, model)(**their_inputs(batch), interpolate_pos_encoding=True).logits
+    assert relative(model(**batch, interpolate_pos_encoding=True), expected) < 1e-5
+
+
+def test_closed_gates_let_gradients_reach_the_gates_alone() -> None:
+    spec = replace(SPEC, alpha_initializer="zeros")
+    model, batch = built(spec), inputs(spec)
+    for name, parameter in model.named_parameters():
+        if "alpha" in name:
+            parameter.data.zero_()
+    model(**batch).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        behind_gate = "gated" in name or "vision" in name or "perceiver" in name
+        if "alpha" in name:
+            assert parameter.grad.abs().max() > 0, name
+        elif behind_gate:
+            assert parameter.grad.abs().max() == 0, name
+
+
+def test_the_default_freezing_trains_what_it_should() -> None:
+    frozen = replace(SPEC, freeze_text_layers=True, freeze_vision_layers=True)
+    plain = replace(frozen, use_resampler=False, qk_layer_norms=False)
+    model = plain.build_causal_lm(chunk_tokens=8)
+    assert len(trained(model)) == 3 + 2 * 11
+    parts = {name.split(".")[1] for name in trained(model) if name.startswith("model.")}
+    assert parts == {"embed_tokens", "gated_cross_attn_layers"}
+    assert "model.embed_tokens.additional_embedding.weight" in trained(model)
+    assert "model.embed_tokens.weight" not in trained(model)
+    assert {"lm_head.weight", "lm_head.additional_fc.weight"} <= set(trained(model))
+    perceiver = replace(SPEC.perceiver_config, qk_layer_norms_perceiver=True)
+    rich = replace(frozen, cross_layer_interval=2, perceiver_config=perceiver)
+    assert len(trained(rich.build_causal_lm(chunk_tokens=8))) == 3 + 13 + 3 + 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "trains", "is_frozen"),
+    [
+        ({"freeze_lm_head": True}, "lm_head.additional_fc.weight", "lm_head.weight"),
+        (
+            {"freeze_text_layers": True, "tie_word_embeddings": True},
+            "lm_head.additional_fc.weight",
+            "lm_head.weight",
+        ),
+        (
+            {"freeze_text_layers": True, "freeze_text_module_exceptions": ("Linear",)},
+            "model.layers.0.mlp.up_proj.weight",
+            "model.layers.0.input_layernorm.weight",
+        ),
+        (
+            {"freeze_vision_layers": True, "freeze_vision_module_exceptions": ("Embedding",)},
+            "model.vision_model.embeddings.position_embedding.weight",
+            "model.vision_model.embeddings.class_embedding",
+        ),
+        (
+            {"freeze_vision_layers": True, "freeze_vision_module_exceptions": ("LayerNorm",)},
+            "model.vision_model.encoder.layers.0.layer_norm1.weight",
+            "model.vision_model.post_layernorm.weight",
+        ),
+        (
+            {},
+            "model.vision_model.embeddings.class_embedding",
+            "model.vision_model.post_layernorm.bias",
+        ),
+    ],
+)
+def test_every_flag_freezes_what_it_names(
+    changes: dict[str, Any], trains: str, is_frozen: str
+) -> None:
+    model = replace(SPEC, **changes).build_causal_lm(chunk_tokens=8)
+    assert trains in trained(model)
+    assert is_frozen not in trained(model)
+
+
+def test_an_exception_that_matches_nothing_is_refused() -> None:
+    spec = replace(
+        SPEC, freeze_text_layers=True, freeze_text_module_exceptions=("LayerNorm",)
+    )  # the text has RMSNorms only
+    with pytest.raises(ValueError, match="matches no module, so nothing of it trains"):
+        spec.build_causal_lm(chunk_tokens=8)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("additional", [0, 3])
+def test_the_decoupled_heads_loss_equals_plain_cross_entropy(frozen: bool, additional: int) -> None:
+    head = DecoupledLMHead(6, 11, additional, chunk_tokens=4).double()
+    for number, parameter in enumerate(head.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    head.weight.requires_grad_(not frozen)
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.randn(2, 7, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 11 + additional, (2, 7), generator=generator)
+    labels[0, :3] = -100
+    scale = torch.tensor(0.3, dtype=torch.float64)
+    loss = head(hidden, None, labels, scale)
+    logits = hidden @ torch.cat([*head.weights()]).T
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    wanted = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    for one, other in zip(
+        torch.autograd.grad(loss.objective, wanted),
+        torch.autograd.grad(scale * expected, wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert loss.sum.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_decoupled_embedding_looks_up_both_tables_and_keeps_the_ids() -> None:
+    table = DecoupledEmbedding(5, 2, 3, padding_idx=0)
+    ids = torch.tensor([[0, 4, 5, 6]])
+    whole = torch.cat((table.weight, table.additional_embedding.weight))
+    assert torch.equal(table(ids), whole[ids])
+    assert ids.tolist() == [[0, 4, 5, 6]]
+    with pytest.raises(ValueError, match="pad_token_id=5 lies outside vocab_size=5"):
+        DecoupledEmbedding(5, 2, 3, padding_idx=5)
+
+
+def test_initial_values_are_those_of_the_original_training_code() -> None:
+    spec = replace(SPEC, alpha_initializer="normal", alphas_initializer_range=0.7)
+    inits = initializers(spec.build_causal_lm(chunk_tokens=8), 0.02)
+    width, vision = spec.hidden_size, spec.vision_config.embed_dim
+    gated = "model.gated_cross_attn_layers.0"
+    expected = {
+        f"{gated}.cross_attn.q_proj.weight": Init(std=math.sqrt(0.4 / width)),
+        f"{gated}.cross_attn.k_proj.weight": Init(std=math.sqrt(0.4 / vision)),
+        f"{gated}.mlp.down_proj.weight": Init(std=math.sqrt(0.4 / (spec.intermediate_size * 4))),
+        f"{gated}.alpha_dense": Init(std=0.7),
+        f"{gated}.input_layernorm.weight": Init(mean=1.0),
+        "model.perceiver_resampler.latents": Init(std=vision**-0.5),
+        "model.perceiver_resampler.blocks.0.1.c_proj.weight": Init(
+            std=math.sqrt(0.4 / (vision * 4))
+        ),
+        "model.perceiver_resampler.blocks.0.1.ln.bias": Init(),
+        "model.embed_tokens.weight": Init(std=width**-0.5, zeros=(0, width)),
+        "model.embed_tokens.additional_embedding.weight": Init(std=width**-0.5),
+        "lm_head.additional_fc.weight": Init(std=width**-0.5),
+        "model.layers.0.mlp.down_proj.weight": Init(std=0.02),
+        "model.vision_model.embeddings.class_embedding": Init(std=vision**-0.5),
+    }
+    for name, init in expected.items():
+        assert inits[name] == init, name
+
+
+def test_a_config_is_read_back_whole_and_from_what_a_version_4_file_keeps() -> None:
+    assert IdeficsSpec.from_hf_config(SPEC.hf_config()) == replace(SPEC, attn_implementation="auto")
+    read = IdeficsSpec.from_hf_config({"vision_config": {"embed_dim": 1280}, "dropout": 0.1})
+    assert (read.vision_config.embed_dim, read.vision_config.patch_size) == (1280, 14)
+    assert (read.dropout, read.freeze_vision_layers, read.cross_layer_interval) == (0.1, True, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_type": "matrix"}, "alpha_type='matrix' is unknown; set it to one of float"),
+        ({"alpha_initializer": "twos"}, "alpha_initializer='twos' is unknown"),
+        ({"freeze_text_module_exceptions": ("Conv",)}, "a freeze exception='Conv' is unknown"),
+        ({"num_attention_heads": 5}, "does not divide"),
+        ({"additional_vocab_size": -1}, "is negative"),
+        ({"cross_layer_interval": 0}, "is not positive"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SPEC, **changes)
+
+
+def test_images_without_a_fitting_mask_are_refused() -> None:
+    model, batch = built(SPEC), inputs(SPEC)
+    mask = batch.pop("image_attention_mask")
+    with pytest.raises(ValueError, match=r"shape None; needed .* = \(2, 18, 2\)"):
+        model(**batch)
+    with pytest.raises(ValueError, match=r"shape \(2, 18, 1\)"):
+        model(**batch, image_attention_mask=mask[:, :, :1])
