@@ -13,6 +13,7 @@ COMMANDS = {
         "launch.generate",
         "continue a text: tessera generate checkpoint=DIR prompt=...",
     ),
+    "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
 

@@ -22,6 +22,11 @@ def _one_thread() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run tests of JAX last: a process with its threads should not be forked into ranks."""
+    items.sort(key=lambda item: "jax" in item.path.stem)
+
+
 @pytest.fixture
 def spec() -> LlamaSpec:
     return tiny_spec()
