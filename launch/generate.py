@@ -161,10 +161,12 @@ def _stop_token_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
 
     Chat models have several there.
     """
+    from trainer.pretrained import read_keys
+
     stops = [] if eos_token_id is None else [eos_token_id]
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        found = read_keys(path).get("eos_token_id") if path.is_file() else None
         if found is not None:
             stops += found if isinstance(found, list) else [found]
             break

@@ -13,13 +13,11 @@ SEQUENCE = "sequence_classification"
 TOKEN = "token_classification"
 
 
-class DecoderSpec(Protocol):
-    """Size and switches of one decoder family."""
+class CausalLMSpec(Protocol):
+    """What training a language model asks of a model: a family's spec, or a folder's."""
 
     @property
     def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
     @property
@@ -31,6 +29,23 @@ class DecoderSpec(Protocol):
         """The trunk's attribute in every model of the family, as in Hugging Face."""
         ...
 
+    @property
+    def ignored_weights(self) -> tuple[str, ...]:
+        """Patterns of tensor names that old weight files hold and no model needs."""
+        ...
+
+    def build_causal_lm(self, *, chunk_tokens: int) -> DecoderModel: ...
+    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int: ...
+    def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]:
+        """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
+        ...
+
+
+class DecoderSpec(CausalLMSpec, Protocol):
+    """Size and switches of one decoder family, which can carry any head."""
+
+    @property
+    def hidden_size(self) -> int: ...
     @property
     def token_head_name(self) -> str: ...
     @property
@@ -44,11 +59,6 @@ class DecoderSpec(Protocol):
 
     def build_lm_head(self, trunk: nn.Module, *, chunk_tokens: int) -> nn.Module:
         """Build the language-model head, tied to the trunk where the spec says so."""
-        ...
-
-    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int: ...
-    def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]:
-        """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
         ...
 
 

@@ -4,7 +4,8 @@ import logging
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from importlib import import_module
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from models.nn.rope import RopeParameters
 
@@ -36,6 +37,9 @@ _NEUTRAL = (
 )  # fmt: skip
 
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
 def family_of(config: dict[str, Any], source: str) -> Any:
     """Return the spec class of a config.json; ValueError names what is there and what to do."""
     model_type = config.get("model_type")
@@ -53,11 +57,14 @@ def read_config(
 ) -> dict[str, Any]:
     """Return the fields of `spec` that `config` gives, or else `defaults`: what a v4 file omits.
 
-    Raises ValueError for a null where a value is needed. Keys that change the numbers and that the
-    spec has not are refused when they are set; `neutral` names those that do not matter.
+    Raises ValueError for a value of another kind, null included. Keys that change the numbers and
+    that the spec has not are refused when they are set; `neutral` names those that do not matter.
     """
-    names = {field.name for field in fields(spec)} - {"rope_parameters", "attn_implementation"}
+    kinds = {field.name: field.type for field in fields(spec)}
+    names = set(kinds) - {"rope_parameters", "attn_implementation"}
     values = {**defaults, **{name: config[name] for name in names if name in config}}
+    for key in names & set(config):
+        _check_kind(key, config[key], kinds[key])
     for key, value in config.items():
         is_known = key in names or any(fnmatchcase(key, p) for p in (*_NEUTRAL, *neutral))
         if not is_known and value not in (None, False, 0, 0.0, "", [], {}):
@@ -68,20 +75,36 @@ def read_config(
     return values
 
 
+def _check_kind(key: str, value: Any, kind: Any) -> None:
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    is_number = float in kinds and type(value) is int
+    needed = [_KINDS[k] for k in kinds if k in _KINDS]
+    if needed and type(value) not in kinds and not is_number:
+        raise ValueError(f"config.json: {key}={value!r} is not {' or '.join(needed)}; correct it")
+
+
+def _group(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a copy of a group of keys; empty where it is absent or null."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"config.json: {key}={value!r} is no group of keys; correct it")
+    return dict(value)
+
+
 def read_nested(spec: type, config: dict[str, Any], key: str) -> Any:
     """Return the spec of a group of keys; what the file omits stands at its default."""
-    return spec(**read_config(spec, config.get(key) or {}, {}))
+    return spec(**read_config(spec, _group(config, key), {}))
 
 
 def read_rope(config: dict[str, Any]) -> RopeParameters:
     """Return the rotary settings of v5's rope_parameters, or of v4's rope_theta + rope_scaling."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = _group(config, "rope_parameters") or _group(config, "rope_scaling")
     legacy = given.pop("type", None)
     given.setdefault("rope_type", legacy or "default")
     given.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
     if given["rope_type"] == "yarn" and "original_max_position_embeddings" not in given:
         given["original_max_position_embeddings"] = config["max_position_embeddings"]
-    known = {field.name for field in fields(RopeParameters)}
+    known = {field.name: field.type for field in fields(RopeParameters)}
     if given["rope_type"] == "default":  # some files keep the factor of a kind they do not use
         given = {key: given[key] for key in ("rope_type", "rope_theta")}
     for key, value in given.items():
@@ -90,6 +113,7 @@ def read_rope(config: dict[str, Any]) -> RopeParameters:
                 f"config.json: rope_parameters.{key}={value!r} is unknown; remove it, or train "
                 "with model=hf_auto"
             )
+        _check_kind(f"rope_parameters.{key}", value, known[key])
         if type(value) is int and key != "original_max_position_embeddings":
             given[key] = float(value)
     return RopeParameters(**given)

@@ -31,6 +31,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
+    return read_keys(path)
+
+
+def read_keys(path: Path) -> dict[str, Any]:
+    """Return what a JSON file of keys holds; ValueError in one line where it holds none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -47,7 +52,8 @@ def spec_from(folder: Path, *, attn_implementation: str = "auto") -> Any:
     try:
         spec = family.from_hf_config(config)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        reason = str(error).removeprefix("config.json: ")
+        raise ValueError(f"{folder / 'config.json'}: {reason}") from None
     return replace(spec, attn_implementation=attn_implementation)
 
 

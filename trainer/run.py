@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.heads import CausalLMSpec
 from models.nn.init import SkipInit
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
@@ -17,7 +18,7 @@ from trainer.mesh import MeshSpec
 from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
-from trainer.tasks.causal_lm import CausalLMSpec, CausalLMTask
+from trainer.tasks.causal_lm import CausalLMTask
 from trainer.weights import WeightSource, match_weights
 
 AUTO, RANDOM, BPE = "auto", "random", "bpe"

@@ -2,34 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from models.heads import CAUSAL_LM
-from models.layout import Layout
+from models.heads import CausalLMSpec
 from models.nn.model import DecoderModel
-
-
-class CausalLMSpec(Protocol):
-    """What this task asks of a model family."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def max_position_embeddings(self) -> int: ...
-    @property
-    def initializer_range(self) -> float: ...
-    @property
-    def layout(self) -> Layout: ...
-    @property
-    def trunk_name(self) -> str: ...
-    @property
-    def ignored_weights(self) -> tuple[str, ...]:
-        """Patterns of tensor names that old weight files hold and no model needs."""
-        ...
-
-    def build_causal_lm(self, *, chunk_tokens: int) -> DecoderModel: ...
-    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int: ...
-    def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
