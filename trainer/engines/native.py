@@ -1,7 +1,7 @@
 """The native engine: torch alone. One process, DDP or FSDP2 behind one `train_step`."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,8 @@ from models.nn.head import IGNORED, Loss
 from trainer.batch import Batch
 from trainer.mesh import Mesh
 from trainer.optim import OptimSpec
-from trainer.parallel.data_parallel import replicate, set_gradient_sync, shard
+from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.parallel.data_parallel import blocks, replicate, set_gradient_sync, shard
 from trainer.parallel.pieces import (
     global_square_sum,
     local_tensor,
@@ -30,8 +31,13 @@ from trainer.schedule import Schedule
 class NativeEngine:
     """Train with torch alone."""
 
+    activation_checkpointing: ActivationCheckpointing = field(
+        default_factory=ActivationCheckpointing
+    )
+
     def lay_out(self, model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision) -> None:
-        """Shard the meta model in place, if the mesh has a shard axis."""
+        """Prepare the meta model in place: recomputing blocks, then shards if the mesh has them."""
+        self.activation_checkpointing.apply(blocks(model, layout))
         if mesh.dp_shard > 1:
             shard(model, layout, mesh, precision)
 
