@@ -96,6 +96,7 @@ class Run:
                 f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
                 "data.eval_fraction, or eval_every=null"
             )
+        self.engine.check()
         self._check_vocabulary()
         self.data.check()
         model = self.plan_model()

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 NONE, FULL, SELECTIVE = "none", "full", "selective"
@@ -53,9 +52,10 @@ class ActivationCheckpointing:
     def apply(self, blocks: list[nn.Module]) -> None:
         """Make the blocks recompute, in place; names of modules and weights stay."""
         if self.mode != NONE:
-            contexts = _keeping_matmuls if self.mode == SELECTIVE else noop_context_fn
+            # Under compile, torch's own default for context_fn must not be given.
+            options = {"context_fn": _keeping_matmuls} if self.mode == SELECTIVE else {}
             for block in blocks[:: self.every]:
-                block.forward = _recomputing(block, contexts)
+                block.forward = _recomputing(block, options)
 
 
 class _Body(nn.Module):
@@ -69,7 +69,7 @@ class _Body(nn.Module):
         return type(self.block).forward(self.block, *args, **kwargs)
 
 
-def _recomputing(block: nn.Module, contexts: Callable[[], Any]) -> Callable[..., Any]:
+def _recomputing(block: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
     body = _Body(block)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def _recomputing(block: nn.Module, contexts: Callable[[], Any]) -> Callable[...,
             def run(*args: Any, **kwargs: Any) -> Any:
                 return functional_call(body, weights, args, kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, **options, **kwargs)
 
     return forward
 

@@ -1,0 +1,81 @@
+"""Compiled blocks: the numbers of plain ones on every layout, and no graph made twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.distributed.test_layouts import DDP, FSDP, curve
+from tests.ranks import run_ranks
+from tests.runs import tiny_run, train
+from trainer.distributed import Placement
+from trainer.engines.native import NativeEngine
+from trainer.mesh import MeshSpec
+from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.run import Run
+
+# torch imports a deprecated part of its own, and looks at gradients while it traces.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
+
+
+def train_compiled(placement: Placement, folder: Path, run: Run, backend: str) -> dict[str, int]:
+    """Train one rank; return what torch.compile counted."""
+    from torch._dynamo.utils import counters
+
+    compile_block = torch.nn.Module.compile
+
+    def with_backend(module: torch.nn.Module, **options: Any) -> None:
+        compile_block(module, backend=backend, **options)
+
+    torch.nn.Module.compile = with_backend  # type: ignore[method-assign]
+    train(placement, folder, run)
+    return dict(counters["stats"])
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize(("world_size", "mesh"), [(1, MeshSpec()), (2, DDP), (2, FSDP)])
+def test_traced_blocks_give_the_same_bits(
+    tmp_path: Path, cache: Path, mode: str, world_size: int, mesh: MeshSpec
+) -> None:
+    recompute = ActivationCheckpointing(mode=mode)
+    settings: dict[str, Any] = {"precision": "bf16", "max_steps": 4, "mesh": mesh}
+    plain, compiled = (
+        tiny_run(
+            cache, engine=NativeEngine(activation_checkpointing=recompute, compile=c), **settings
+        )
+        for c in (False, True)
+    )
+    run_ranks(world_size, train, tmp_path / "plain", plain)
+    (stats, *_) = run_ranks(world_size, train_compiled, tmp_path / "traced", compiled, "aot_eager")
+    for key in ("loss", "grad_norm"):
+        assert curve(tmp_path / "traced", key) == curve(tmp_path / "plain", key)
+    assert stats["unique_graphs"] == 1  # for both blocks and all steps
+
+
+@pytest.mark.timeout(400)  # a C++ compiler at work on a busy machine
+def test_inductor_s_code_gives_the_same_numbers_and_is_made_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "LIMIT_SECONDS", 180.0)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    settings: dict[str, Any] = {"precision": "fp64", "max_steps": 6, "eval_every": 2}
+    run_ranks(1, train, tmp_path / "plain", tiny_run(cache, **settings))
+    compiled = tiny_run(cache, engine=NativeEngine(compile=True), **settings)
+    (stats,) = run_ranks(1, train_compiled, tmp_path / "compiled", compiled, "inductor")
+    for key in ("loss", "grad_norm"):
+        expected = curve(tmp_path / "plain", key)
+        assert curve(tmp_path / "compiled", key) == pytest.approx(expected, rel=1e-12, abs=0)
+    assert stats["unique_graphs"] == 2  # one with gradients, one without
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    NativeEngine().check()
+    with pytest.raises(ValueError, match=r"engine\.compile=true needs a C"):
+        NativeEngine(compile=True).check()
