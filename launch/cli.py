@@ -13,6 +13,10 @@ COMMANDS = {
         "launch.generate",
         "continue a text: tessera generate checkpoint=DIR prompt=...",
     ),
+    "verify": (
+        "launch.verify",
+        "show that every layout computes the same: tessera verify experiment=demo",
+    ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }

@@ -1,6 +1,7 @@
 """The exit codes that supervisors, schedulers and tests rely on. Standard library only."""
 
 FINISHED = 0
+CHECK_FAILED = 1
 BAD_CONFIG = 64
 DATA = 65
 INTERNAL = 70
@@ -9,6 +10,7 @@ PREEMPTED = 75
 
 MEANINGS = {
     FINISHED: "finished; the last step is committed",
+    CHECK_FAILED: "a check failed: tessera verify",
     BAD_CONFIG: "bad config, illegal number of processes, or the run directory is in use",
     DATA: "the data cannot be read or used",
     INTERNAL: "internal error, out of memory, or too many non-finite steps",

@@ -17,7 +17,7 @@ from models.nn import backends
 from models.nn.activation import check_activation
 from models.nn.attention import Attention
 from models.nn.checks import check_heads, check_positive, check_probabilities
-from models.nn.decoder import LAYOUT, DecoderBlock, DecoderTrunk
+from models.nn.decoder import LAYOUT, DecoderBlock, DecoderTrunk, ScaledEmbedding
 from models.nn.head import LMHead
 from models.nn.mlp import GatedMLP
 from models.nn.model import DecoderModel
@@ -157,14 +157,15 @@ class Gemma(DecoderTrunk):
     def __init__(self, spec: GemmaSpec) -> None:
         backend = backends.backend(spec.attn_implementation, dropout=spec.attention_dropout)
         super().__init__(
-            embed_tokens=nn.Embedding(spec.vocab_size, spec.hidden_size),
+            embed_tokens=ScaledEmbedding(
+                spec.vocab_size, spec.hidden_size, scale=spec.hidden_size**0.5
+            ),
             layers=[_block(spec, backend) for _ in range(spec.num_hidden_layers)],
             norm=GemmaRMSNorm(spec.hidden_size, spec.rms_norm_eps),
             rotary_emb=RotaryEmbedding(
                 spec.rope_parameters, spec.head_dim, spec.max_position_embeddings
             ),
             backend=backend,
-            embed_scale=spec.hidden_size**0.5,
         )
 
 

@@ -124,15 +124,16 @@ class GPTBigCodeSpec:
 
     @property
     def layout(self) -> Layout:
-        """`c_attn` holds queries, keys and values: its split follows heads, not rows."""
-        cross = ("crossattention.q_attn",) if self.add_cross_attention else ()
-        special = ("attn.c_attn", "crossattention.c_attn")
+        """Learned positions lie beside the embedding; `c_attn` holds queries, keys and values."""
+        crossed = ("crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj")
+        cross = crossed if self.add_cross_attention else ()
         return Layout(
             blocks=("transformer.h.*",),
-            colwise=("mlp.c_fc", *cross),
-            rowwise=("attn.c_proj", "mlp.c_proj", *(n.replace("q_attn", "c_proj") for n in cross)),
-            special=special if self.add_cross_attention else special[:1],
+            colwise=("attn.c_attn", "mlp.c_fc", *cross[:2]),
+            rowwise=("attn.c_proj", "mlp.c_proj", *cross[2:]),
+            positions=("transformer.wpe",),
             embedding="transformer.wte",
+            norm="transformer.ln_f",
             head="lm_head",
         )
 

@@ -66,13 +66,13 @@ def causal_lm(spec: DecoderSpec, *, chunk_tokens: int) -> DecoderModel:
     """Build trunk and language-model head, whose logits exist for `chunk_tokens` at a time."""
     trunk = spec.build_trunk()
     head = spec.build_lm_head(trunk, chunk_tokens=chunk_tokens)
-    return DecoderModel(trunk, head, trunk_name=spec.trunk_name, head_name="lm_head")
+    return _model(spec, trunk, head, "lm_head")
 
 
 def sequence_classifier(spec: DecoderSpec, *, num_labels: int, problem_type: str) -> DecoderModel:
     """Build trunk and `score` head: one answer per segment."""
     head = SequenceClassifier(spec.hidden_size, num_labels, problem_type=problem_type)
-    return DecoderModel(spec.build_trunk(), head, trunk_name=spec.trunk_name, head_name="score")
+    return _model(spec, spec.build_trunk(), head, "score")
 
 
 def token_classifier(
@@ -84,6 +84,12 @@ def token_classifier(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout} is no probability below 1; set it to 0.1")
     head = TokenClassifier(spec.hidden_size, num_labels, dropout=dropout)
-    return DecoderModel(
-        spec.build_trunk(), head, trunk_name=spec.trunk_name, head_name=spec.token_head_name
-    )
+    return _model(spec, spec.build_trunk(), head, spec.token_head_name)
+
+
+def _model(spec: DecoderSpec, trunk: nn.Module, head: nn.Module, head_name: str) -> DecoderModel:
+    model = DecoderModel(trunk, head, trunk_name=spec.trunk_name, head_name=head_name)
+    freeze = getattr(spec, "freeze", None)  # of a family that trains parts of itself
+    if freeze is not None:
+        freeze(model)
+    return model

@@ -141,7 +141,9 @@ class IdeficsSpec:
             blocks=blocks,
             colwise=DECODER.colwise + cross,
             rowwise=(*DECODER.rowwise, "cross_attn.o_proj"),
+            replicated=("model.vision_model", "model.perceiver_resampler"),
             embedding=DECODER.embedding,
+            norm=DECODER.norm,
             head=DECODER.head,
         )
 
@@ -162,9 +164,11 @@ class IdeficsSpec:
 
     def build_causal_lm(self, *, chunk_tokens: int) -> DecoderModel:
         """Build the model on torch's current default device, frozen as the spec says."""
-        model = heads.causal_lm(self, chunk_tokens=chunk_tokens)
+        return heads.causal_lm(self, chunk_tokens=chunk_tokens)
+
+    def freeze(self, model: DecoderModel) -> None:
+        """Freeze what the flags say, under any head."""
         freeze(model, self)
-        return model
 
     def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
         """Return training FLOPs per text token: 6N + 6 * layers * hidden_size * T (causal).

@@ -22,6 +22,14 @@ def _one_thread() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--triples",
+        action="store_true",
+        help="run the layout matrix over all triples of choices, not all pairs",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests of JAX last: a process with its threads should not be forked into ranks."""
     items.sort(key=lambda item: "jax" in item.path.stem)

@@ -16,9 +16,18 @@ def _back_ends(model: nn.Module) -> set[str]:
     return {type(backend).__name__.lower() for backend in used if backend is not None}
 
 
+def describe_model(model: nn.Module) -> str:
+    """Return a line on the size of the whole model, which is not laid out yet."""
+    sizes = [(p.numel(), p.requires_grad) for _, p in unique_parameters(model)]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    return f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained" + "".join(
+        f", attention by {name}" for name in sorted(_back_ends(model))
+    )
+
+
 def describe(
     run: Run,
-    model: nn.Module,
+    model_line: str,
     mesh: Mesh,
     ranks: Ranks,
     loader: StepLoader,
@@ -26,15 +35,12 @@ def describe(
     meter: Meter,
 ) -> dict[str, str]:
     """Return one line each on model, layout, batch, data and the FLOP formula."""
-    sizes = [(p.numel(), p.requires_grad) for _, p in unique_parameters(model)]
-    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     micro = loader.global_rows // (loader.num_ranks * loader.micro_rows)
     tokens = loader.global_rows * loader.rows.row_tokens
     store = loader.rows.store
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     return {
-        "model": f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained"
-        + "".join(f", attention by {name}" for name in sorted(_back_ends(model))),
+        "model": model_line,
         "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
         "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
         f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",

@@ -4,11 +4,16 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from models.nn.head import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch. Tensors are (B, T) int64; attention never crosses segments."""
+    """One micro-batch. Tensors are (B, T) int64 but for classes and images.
+
+    Attention never crosses segments."""
 
     input_ids: Tensor
     labels: Tensor
@@ -17,12 +22,49 @@ class Batch:
     """Restart at 0 in every segment."""
     segment_ids: Tensor
     """0 is padding; 1, 2, .. number the documents of the row."""
+    class_labels: Tensor | None = None
+    """Targets of a sequence head, (B, segments[, labels]); -100 or NaN: none. Replace `labels`."""
+    pixel_values: Tensor | None = None
+    """(B, I, C, height, width) images of each row, padded to the same number I."""
+    image_attention_mask: Tensor | None = None
+    """(B, T, I), 1 where a position may look at an image."""
     provenance: tuple[str, ...]
     """For each row where it came from: `source[first:last]` in units of that source's documents."""
 
     @property
     def num_rows(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """What the head compares with."""
+        return self.labels if self.class_labels is None else self.class_labels
+
+    @property
+    def images(self) -> dict[str, Tensor]:
+        """What the trunk takes beside text."""
+        if self.pixel_values is None or self.image_attention_mask is None:
+            return {}
+        mask = self.image_attention_mask
+        return {"pixel_values": self.pixel_values, "image_attention_mask": mask}
+
+    def num_targets(self) -> Tensor:
+        """Return how many targets there are (0-dim, int64)."""
+        targets = self.targets
+        is_none = targets.isnan() if targets.is_floating_point() else targets == IGNORED
+        return (~is_none).sum()
+
+    def padded(self, count: int) -> "Batch":
+        """Return the batch with `count` padding tokens behind every row."""
+        if not count:
+            return self
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids, (0, count)),
+            labels=F.pad(self.labels, (0, count), value=IGNORED),
+            position_ids=F.pad(self.position_ids, (0, count)),
+            segment_ids=F.pad(self.segment_ids, (0, count)),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to `device`, without waiting for the copy."""

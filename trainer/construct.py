@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.banner import describe
+from trainer.banner import describe, describe_model
 from trainer.callbacks.protocol import RunView
 from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ from trainer.files import write_json, write_text
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
-from trainer.parallel.materialise import materialise, random_values
+from trainer.parallel.materialise import random_values
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
@@ -78,7 +78,8 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         has_peak=PRECISIONS[run.precision].compute == torch.bfloat16
         and all(parameter.requires_grad for parameter in model.parameters()),
     )
-    engine = _engine(run, model, ranks, mesh)
+    model_line = describe_model(model)
+    engine = build_engine(run, model, ranks, mesh)
     tokenizer, loader, eval_loader = _data(run, mesh)
     checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer)
     progress = Progress(ranks.device)
@@ -88,7 +89,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
-        banner=describe(run, model, mesh, ranks, loader, eval_loader, meter),
+        banner=describe(run, model_line, mesh, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     evaluator = (
         Evaluator(loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device)
@@ -106,17 +107,19 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     return is_finished
 
 
-def _engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine:
+def build_engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine:
     """Lay the meta model out, give it weights, and put the optimizer on the pieces."""
     precision = PRECISIONS[run.precision]
     source = run.weight_source(model)
-    run.engine.lay_out(model, run.model.layout, mesh, precision)
     std = run.model.initializer_range
+    # Of the whole model: how a weight starts may follow from its shape.
     values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
-    materialise(model, ranks.device, values)
+    laid_out = run.engine.lay_out(model, run.model.layout, mesh, precision)
+    laid_out.fill(ranks.device, values)
     return run.engine.build(
-        model=model, layout=run.model.layout, mesh=mesh, precision=precision, device=ranks.device,
-        optim=run.optim, schedule=run.schedule, seed=run.seed, max_steps=run.max_steps,
+        laid_out=laid_out, layout=run.model.layout, mesh=mesh, precision=precision,
+        device=ranks.device, optim=run.optim, schedule=run.schedule, seed=run.seed,
+        max_steps=run.max_steps,
     )  # fmt: skip
 
 
@@ -136,7 +139,7 @@ def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | Non
 def _checkpoints(
     run: Run, folder: Path, ranks: Ranks, mesh: Mesh, lock: RunLock | None, tokenizer: Tokenizer
 ) -> Checkpoints:
-    def describe_model(target: Path) -> None:
+    def write_model_files(target: Path) -> None:
         """Make `target` a complete Hugging Face model folder, but for the weights."""
         config = {
             **run.model.hf_config(),
@@ -158,7 +161,7 @@ def _checkpoints(
             "world_size": ranks.placement.world_size,
             "mesh": mesh.describe(),
         },
-        describe_model=describe_model,
+        describe_model=write_model_files,
     )
 
 

@@ -14,8 +14,7 @@ from trainer import flax_file
 from trainer.errors import StorageError
 from trainer.files import write_json
 from trainer.parallel.materialise import materialise
-from trainer.parallel.pieces import named_pieces, unique_parameters
-from trainer.pieces import Piece
+from trainer.parallel.pieces import unique_parameters
 from trainer.pretrained import read_hf_config, save_pretrained, spec_from
 from trainer.weights import match_weights
 
@@ -92,15 +91,17 @@ def _read_hf(folder: Path, spec: GemmaSpec) -> dict[str, Tensor]:
         ignored=spec.ignored_weights,
     )
     value = source.values(model, spec.initializer_range, seed=0)
-    pieces = named_pieces(unique_parameters(model))
-    return {name: value(name, piece).view(piece.shape) for name, piece in pieces.items()}
+    return {
+        name: value(name, 0, parameter.numel()).view(parameter.shape)
+        for name, parameter in unique_parameters(model)
+    }
 
 
 def _filled(spec: GemmaSpec, weights: dict[str, Tensor]) -> DecoderModel:
     """Return the torch model that holds these weights."""
 
-    def value(name: str, piece: Piece) -> Tensor:
-        return weights[name].reshape(-1)[piece.start : piece.stop]
+    def value(name: str, start: int, stop: int) -> Tensor:
+        return weights[name].reshape(-1)[start:stop]
 
     model = _planned(spec).to(next(iter(weights.values())).dtype)
     materialise(model, torch.device("cpu"), value)

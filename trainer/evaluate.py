@@ -27,8 +27,8 @@ class Evaluator:
         for batch in self.loader.batches():
             loss = engine.eval_step(batch)
             totals += torch.stack([loss.sum.double(), loss.num_targets.double()])
-        if self.mesh.dp_size > 1:
-            dist.all_reduce(totals, group=self.mesh.dp_group)
+        if self.mesh.token_size > 1:
+            dist.all_reduce(totals, group=self.mesh.token_group)
         nll_sum, num_targets = totals.tolist()
         return {
             "loss": nll_sum / num_targets if num_targets else float("nan"),

@@ -1,6 +1,7 @@
 """The shape of the ranks: which axes there are and how long each is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import prod
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -12,37 +13,45 @@ REST = -1
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-    """Lengths of the data-parallel axes; their product is the number of processes."""
+    """Lengths of the axes, from the slowest links to the fastest; their product is all ranks."""
 
+    pp: int = 1
+    """Pipeline stages: ranks that hold consecutive layers."""
     dp_replicate: int = 1
     """Copies of the model. -1: all ranks that the other axes leave."""
     dp_shard: int = 1
     """Ranks that share one copy of the weights. -1: all ranks that the other axes leave."""
+    cp: int = 1
+    """Context parallelism: ranks that share the tokens of each row."""
+    tp: int = 1
+    """Tensor parallelism: ranks that share heads, feed-forward width and vocabulary."""
 
     def __post_init__(self) -> None:
-        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
-        for name, length in axes.items():
-            if length < 1 and length != REST:
-                raise ValueError(
-                    f"mesh.{name}={length} is no length; set it to 1 or more, or -1 for the rest"
-                )
-        if list(axes.values()).count(REST) > 1:
+        for name, length in self.lengths.items():
+            may_take_rest = name.startswith("dp_")
+            if length < 1 and not (may_take_rest and length == REST):
+                rest = ", or -1 for the rest" if may_take_rest else ""
+                raise ValueError(f"mesh.{name}={length} is no length; set it to 1 or more{rest}")
+        if list(self.lengths.values()).count(REST) > 1:
             raise ValueError(
                 "mesh.dp_replicate=-1 and mesh.dp_shard=-1 cannot both take the rest; "
                 "fix one of them"
             )
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The axis lengths as set, by name, in the order of the mesh."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def axes(self, world_size: int) -> dict[str, int]:
         """Return the axis lengths for `world_size` processes; ValueError when they do not fit."""
-        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
-        fixed = 1
-        for length in axes.values():
-            fixed *= length if length != REST else 1
+        axes = self.lengths
+        fixed = prod(length for length in axes.values() if length != REST)
         has_rest = REST in axes.values()
         if world_size % fixed or (not has_rest and world_size != fixed):
-            shown = " x ".join(f"{name}={length}" for name, length in axes.items())
+            shown = " x ".join(f"{name}={length}" for name, length in axes.items() if length != 1)
             raise ValueError(
-                f"mesh {shown} does not fit {world_size} processes; "
+                f"mesh {shown or 'single'} does not fit {world_size} processes; "
                 f"start {'a multiple of ' if has_rest else ''}{fixed}, or choose another mesh "
                 "(mesh=ddp and mesh=fsdp fit any number)"
             )
@@ -51,32 +60,89 @@ class MeshSpec:
         }
 
     def build(self, *, ranks: Ranks) -> "Mesh":
-        axes = self.axes(ranks.placement.world_size)
-        device_mesh = init_device_mesh(
-            ranks.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes)
-        )
-        return Mesh(device_mesh)
+        return Mesh(ranks.device.type, self.axes(ranks.placement.world_size))
 
 
 class Mesh:
-    """The built mesh, and the flat data-parallel axis that gradients are averaged over."""
+    """The built mesh, and the groups of ranks that its axes form together."""
 
-    def __init__(self, device_mesh: DeviceMesh) -> None:
-        self.device_mesh = device_mesh
-        flat = device_mesh["dp_replicate", "dp_shard"]._flatten("dp")
-        self.dp_group: dist.ProcessGroup = flat.get_group()
-        self.dp_rank, self.dp_size = flat.get_local_rank(), flat.size()
-        self.dp_replicate, self.dp_shard = (
-            device_mesh["dp_replicate"].size(),
-            device_mesh["dp_shard"].size(),
-        )
+    def __init__(self, device_type: str, axes: dict[str, int]) -> None:
+        """`axes` are the lengths that MeshSpec.axes gives; their product is all ranks."""
+        self.lengths = axes
+        names = ("pp", "dp_replicate", "shard", "tp")
+        shape = (
+            axes["pp"], axes["dp_replicate"], axes["dp_shard"] * axes["cp"], axes["tp"],
+        )  # fmt: skip
+        self.root = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        self.shard = self.root["shard"]
+        """Ranks that share one copy of the weights where dp_shard > 1."""
+        inner = self.shard._unflatten(0, (axes["dp_shard"], axes["cp"]), ("dp_shard", "cp"))
+        self._axes = {name: self.root[name] for name in ("pp", "dp_replicate", "tp")}
+        self._axes |= {name: inner[name] for name in ("dp_shard", "cp")}
+        self._tp_copies: dict[int, dist.ProcessGroup] = {}
+        self.dp_size = axes["dp_replicate"] * axes["dp_shard"]
+        self.dp_rank = self.rank("dp_replicate") * axes["dp_shard"] + self.rank("dp_shard")
+        """Which share of the rows, of dp_size."""
+        self.token_size = self.dp_size * axes["cp"]
+        self.token_group = self.root["dp_replicate", "shard"]._flatten("tokens").get_group()
+        """Ranks that see different tokens: sums of losses and gradients run over them."""
+
+    def size(self, axis: str) -> int:
+        return self.lengths[axis]
+
+    def rank(self, axis: str) -> int:
+        return self._axes[axis].get_local_rank()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        return self._axes[axis].get_group()
 
     @property
-    def is_first_replica(self) -> bool:
-        """Whether this rank writes for its copies: one of each set of equal pieces says yes."""
-        return self.device_mesh["dp_replicate"].get_local_rank() == 0
+    def is_sharded(self) -> bool:
+        return self.size("dp_shard") > 1
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """What FSDP2 works on: the ranks of one copy, and the copies if there are several."""
+        several = self.size("dp_replicate") > 1
+        return self.root["dp_replicate", "shard"] if several else self.shard
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank's copy of the model, of all equal ones, is the one that writes."""
+        return self.rank("dp_replicate") == 0 and (self.is_sharded or self.rank("cp") == 0)
+
+    @property
+    def is_first_holder(self) -> bool:
+        """Whether this rank, of those of its copy that hold one layer, answers for scalars."""
+        return self.rank("tp") == 0 and (not self.is_sharded or self.shard.get_local_rank() == 0)
+
+    def tp_copies(self, copies: int) -> dist.ProcessGroup:
+        """Return the `copies` tensor-parallel ranks in a row that this rank is among.
+
+        Collective over all ranks.
+        """
+        shape = (self.size("tp") // copies, copies)
+        return (
+            self.root["tp"]._unflatten(0, shape, ("tp_heads", "tp_copies"))["tp_copies"].get_group()
+        )
+
+    def pp_ends(self) -> dist.ProcessGroup:
+        """Return the first and the last stage of this rank's pipeline. Collective over all ranks.
+
+        On a stage in between it is a group without this rank.
+        """
+        columns = self.root.mesh.flatten(1).T.tolist()
+        groups = [(column, dist.new_group([column[0], column[-1]])) for column in columns]
+        return next(group for column, group in groups if dist.get_rank() in column)
+
+    def copy_group(self) -> dist.ProcessGroup | None:
+        """Return the ranks that hold one copy of the model together; None: this rank alone."""
+        shared = ("pp", "shard", "tp") if self.is_sharded else ("pp", "tp")
+        axes = tuple(name for name in shared if self.root[name].size() > 1)
+        if len(axes) < 2:
+            return self.root[axes[0]].get_group() if axes else None
+        return self.root[axes]._flatten("_".join(axes)).get_group()
 
     def describe(self) -> str:
-        names = ("dp_replicate", "dp_shard")
-        parts = [f"{name} {self.device_mesh[name].size()}" for name in names]
-        return " x ".join(parts)
+        used = [f"{name} {length}" for name, length in self.lengths.items() if length > 1]
+        return " x ".join(used) or "one process"

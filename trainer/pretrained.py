@@ -15,7 +15,7 @@ from models.layout import Layout
 from models.nn.backends import check_name
 from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
-from trainer.checkpoint.tensor_file import piece_bytes, plan, write_index
+from trainer.checkpoint.tensor_file import plan, tensor_bytes, write_index
 from trainer.files import write_json
 from trainer.parallel.materialise import materialise
 from trainer.parallel.pieces import named_pieces, unique_parameters
@@ -97,7 +97,7 @@ def save_pretrained(
             stream.write(header)
             for name, piece in pieces.items():
                 if files.entries[name].file == file:
-                    stream.write(piece_bytes(piece))
+                    stream.write(tensor_bytes(piece.local))
     write_index(folder, files)
     dtype = next(iter(pieces.values())).local.dtype
     write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})

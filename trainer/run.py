@@ -84,7 +84,8 @@ class Run:
     def check(self, world_size: int) -> None:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
         axes = self.mesh.axes(world_size)
-        self.data.rows_per_micro_batch(axes["dp_replicate"] * axes["dp_shard"])
+        dp_size = axes["dp_replicate"] * axes["dp_shard"]
+        micro_rows = self.data.rows_per_micro_batch(dp_size)
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.row_tokens={self.data.row_tokens} is longer than "
@@ -96,11 +97,14 @@ class Run:
                 f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
                 "data.eval_fraction, or eval_every=null"
             )
-        self.engine.check()
         self._check_vocabulary()
         self.data.check()
         model = self.plan_model()
         self.freeze.apply(model)
+        self.engine.check(
+            model, self.model.layout, axes, row_tokens=self.data.row_tokens,
+            micro_batches=self.data.global_rows // (dp_size * micro_rows),
+        )  # fmt: skip
         self.weight_source(model)
 
     def _check_vocabulary(self) -> None:

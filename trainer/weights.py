@@ -4,12 +4,13 @@ import json
 import logging
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.tensor_file import Entry, read_entries, read_header, read_piece
+from trainer.checkpoint.tensor_file import Entry, read_elements, read_entries, read_header
 from trainer.errors import StorageError
 from trainer.parallel.materialise import Values, random_values
 from trainer.parallel.pieces import named_pieces, tied_names, unique_parameters
@@ -33,10 +34,10 @@ class WeightSource:
         """Return what fills each piece: the file's numbers, or random ones for a new head."""
         random = random_values(model, std, seed)
 
-        def value(name: str, piece: Piece) -> Tensor:
+        def value(name: str, start: int, stop: int) -> Tensor:
             if name in self.fresh:
-                return random(name, piece)
-            return read_piece(self.folder, self.entries[name], piece, name)
+                return random(name, start, stop)
+            return read_elements(self.folder, self.entries[name], start, stop, name)
 
         return value
 
@@ -135,9 +136,7 @@ def _drop_aliases(folder: Path, entries: dict[str, Entry], ties: dict[str, str])
 
 
 def _whole(folder: Path, entry: Entry, name: str) -> Tensor:
-    stop = (entry.stop - entry.start) // entry.dtype.itemsize
-    piece = Piece(local=torch.empty(0), shape=entry.shape, start=0, stop=stop)
-    return read_piece(folder, entry, piece, name)
+    return read_elements(folder, entry, 0, prod(entry.shape), name)
 
 
 def _check(

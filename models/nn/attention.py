@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.layout import HeadRows
 from models.nn.backends import Backend
 from models.nn.cache import LayerCache
 from models.nn.rotary import rotate
@@ -33,6 +34,8 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.backend = backend
         self.tp_slices = tp_slices
+        rows = HeadRows(unit=head_dim)
+        self.head_rows = {"q_proj": rows, "k_proj": rows, "v_proj": rows}
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layout import HeadRows
 from models.nn.activation import ACTIVATIONS
 from models.nn.backends import Backend
 from models.nn.cache import LayerCache
@@ -46,7 +47,12 @@ class BigCodeAttention(_Attend):
         super().__init__(spec, backend, layer_index)
         self.multi_query = spec.multi_query
         kv_heads = 1 if spec.multi_query else spec.n_head
-        self.c_attn = nn.Linear(spec.n_embd, spec.n_embd + 2 * kv_heads * self.head_dim)
+        size = self.head_dim
+        self.c_attn = nn.Linear(spec.n_embd, spec.n_embd + 2 * kv_heads * size)
+        fused = (
+            HeadRows(unit=size, shared=2 * size) if spec.multi_query else HeadRows(unit=3 * size)
+        )
+        self.head_rows = {"c_attn": fused}
 
     def forward(self, x_BTD: Tensor, mask: Any, cache: LayerCache | None) -> Tensor:
         # -1: head counts come from the weights: a tensor-parallel shard needs no other code.
@@ -74,6 +80,8 @@ class BigCodeCrossAttention(_Attend):
         super().__init__(spec, backend, layer_index)
         self.q_attn = nn.Linear(spec.n_embd, spec.n_embd)
         self.c_attn = nn.Linear(spec.n_embd, 2 * spec.n_embd)
+        size = self.head_dim
+        self.head_rows = {"q_attn": HeadRows(unit=size), "c_attn": HeadRows(unit=2 * size)}
 
     def forward(self, x_BTD: Tensor, states_BSD: Tensor, mask: Any) -> Tensor:
         size = self.head_dim

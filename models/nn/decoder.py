@@ -22,8 +22,22 @@ LAYOUT = Layout(
     ),
     rowwise=("self_attn.o_proj", "mlp.down_proj"),
     embedding="model.embed_tokens",
+    norm="model.norm",
     head="lm_head",
 )
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times `scale`, which is rounded to their dtype first."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, scale: float) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.scale = scale
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD = super().forward(ids_BT)
+        # sqrt(3072) is 55.5 in bf16. Rounded on the CPU: no host sync.
+        return x_BTD * torch.tensor(self.scale, dtype=x_BTD.dtype, device="cpu").item()
 
 
 class DecoderBlock(nn.Module):
@@ -73,15 +87,13 @@ class DecoderTrunk(nn.Module):
         norm: nn.Module,
         rotary_emb: RotaryEmbedding,
         backend: Backend,
-        embed_scale: float | None = None,
     ) -> None:
-        """`embed_scale` multiplies the embeddings, rounded to their dtype first."""
         super().__init__()
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rotary_emb = rotary_emb
-        self.backend, self.embed_scale = backend, embed_scale
+        self.backend = backend
 
     @property
     def num_cached_layers(self) -> int:
@@ -96,10 +108,6 @@ class DecoderTrunk(nn.Module):
     ) -> Tensor:
         """Return the (B, T, D) hidden states of (B, T) ids; attention stays within segments."""
         x_BTD = self.embed_tokens(input_ids)
-        if self.embed_scale is not None:
-            # sqrt(3072) is 55.5 in bf16. Rounded on the CPU: no host sync.
-            scale = torch.tensor(self.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
-            x_BTD = x_BTD * scale
         cos_BTH, sin_BTH = self.rotary_emb(position_ids, x_BTD.dtype)
         mask = self.backend.prepare(segments_for(segment_ids, cache))
         for index, layer in enumerate(self.layers):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layout import HeadRows
 from models.nn.backends import Backend
 from models.nn.init import Init
 from models.nn.mlp import GatedMLP
@@ -49,11 +50,14 @@ class CrossAttention(nn.Module):
         self.k_proj = nn.Linear(image_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(image_size, hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        rows = HeadRows(unit=self.head_dim)
+        self.head_rows = {"q_proj": rows, "k_proj": rows, "v_proj": rows}
         if qk_layer_norms:
             self.q_layer_norm = RMSNorm(self.head_dim, eps)
             self.k_layer_norm = RMSNorm(self.head_dim, eps)
 
-    def forward(self, x_BTD: Tensor, states_BSE: Tensor, mask_B1TS: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, states_BSE: Tensor, mask: ImageMask) -> Tensor:
+        """Positions without an image get zeros."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, x in (
@@ -64,8 +68,10 @@ class CrossAttention(nn.Module):
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
         dropout = self.dropout if self.training else 0.0
         scale = self.head_dim**-0.5
-        mixed = self.backend.attend(query, key, value, mask_B1TS, dropout=dropout, scale=scale)
-        result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        mixed = self.backend.attend(query, key, value, mask.mask_B1TS, dropout=dropout, scale=scale)
+        # Here, not behind o_proj: this side of it sees all tokens of a row on every layout.
+        mixed_BTD = mixed.transpose(1, 2).flatten(2).masked_fill(mask.is_blind_BT1, 0.0)
+        result: Tensor = self.o_proj(mixed_BTD)
         return result
 
 
@@ -110,9 +116,8 @@ class GatedCrossBlock(nn.Module):
         """Without image states the cross-attention adds nothing; the feed-forward layer acts."""
         if states_BSE is not None:
             assert mask is not None
-            crossed = self.cross_attn(self.input_layernorm(x_BTD), states_BSE, mask.mask_B1TS)
+            crossed = self.cross_attn(self.input_layernorm(x_BTD), states_BSE, mask)
             crossed = F.dropout(crossed, self.dropout, self.training)
-            crossed = crossed.masked_fill(mask.is_blind_BT1, 0.0)
             x_BTD = x_BTD + self.alpha_cross_attn.tanh() * crossed
         dense = self.mlp(self.post_attention_layernorm(x_BTD))
         dense = F.dropout(dense, self.dropout, self.training)

@@ -1,6 +1,6 @@
 """Language-model head fused with cross-entropy: loss and gradients in chunks, never all logits."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels_X: Tensor,
         scale: Tensor,
         chunk_tokens: int,
+        vocabulary: "Vocabulary",
         *weights_VD: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Logits are those of all `weights_VD`, side by side; frozen ones cost no gradient."""
-        needs_hidden, _, _, _, *needs_weights = ctx.needs_input_grad
+        needs_hidden, _, _, _, _, *needs_weights = ctx.needs_input_grad
         wide = torch.promote_types(hidden_XD.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_XD) if needs_hidden else None
         # Accumulate over chunks: kept wide, cast once in backward.
@@ -51,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_XD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits_XV = project(hidden_XD[rows], weights_VD)
-            nll_sum, grad_XV = _chunk(logits_XV.to(wide), labels_X[rows], scale)
+            nll_sum, grad_XV = vocabulary.gradient(logits_XV.to(wide), labels_X[rows], scale)
             total += nll_sum
             parts = grad_XV.to(hidden_XD.dtype).split([len(w) for w in weights_VD], dim=-1)
             if grad_hidden is not None:
@@ -73,6 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
             *(
                 None if grad_weight is None else (grad_weight * grad).to(dtype)
                 for grad_weight, dtype in zip(grad_weights, ctx.dtypes, strict=True)
@@ -86,18 +88,42 @@ def project(hidden_XD: Tensor, weights_VD: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _chunk(logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nll sum and the gradient of `scale * sum` with respect to the wide logits."""
-    # In place from here on: each pass over (X, V) costs as much as a tenth of the products.
-    log_p_XV = logits_XV.log_softmax(-1)
-    is_target_X1 = (labels_X != IGNORED)[:, None]
-    index_X1 = labels_X.clamp(min=0)[:, None]
-    # where and masked_fill, not multiplication: 0 * inf of an ignored row would be NaN.
-    nll_sum = torch.where(is_target_X1, -log_p_XV.gather(1, index_X1), 0.0).sum()
-    grad_XV = log_p_XV.exp_()
-    grad_XV.scatter_add_(1, index_X1, grad_XV.new_full(index_X1.shape, -1.0))
-    grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
-    return nll_sum, grad_XV
+class Vocabulary(Protocol):
+    """Computes what needs the logits of all tokens: here of them all, or of this rank's share."""
+
+    def gradient(self, logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nll sum, and the gradient of `scale * sum` with respect to the wide logits."""
+        ...
+
+    def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
+        """Return the nll sum alone."""
+        ...
+
+    def whole(self, logits_XV: Tensor) -> Tensor:
+        """Return the logits of all tokens."""
+        ...
+
+
+class WholeVocabulary:
+    """Every logit is here."""
+
+    def gradient(self, logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        # In place from here on: each pass over (X, V) costs as much as a tenth of the products.
+        log_p_XV = logits_XV.log_softmax(-1)
+        is_target_X1 = (labels_X != IGNORED)[:, None]
+        index_X1 = labels_X.clamp(min=0)[:, None]
+        # where and masked_fill, not multiplication: 0 * inf of an ignored row would be NaN.
+        nll_sum = torch.where(is_target_X1, -log_p_XV.gather(1, index_X1), 0.0).sum()
+        grad_XV = log_p_XV.exp_()
+        grad_XV.scatter_add_(1, index_X1, grad_XV.new_full(index_X1.shape, -1.0))
+        grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
+        return nll_sum, grad_XV
+
+    def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
+        return F.cross_entropy(logits_XV, labels_X, ignore_index=IGNORED, reduction="sum")
+
+    def whole(self, logits_XV: Tensor) -> Tensor:
+        return logits_XV
 
 
 def _accumulate(total_VD: Tensor, grad_logits_XV: Tensor, hidden_XD: Tensor) -> None:
@@ -117,6 +143,7 @@ class LMHead(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.chunk_tokens = chunk_tokens
         self.tp_slices = tp_slices
+        self.vocabulary: Vocabulary = WholeVocabulary()
 
     def forward(  # type: ignore[override]
         self,
@@ -130,7 +157,7 @@ class LMHead(nn.Linear):
             return self.loss(hidden_BTD, labels_BT, scale)
         if self.tp_slices > 1:
             return colwise(hidden_BTD, self, self.tp_slices)
-        return project(hidden_BTD, self.weights())
+        return self.vocabulary.whole(project(hidden_BTD, self.weights()))
 
     def weights(self) -> tuple[Tensor, ...]:
         """Return the rows of the vocabulary, in one part or more."""
@@ -143,7 +170,7 @@ class LMHead(nn.Linear):
         num_targets = (labels_X != IGNORED).sum()
         if torch.is_grad_enabled():
             objective, nll_sum = _ChunkedCrossEntropy.apply(
-                hidden_XD, labels_X, scale, self.chunk_tokens, *self.weights()
+                hidden_XD, labels_X, scale, self.chunk_tokens, self.vocabulary, *self.weights()
             )
             return Loss(nll_sum, num_targets, objective)
         nll_sum = self._nll_sum(hidden_XD, labels_X)
@@ -156,10 +183,6 @@ class LMHead(nn.Linear):
             hidden_XD.split(self.chunk_tokens), labels_X.split(self.chunk_tokens), strict=True
         )
         for hidden, labels in chunks:
-            total += F.cross_entropy(
-                project(hidden, self.weights()).to(wide),
-                labels,
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
+            logits_XV = project(hidden, self.weights()).to(wide)
+            total += self.vocabulary.nll_sum(logits_XV, labels)
         return total

@@ -176,7 +176,9 @@ class VisionTower(nn.Module):
             VisionBlock(spec, backend) for _ in range(spec.num_hidden_layers)
         )
         # In the files, but of the pooled output alone: what the decoder sees goes around it.
-        self.post_layernorm = nn.LayerNorm(spec.embed_dim, eps=spec.layer_norm_eps)
+        # It never sees a gradient, so it never trains.
+        norm = nn.LayerNorm(spec.embed_dim, eps=spec.layer_norm_eps)
+        self.post_layernorm = norm.requires_grad_(False)
 
     def forward(self, pixels_XCHW: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Return the (X, P + 1, E) last hidden states, class token included, not normalised."""

@@ -12,6 +12,7 @@ from models.nn.decoder import DecoderBlock
 from models.nn.decoupled import DecoupledEmbedding
 from models.nn.dense import Eager, Sdpa
 from models.nn.gated import CrossAttention, GatedCrossBlock, ImageMask
+from models.nn.head import LMHead
 from models.nn.init import Init
 from models.nn.mlp import GatedMLP
 from models.nn.model import DecoderModel
@@ -85,7 +86,7 @@ class VisionTextTrunk(nn.Module):
             image_states = self.encode_images(pixel_values, interpolate_pos_encoding)
         mask, states_BSE = None, None
         if image_states is not None:
-            mask = _image_mask(image_states, image_attention_mask, input_ids)
+            mask = _image_mask(image_states, image_attention_mask, segment_ids)
             states_BSE = image_states.flatten(1, 2)
         x_BTD = self.embed_tokens(input_ids)
         cos_BTH, sin_BTH = self.rotary_emb(position_ids, x_BTD.dtype)
@@ -107,8 +108,8 @@ class VisionTextTrunk(nn.Module):
         return states_XSE.unflatten(0, pixel_values.shape[:2])
 
 
-def _image_mask(states_BISE: Tensor, mask_BTI: Tensor | None, ids_BT: Tensor) -> ImageMask:
-    needed = (*ids_BT.shape, states_BISE.shape[1])
+def _image_mask(states_BISE: Tensor, mask_BTI: Tensor | None, segments_BT: Tensor) -> ImageMask:
+    needed = (*segments_BT.shape, states_BISE.shape[1])
     if mask_BTI is None or tuple(mask_BTI.shape) != needed:
         found = None if mask_BTI is None else tuple(mask_BTI.shape)
         raise ValueError(
@@ -160,7 +161,7 @@ def freeze(model: DecoderModel, spec: Any) -> None:
     """Freeze in place what the spec's flags say; ValueError for an exception without effect.
 
     The additional rows, the resampler and the gated blocks always train. A tied head is frozen with
-    the text. The tower's post_layernorm never sees a gradient, so it never trains.
+    the text.
     """
     trunk = model.trunk
     assert isinstance(trunk, VisionTextTrunk)
@@ -171,8 +172,7 @@ def freeze(model: DecoderModel, spec: Any) -> None:
     if spec.freeze_vision_layers:
         exceptions = spec.freeze_vision_module_exceptions
         _freeze_but(trunk.vision_model, exceptions, "freeze_vision_module_exceptions")
-    trunk.vision_model.post_layernorm.requires_grad_(False)
-    if spec.freeze_lm_head:
+    if spec.freeze_lm_head and isinstance(model.head, LMHead):
         model.head.get_parameter("weight").requires_grad_(False)
 
 

@@ -15,7 +15,7 @@ from tests.runs import tiny_run, train
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
-from trainer.parallel.data_parallel import blocks
+from trainer.parallel.data_parallel import named_blocks
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
@@ -46,7 +46,9 @@ def test_gradients_of_every_family_with_dropout_are_the_same(family: str, mode: 
         for module in model.modules():
             if getattr(module, "dropout", None) == 0.0:
                 module.dropout = 0.2
-        ActivationCheckpointing(mode=each).apply(blocks(model, spec.layout))
+        ActivationCheckpointing(mode=each).apply(
+            list(dict(named_blocks(model, spec.layout)).values())
+        )
         torch.manual_seed(0)
         model(**inputs(spec)).square().sum().backward()
         found[each] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -78,7 +80,9 @@ def test_as_much_is_computed_again_as_the_mode_says(
 ) -> None:
     spec = specs()["Llama"]
     model = built(spec)
-    ActivationCheckpointing(mode=mode, every=every).apply(blocks(model, spec.layout))
+    ActivationCheckpointing(mode=mode, every=every).apply(
+        list(dict(named_blocks(model, spec.layout)).values())
+    )
     batch = inputs(spec)
     with _Count() as count:
         model(**batch).sum().backward()
@@ -90,7 +94,9 @@ def test_names_stay_and_nothing_is_recomputed_without_gradients() -> None:
     spec = specs()["Llama"]
     model = built(spec)
     names = [name for name, _ in model.named_modules()]
-    ActivationCheckpointing(mode="full").apply(blocks(model, spec.layout))
+    ActivationCheckpointing(mode="full").apply(
+        list(dict(named_blocks(model, spec.layout)).values())
+    )
     assert [name for name, _ in model.named_modules()] == names
     with torch.no_grad(), _Count() as count:
         model(**inputs(spec))

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests import ranks
 from tests.distributed.test_layouts import DDP, FSDP, curve
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
@@ -61,13 +60,13 @@ def test_traced_blocks_give_the_same_bits(
 def test_inductor_s_code_gives_the_same_numbers_and_is_made_once(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "LIMIT_SECONDS", 180.0)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     settings: dict[str, Any] = {"precision": "fp64", "max_steps": 6, "eval_every": 2}
     run_ranks(1, train, tmp_path / "plain", tiny_run(cache, **settings))
     compiled = tiny_run(cache, engine=NativeEngine(compile=True), **settings)
-    (stats,) = run_ranks(1, train_compiled, tmp_path / "compiled", compiled, "inductor")
+    folder = tmp_path / "compiled"
+    (stats,) = run_ranks(1, train_compiled, folder, compiled, "inductor", limit_seconds=180.0)
     for key in ("loss", "grad_norm"):
         expected = curve(tmp_path / "plain", key)
         assert curve(tmp_path / "compiled", key) == pytest.approx(expected, rel=1e-12, abs=0)
@@ -76,6 +75,6 @@ def test_inductor_s_code_gives_the_same_numbers_and_is_made_once(
 
 def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    NativeEngine().check()
+    NativeEngine().check_machine()
     with pytest.raises(ValueError, match=r"engine\.compile=true needs a C"):
-        NativeEngine(compile=True).check()
+        NativeEngine(compile=True).check_machine()

@@ -343,7 +343,7 @@ def test_input_that_cannot_be_read_has_its_own_code_in_one_line(
         ),
         (
             [*TINY, "launch.processes=2", "mesh=single"],
-            ["dp_replicate=1 x dp_shard=1 does not fit 2 processes", "start 1", "mesh=ddp"],
+            ["mesh single does not fit 2 processes", "start 1", "mesh=ddp"],
         ),
     ],
     ids=["unknown command", "rows that ranks do not divide", "mesh of one process on two"],

@@ -20,7 +20,7 @@ from trainer.engines.native import NativeEngine
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
 from trainer.optim import SGD, AdamW
-from trainer.parallel.materialise import materialise, random_values
+from trainer.parallel.materialise import random_values
 from trainer.parallel.pieces import named_pieces, unique_parameters
 from trainer.precision import PRECISIONS
 from trainer.schedule import Constant
@@ -52,10 +52,12 @@ def one_step(
         model = spec.build_causal_lm(chunk_tokens=24).to(precision.master)
     options.get("freeze", FreezeSpec()).apply(model)
     native = NativeEngine()
-    native.lay_out(model, spec.layout, built, precision)
-    materialise(model, ranks.device, random_values(model, STD, 0))
+    values = random_values(model, STD, 0)
+    laid_out = native.lay_out(model, spec.layout, built, precision)
+    laid_out.fill(ranks.device, values)
     engine = native.build(
-        model=model, layout=spec.layout, mesh=built, precision=precision, device=ranks.device,
+        laid_out=laid_out, layout=spec.layout, mesh=built, precision=precision,
+        device=ranks.device,
         optim=options.get("optim", SGD(lr=0.5)), schedule=Constant(), seed=0, max_steps=10,
     )  # fmt: skip
     loader, _ = data_spec(cache, micro_rows).build(
@@ -203,10 +205,12 @@ def poisoned(placement: Placement, cache: Path, mesh: MeshSpec) -> list[bool]:
     with torch.device("meta"):
         model = spec.build_causal_lm(chunk_tokens=24)
     native = NativeEngine()
-    native.lay_out(model, spec.layout, built, precision)
-    materialise(model, ranks.device, random_values(model, STD, 0))
+    values = random_values(model, STD, 0)
+    laid_out = native.lay_out(model, spec.layout, built, precision)
+    laid_out.fill(ranks.device, values)
     engine = native.build(
-        model=model, layout=spec.layout, mesh=built, precision=precision, device=ranks.device,
+        laid_out=laid_out, layout=spec.layout, mesh=built, precision=precision,
+        device=ranks.device,
         optim=AdamW(lr=1e-2), schedule=Constant(), seed=0, max_steps=10,
     )  # fmt: skip
     loader, _ = data_spec(cache, 2).build(

@@ -15,6 +15,7 @@ from trainer.control import HostResult
 from trainer.mesh import MeshSpec
 from trainer.progress import Progress
 from trainer.record import METRICS, RunRecord, cut_back, read_lines
+from trainer.verify.forked import RankFailedError
 
 
 class DieAfterSave(Callback):
@@ -177,7 +178,7 @@ def test_every_sample_is_consumed_exactly_once_over_a_crash_and_a_resume(
 ) -> None:
     """Saved on 2 ranks at step 3, killed at step 5, resumed, finished at step 6."""
     run = tiny_run(cache, save_every=3, max_steps=6, data_micro_rows=1, mesh=MeshSpec(dp_shard=-1))
-    with pytest.raises(AssertionError, match="died without a result"):
+    with pytest.raises(RankFailedError, match="died without a result"):
         run_ranks(2, train, tmp_path, replace(run, callbacks={"die": DieAt(5)}))
     run = replace(run, data=replace(run.data, global_rows=rows_after))
     run_ranks(resumed_on, train, tmp_path, run)
@@ -196,7 +197,7 @@ def test_every_sample_is_consumed_exactly_once_over_a_crash_and_a_resume(
 def test_ledger_holds_every_step_that_a_checkpoint_holds(tmp_path: Path, cache: Path) -> None:
     """Results are read back one step late, but not later than the save of their step."""
     run = tiny_run(cache, save_every=3, max_steps=4)
-    with pytest.raises(AssertionError, match="died without a result"):
+    with pytest.raises(RankFailedError, match="died without a result"):
         run_ranks(1, train, tmp_path, replace(run, callbacks={"die": DieAfterSave()}))
     run_ranks(1, train, tmp_path, run)
     assert [(line["attempt"], line["step"]) for line in ledger(tmp_path)] == [
@@ -208,7 +209,7 @@ def test_steps_executed_again_after_a_crash_consume_and_yield_the_same(
     tmp_path: Path, cache: Path
 ) -> None:
     run = tiny_run(cache, save_every=2, max_steps=6)
-    with pytest.raises(AssertionError, match="died without a result"):
+    with pytest.raises(RankFailedError, match="died without a result"):
         run_ranks(1, train, tmp_path, replace(run, callbacks={"die": DieAt(6)}))
     lost = [line for line in ledger(tmp_path) if line["step"] > 4]
     assert [line["step"] for line in lost] == [5]  # the result of step 6 was never read back

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trainer.checkpoint import commit
 from trainer.checkpoint.commit import FilePiece
 from trainer.checkpoint.loading import MODEL, STATE, load
 from trainer.checkpoint.lock import RunLock
-from trainer.checkpoint.tensor_file import TensorFiles, piece_bytes, plan, write_index
+from trainer.checkpoint.tensor_file import TensorFiles, own_ranges, plan, write_index
 from trainer.distributed import Ranks
 from trainer.errors import StorageError
 from trainer.files import write_json, write_text
@@ -100,13 +101,13 @@ class Checkpoints:
     def _write(self, step: int, final: Path, engine: Engine, state: dict[str, Any]) -> None:
         staging = self.folder / f"{final.name}.tmp-{self.generation}"
         max_bytes = int(self.spec.max_file_gb * 1e9)
-        groups = {
-            MODEL: (engine.weights(), plan(engine.weights(), "model", max_bytes)),
-            STATE: (
-                engine.optimizer_state(),
-                plan(engine.optimizer_state(), "optimizer", max_bytes),
-            ),
-        }
+        groups = {}
+        for folder, stem, pieces in (
+            (MODEL, "model", engine.weights()),
+            (STATE, "optimizer", engine.optimizer_state()),
+        ):
+            whole = {name: piece.with_whole_rows() for name, piece in pieces.items()}
+            groups[folder] = whole, plan(pieces, stem, max_bytes)
         self._together(lambda: self._stage(step, groups, state), staging, main_only=True)
         self._together(lambda: self._write_own(staging, groups), staging)
         self._together(lambda: self._commit(step, staging, final), staging, main_only=True)
@@ -165,26 +166,18 @@ class Checkpoints:
     def _write_own(
         self, staging: Path, groups: dict[str, tuple[dict[str, Piece], TensorFiles]]
     ) -> None:
-        """Write this rank's ranges, unless another rank holds the same ones and writes them."""
-        written = []
+        """Write the ranges that this rank answers for, if its copy of the model is the first."""
+        written: list[FilePiece] = []
         for folder, (pieces, files) in groups.items():
-            for file in files.headers:
-                own = {
-                    name: piece
+            for file in files.headers if self.mesh.is_first_copy else ():
+                ranges = chain.from_iterable(
+                    own_ranges(piece, files.entries[name])
                     for name, piece in pieces.items()
-                    if files.entries[name].file == file and self._is_writer(piece)
-                }
-                ranges = (
-                    (files.entries[name].offset(p), piece_bytes(p)) for name, p in own.items()
+                    if files.entries[name].file == file
                 )
                 name = f"{folder}/{file}"
                 written += commit.write_pieces(staging / name, name, ranges)
         _publish(staging, f"rank{self.ranks.placement.rank:05d}", written)
-
-    def _is_writer(self, piece: Piece) -> bool:
-        is_first_shard = self.mesh.device_mesh["dp_shard"].get_local_rank() == 0
-        holds_more_than_others = is_first_shard or not piece.is_whole
-        return self.mesh.is_first_replica and holds_more_than_others and piece.start < piece.stop
 
     def _commit(self, step: int, staging: Path, final: Path) -> None:
         assert self.lock is not None

@@ -1,10 +1,18 @@
 """Filling a model and an optimizer from the safetensors files of a checkpoint."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.tensor_file import missing_and_unexpected, read_entries, read_piece
+from torch import Tensor
+
+from trainer.checkpoint.tensor_file import (
+    Entry,
+    missing_and_unexpected,
+    read_elements,
+    read_entries,
+)
 from trainer.errors import StorageError
 from trainer.pieces import Piece
 from trainer.protocols import Engine
@@ -32,5 +40,13 @@ def fill(pieces: dict[str, Piece], folder: Path) -> None:
                 f"{folder / entry.file}: {name} is {entry.dtype}, "
                 f"the run keeps {piece.local.dtype}; set precision to the one it was saved with"
             )
-        values = read_piece(folder, entry, piece, name)
-        piece.local.copy_(values.view(piece.local.shape))
+        if entry.shape != piece.shape:
+            raise StorageError(
+                f"{folder / entry.file}: {name} has shape {list(entry.shape)}, "
+                f"the model needs {list(piece.shape)}"
+            )
+        piece.local.copy_(piece.cut(partial(_read, folder, entry, name)))
+
+
+def _read(folder: Path, entry: Entry, name: str, start: int, stop: int) -> Tensor:
+    return read_elements(folder, entry, start, stop, name)

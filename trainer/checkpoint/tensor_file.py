@@ -32,9 +32,9 @@ class Entry:
     start: int
     stop: int
 
-    def offset(self, piece: Piece) -> int:
-        """Return the byte of the file at which `piece` begins."""
-        return self.start + piece.start * self.dtype.itemsize
+    def offset(self, element: int) -> int:
+        """Return the byte of the file at which the flattened tensor's `element` begins."""
+        return self.start + element * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,21 +136,25 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def piece_bytes(piece: Piece) -> memoryview:
-    """Return the local elements as bytes on the CPU."""
-    flat = piece.local.detach().cpu().contiguous().reshape(-1)
+def own_ranges(piece: Piece, entry: Entry) -> Iterator[tuple[int, memoryview]]:
+    """Yield (offset in the file, bytes) of the rows that this rank answers for."""
+    assert piece.has_whole_rows
+    own = [rows for rows in piece.rows if rows.is_own]
+    for rows, values in zip(own, piece.split_own(piece.local), strict=True):
+        if len(rows):
+            yield entry.offset(rows.start * piece.width), tensor_bytes(values)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the elements as bytes on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data.cast("B")
 
 
-def read_piece(folder: Path, entry: Entry, piece: Piece, name: str) -> Tensor:
-    """Read elements [piece.start, piece.stop) of the tensor, on the CPU, in the file's dtype."""
-    if entry.shape != piece.shape:
-        raise StorageError(
-            f"{folder / entry.file}: {name} has shape {list(entry.shape)}, "
-            f"the model needs {list(piece.shape)}"
-        )
-    count = (piece.stop - piece.start) * entry.dtype.itemsize
-    data = np.fromfile(folder / entry.file, np.uint8, count=count, offset=entry.offset(piece))
+def read_elements(folder: Path, entry: Entry, start: int, stop: int, name: str) -> Tensor:
+    """Read elements [start, stop) of the flat tensor, on the CPU, in the file's dtype."""
+    count = (stop - start) * entry.dtype.itemsize
+    data = np.fromfile(folder / entry.file, np.uint8, count=count, offset=entry.offset(start))
     if len(data) != count:
         raise StorageError(f"{folder / entry.file} ends inside tensor {name}")
     # torch views no empty array as another dtype: a rank may hold no rows of a tensor.

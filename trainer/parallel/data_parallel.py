@@ -1,5 +1,6 @@
 """FSDP2 over the planned model, and DDP or nothing where no weight is sharded."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from trainer.mesh import Mesh
 from trainer.precision import Precision
 
 
-def shard(model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision) -> None:
+def shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: Precision) -> None:
     """Apply `fully_shard` to every block and to the root, in place, while the model is on meta.
 
     Embedding and head stay in the root's group: tied weights must share one group, or FSDP2 unties
@@ -25,24 +26,19 @@ def shard(model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision) ->
         # The only float input is the loss scale: casting it to bf16 would change the gradient.
         cast_forward_inputs=False,
     )
-    device_mesh = (
-        mesh.device_mesh["dp_replicate", "dp_shard"]
-        if mesh.dp_replicate > 1
-        else mesh.device_mesh["dp_shard"]
-    )
-    for block in blocks(model, layout):
+    device_mesh = mesh.shard_mesh
+    for block in blocks:
         fully_shard(block, mesh=device_mesh, mp_policy=policy)
     fully_shard(model, mesh=device_mesh, mp_policy=policy)
 
 
-def blocks(model: nn.Module, layout: Layout) -> list[nn.Module]:
-    """Return the modules that the layout's block patterns name and the model has, in order."""
-    found = []
+def named_blocks(model: nn.Module, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that the layout's block patterns name and the model has, in order."""
     for pattern in layout.blocks:
         prefix, _, rest = pattern.partition(".*")
         assert not rest, f"layout.blocks={pattern!r} must end in .*"
-        found += list(model.get_submodule(prefix).children())
-    return found
+        for name, block in model.get_submodule(prefix).named_children():
+            yield f"{prefix}.{name}", block
 
 
 class ComputeCast(nn.Module):
@@ -64,13 +60,14 @@ def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:
     """Return what is called for `model`: with weight casts and gradient averaging as needed."""
     if precision.compute != precision.master:
         model = ComputeCast(model, precision.compute)
-    if mesh.dp_size > 1:
+    trains = any(parameter.requires_grad for parameter in model.parameters())  # not: a stage
+    if mesh.token_size > 1 and trains:
         # Buffers are constants that each rank computes: nothing to broadcast at every forward.
         names = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         # init_sync: the weights are equal already, each rank made them from their names.
         model = DistributedDataParallel(
-            model, process_group=mesh.dp_group, gradient_as_bucket_view=True, init_sync=False
+            model, process_group=mesh.token_group, gradient_as_bucket_view=True, init_sync=False
         )
     return model
 

@@ -1,19 +1,21 @@
 """From a planned model on the meta device to real weights, the same on every layout."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from models.nn.init import initial_values, initializers
-from trainer.parallel.pieces import piece_of, tied_names, unique_parameters
-from trainer.pieces import Piece
+from trainer.parallel.pieces import Splits, piece_of, tied_names, unique_parameters
 
-Values = Callable[[str, Piece], Tensor]
-"""Returns elements [piece.start, piece.stop) of the named parameter, on the CPU."""
+Values = Callable[[str, int, int], Tensor]
+"""Returns elements [start, stop) of the named parameter, flattened, on the CPU."""
 
 
-def materialise(model: nn.Module, device: torch.device, values: Values) -> None:
+def materialise(
+    model: nn.Module, device: torch.device, values: Values, splits: Splits | None = None
+) -> None:
     """Allocate this rank's pieces on `device` and fill them with `values`. No communication."""
     ties = tied_names(model)
     kept = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
@@ -28,14 +30,14 @@ def materialise(model: nn.Module, device: torch.device, values: Values) -> None:
         if reset is not None:
             reset(device)
     for name, parameter in unique_parameters(model):
-        piece = piece_of(parameter)
-        piece.local.copy_(values(name, piece).view(piece.local.shape))
+        piece = piece_of(parameter, (splits or {}).get(name))
+        piece.local.copy_(piece.cut(partial(values, name)))
 
 
 def random_values(model: nn.Module, std: float, seed: int) -> Values:
     """Return the initial values of every parameter, keyed by its name."""
     inits = initializers(model, std)
-    return lambda name, piece: initial_values(name, inits[name], seed, piece.start, piece.stop)
+    return lambda name, start, stop: initial_values(name, inits[name], seed, start, stop)
 
 
 def _tie(model: nn.Module, alias: str, name: str) -> None:

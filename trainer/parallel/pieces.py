@@ -1,68 +1,115 @@
 """Which piece of each parameter this rank holds, and sums over all pieces of a tensor."""
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from trainer.pieces import Piece
+from trainer.pieces import Piece, Rows
+
+Splits = Mapping[str, Piece]
+"""Which part of each parameter this rank's module holds, where that is not all of it."""
+_NO_SPLITS: Splits = {}
 
 
-def piece_of(tensor: Tensor) -> Piece:
-    """Return this rank's piece of a plain tensor (all of it) or of a DTensor sharded on dim 0."""
-    shape = tuple(tensor.shape)
+def piece_of(tensor: Tensor, split: Piece | None = None) -> Piece:
+    """Return this rank's piece of a parameter: cut over tensor-parallel ranks, then by FSDP2.
+
+    `split` is what the module holds of it (with any `local`); None: all of it.
+    """
+    base = split or Piece.of(tensor)
     if not isinstance(tensor, DTensor):
-        return Piece(local=local_tensor(tensor), shape=shape, start=0, stop=tensor.numel())
+        return base.like(tensor.detach())
+    first, last = _row_range(tensor)
+    return Piece(
+        local=local_tensor(tensor),
+        shape=base.shape,
+        rows=tuple(_intersect(base.rows, first, last)) or (Rows(start=0, stop=0),),
+        columns=base.columns,
+        column_group=base.column_group,
+    )
+
+
+def _row_range(tensor: DTensor) -> tuple[int, int]:
+    """Return which rows of the (tensor-parallel part of the) tensor this rank's shard holds."""
     for placement in tensor.placements:
         if isinstance(placement, Shard) and placement.dim != 0:
-            raise AssertionError(f"piece of a tensor sharded on dim {placement.dim} is no range")
+            raise AssertionError(f"FSDP2 sharded dim {placement.dim}, not rows")
     local_shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    row = math.prod(shape[1:])
-    start = min(offset[0], shape[0]) * row if shape else 0
-    return Piece(
-        local=local_tensor(tensor), shape=shape, start=start, stop=start + math.prod(local_shape)
-    )
+    start = min(offset[0], tensor.shape[0])
+    return start, start + local_shape[0]
 
 
-def named_pieces(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Piece]:
+def _intersect(runs: tuple[Rows, ...], first: int, last: int) -> Iterator[Rows]:
+    """Yield what lies at places [first, last) of the runs laid end to end."""
+    place = 0
+    for rows in runs:
+        start, stop = max(first - place, 0), min(last - place, len(rows))
+        if start < stop:
+            yield replace(rows, start=rows.start + start, stop=rows.start + stop)
+        place += len(rows)
+
+
+def named_pieces(
+    parameters: Iterable[tuple[str, nn.Parameter]], splits: Splits = _NO_SPLITS
+) -> dict[str, Piece]:
     """Return the piece of each parameter by name."""
-    return {name: piece_of(parameter) for name, parameter in parameters}
+    return {name: piece_of(parameter, splits.get(name)) for name, parameter in parameters}
 
 
-def global_square_sum(tensors: Iterable[Tensor]) -> Tensor:
+@torch.no_grad()
+def sum_shared(gradients: Iterable[tuple[Piece, Tensor]]) -> None:
+    """Add up, in place, gradients of rows that several ranks hold and each saw a part of.
+
+    Collective over every axis of the pieces' `sum_over`, in alphabetic order: one message for each.
+    """
+    groups: dict[str, dist.ProcessGroup] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for piece, gradient in gradients:
+        local, first = local_tensor(gradient), 0
+        for rows in piece.rows:
+            for axis, group in rows.sum_over:
+                groups[axis] = group
+                part = local[first : first + len(rows)] if local.ndim else local
+                parts.setdefault(axis, []).append(part)
+            first += len(rows)
+    for axis, group in sorted(groups.items()):
+        tensors = parts[axis]
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=group)
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, total in zip(tensors, flat.split(sizes), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
+
+def global_square_sum(
+    gradients: Iterable[tuple[Piece, Tensor]],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> Tensor:
     """Return the sum of squares over the whole tensors, each element once, in at least fp32.
 
-    Shards are summed over the mesh axes that shard them; replicas are not added up. Collective:
-    every rank of those axes must call this with the same tensors in the same order.
+    Gradients come with the piece that they lie as. `group` holds the ranks of one copy of the
+    model; None: this rank alone. Collective over it.
     """
-    totals: dict[tuple[object, ...], Tensor] = {}
-    groups: dict[tuple[object, ...], list[torch.distributed.ProcessGroup]] = {}
-    for tensor in tensors:
-        local, key, axes = _local_and_axes(tensor)
+    squares = []
+    for piece, gradient in gradients:
+        local = local_tensor(gradient)
         wide = torch.promote_types(local.dtype, torch.float32)
-        square = torch.linalg.vector_norm(local, dtype=wide).square()
-        totals[key] = totals[key] + square if key in totals else square
-        groups[key] = axes
-    for key, axes in groups.items():
-        for group in axes:
-            torch.distributed.all_reduce(totals[key], group=group)
-    return torch.stack(list(totals.values())).sum()
-
-
-def _local_and_axes(
-    tensor: Tensor,
-) -> tuple[Tensor, tuple[object, ...], list[torch.distributed.ProcessGroup]]:
-    if not isinstance(tensor, DTensor):
-        return tensor, (), []
-    mesh = tensor.device_mesh
-    sharded = [i for i, p in enumerate(tensor.placements) if isinstance(p, Shard)]
-    axes = [mesh.get_group(i) for i in sharded if mesh.size(i) > 1]
-    return local_tensor(tensor), (id(mesh), *sharded), axes
+        for own in piece.split_own(local):
+            squares.append(torch.linalg.vector_norm(own, dtype=wide).square())
+    # fp64 on every rank, whether it has a gradient or not: they meet in one collective.
+    empty = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.stack(squares).double().sum() if squares else empty
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
 
 
 @torch.no_grad()

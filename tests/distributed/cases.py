@@ -1,0 +1,125 @@
+"""The axes of the layout matrix, and sets of cases that meet every pair or triple of choices."""
+
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parity.oracle import specs
+from models import heads
+from tests.runs import tiny_run
+from tests.tasks import HeadTask
+from trainer.engines.native import NativeEngine
+from trainer.freeze import FreezeSpec
+from trainer.mesh import MeshSpec
+from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.run import Run
+from trainer.verify.rows import MadeRows
+
+LAYOUTS: dict[str, MeshSpec] = {
+    "ddp": MeshSpec(dp_replicate=2),
+    "fsdp": MeshSpec(dp_shard=2),
+    "hsdp": MeshSpec(dp_replicate=2, dp_shard=2),
+    "tp": MeshSpec(tp=2),
+    "tp+sp": MeshSpec(tp=2),
+    "cp": MeshSpec(cp=2),
+    "pp": MeshSpec(pp=2),
+    "fsdp x tp": MeshSpec(dp_shard=2, tp=2),
+}
+HEADS = (heads.CAUSAL_LM, heads.SEQUENCE, heads.TOKEN)
+OPTIONS = ("plain", "frozen", "accumulation", "one document", "checkpointing")
+AXES: dict[str, tuple[Any, ...]] = {
+    "layout": tuple(LAYOUTS),
+    "family": tuple(specs()),
+    "head": HEADS,
+    "tied": (False, True),
+    "option": OPTIONS,
+}
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One choice on every axis."""
+
+    layout: str
+    family: str
+    head: str
+    tied: bool
+    option: str
+
+    def __str__(self) -> str:
+        tied = "tied" if self.tied else "untied"
+        return f"{self.layout}, {self.family}, {self.head}, {tied}, {self.option}"
+
+    @property
+    def reference(self) -> "Case":
+        """The same on one process."""
+        return replace(self, layout="single")
+
+    @property
+    def mesh(self) -> MeshSpec:
+        return LAYOUTS.get(self.layout, MeshSpec())
+
+    def run(self, cache: Path) -> Run:
+        """Return the run of this case; in fp64."""
+        is_ours = self.option == "checkpointing"
+        recompute = ActivationCheckpointing(mode="full" if is_ours else "none")
+        return tiny_run(
+            cache,
+            model=spec_of(self.family, self.tied),
+            task=HeadTask(head=self.head),
+            mesh=self.mesh,
+            engine=NativeEngine(
+                sequence_parallel=self.layout != "tp", activation_checkpointing=recompute
+            ),
+            freeze=FreezeSpec(frozen=FROZEN[self.family] if self.option == "frozen" else ()),
+            precision="fp64",
+        )
+
+    def rows(self) -> MadeRows:
+        spec = spec_of(self.family, self.tied)
+        return MadeRows(
+            vocab_size=spec.vocab_size + getattr(spec, "additional_vocab_size", 0),
+            micro_rows=1 if self.option == "accumulation" else 2,
+            packed=self.option != "one document",
+            relabel=HeadTask(head=self.head).relabel,
+            images=(2, 3, 12) if self.family == "Idefics" else None,
+        )
+
+
+_BIGCODE = ("transformer.wpe.*", "transformer.h.0.*", "*.attn.c_proj.*")
+_DECODER = ("model.embed_tokens.*", "model.layers.0.*", "*.o_proj.*")
+FROZEN = {
+    "Llama": _DECODER,
+    "Gemma": _DECODER,
+    "GPT-BigCode (MQA)": _BIGCODE,
+    "GPT-BigCode (MHA)": _BIGCODE,
+    # What is decoupled stays open: the additional rows train, the others do not.
+    "Idefics": ("model.vision_model.*", "model.embed_tokens.weight", "model.layers.*"),
+}
+
+
+def spec_of(family: str, tied: bool) -> Any:
+    """Return a tiny spec whose weights are large enough that every part matters."""
+    return replace(specs()[family], tie_word_embeddings=tied, initializer_range=0.1)
+
+
+def covering(strength: int) -> list[Case]:
+    """Return cases that hold every combination of choices on any `strength` axes. Greedy."""
+    names = list(AXES)
+    left = {
+        frozenset(zip(chosen, values, strict=True))
+        for chosen in combinations(names, strength)
+        for values in product(*(AXES[name] for name in chosen))
+    }
+    everything = [dict(zip(names, values, strict=True)) for values in product(*AXES.values())]
+    cases = []
+    while left:
+        best = max(everything, key=lambda case: len(_met(case, strength) & left))
+        left -= _met(best, strength)
+        cases.append(Case(**best))
+    return cases
+
+
+def _met(case: dict[str, Any], strength: int) -> set[frozenset[tuple[str, Any]]]:
+    return {frozenset(chosen) for chosen in combinations(case.items(), strength)}

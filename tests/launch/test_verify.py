@@ -1,0 +1,83 @@
+"""`tessera verify` as people run it: tables, faults that it must find, refusals."""
+
+import json
+
+import pytest
+
+from launch.verify import main
+from trainer.verify.layouts import LAYOUTS
+
+QUICK = ["experiment=demo", "steps=5"]
+
+
+def test_layouts_that_agree_are_listed_with_their_deviations(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*QUICK, "layouts=[fsdp,tp_sp]"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaSpec" in out
+    assert "one process" in out
+    assert "all 2 layouts agree" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("fsdp", "tp_sp"))]
+    for name, ranks, *values, _seconds in rows:
+        assert name in ("fsdp", "tp_sp")
+        assert ranks == "2"
+        assert len(values) == 8
+        assert all(0 <= float(value) < 1e-4 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("dropped_all_reduce", ["ddp: model.embed_tokens.weight: ranks hold copies that differ"]),
+        ("doubled_gradient", ["ddp: gradients of model.embed_tokens.weight differs by 1,"]),
+        ("shifted_label", ["ddp: gradients of ", "allowed 1e-12"]),
+    ],
+)
+def test_a_fault_is_found_and_its_parameter_named(
+    capsys: pytest.CaptureFixture[str], fault: str, words: list[str]
+) -> None:
+    assert main([*QUICK, "layouts=[ddp]", f"inject={fault}"]) == 1
+    err = capsys.readouterr().err
+    for word in [*words, "1 of 1 layouts differ"]:
+        assert word in err
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp", "tp_sp", "cp", "pp"])
+def test_a_sum_that_is_left_out_is_found_in_every_layout(
+    capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    assert main([*QUICK, f"layouts=[{layout}]", "inject=dropped_all_reduce"]) == 1
+    assert f"{layout}: " in capsys.readouterr().err
+
+
+def test_json_has_one_object_per_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "layouts=[ddp,tp4_sp]", "json=true", "model.num_attention_heads=6",
+                 "model.num_key_value_heads=6", "model.hidden_size=192"]) == 0  # fmt: skip
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["layout"] for line in lines] == ["ddp", "tp4_sp"]
+    for line in lines:
+        assert line["passes"]
+        assert line["checks"]["gradients"]["deviation"] <= 1e-12
+    assert lines[1]["resumed_from"] == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layouts=[fdsp]"], r"layouts=fdsp is unknown; did you mean fsdp\?"),
+        (["inject=nothing"], r"inject=nothing is unknown; set it to one of dropped_all_reduce"),
+        (["json=maybe"], r"json=maybe is neither true nor false"),
+        (["steps=2"], r"steps=2 is too short a curve; set it to 5 or more"),
+        (["max_stepz=3"], r"unknown key max_stepz"),
+    ],
+)
+def test_wrong_options_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main([*QUICK, *words])
+
+
+def test_help_lists_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in LAYOUTS)

@@ -1,0 +1,95 @@
+"""Forward and backward passes over the micro-batches of a step, in one piece of the model."""
+
+import hashlib
+from contextlib import nullcontext
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.nn.head import Loss
+from trainer.batch import Batch
+from trainer.mesh import Mesh
+from trainer.parallel import context_parallel
+from trainer.parallel.data_parallel import set_gradient_sync
+
+
+class Passes(Protocol):
+    """Runs the model; all methods are collective."""
+
+    called: list[nn.Module]
+    """What runs for each part of the model that is here."""
+
+    def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
+        """Leave the gradient of `scale * loss sum` in the parameters; return this rank's sum."""
+        ...
+
+    def loss(self, batch: Batch) -> Loss:
+        """Return this rank's loss, without gradients."""
+        ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits of this rank's rows."""
+        ...
+
+
+class Keys:
+    """Seeds for dropout: by place in the run, not by what was drawn before."""
+
+    def __init__(self, seed: int, mesh: Mesh) -> None:
+        self.seed, self.mesh = seed, mesh
+
+    def start(self, step: int, number: int, stage: int = 0) -> None:
+        """Seed this rank's `number`-th micro-batch of a step.
+
+        Keyed by the micro-batch's place in the global step: the same dropout on any number of data
+        ranks. Ranks that see other tokens or layers of it draw other numbers.
+        """
+        leaf = number * self.mesh.dp_size + self.mesh.dp_rank
+        share = (self.mesh.rank("cp"), stage) if self.mesh.rank("cp") or stage else ()
+        torch.manual_seed(key(self.seed, step, leaf, *share))
+
+
+def key(*parts: int) -> int:
+    """Return a seed that any change of `parts` changes."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class PlainPasses:
+    """One micro-batch after the other through the whole model."""
+
+    def __init__(self, called: nn.Module, mesh: Mesh, keys: Keys, *, is_compiled: bool) -> None:
+        self.called, self.keys, self.is_compiled = [called], keys, is_compiled
+        self._model = called
+        self.cp = mesh.group("cp") if mesh.size("cp") > 1 else None
+
+    def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=scale.device)
+        for number, batch in enumerate(micro_batches):
+            set_gradient_sync(self._model, number == len(micro_batches) - 1)
+            self.keys.start(step, number)
+            loss = self._loss(batch, scale)
+            loss.objective.backward()
+            loss_sum += loss.sum
+        return loss_sum
+
+    def loss(self, batch: Batch) -> Loss:
+        return self._loss(batch, torch.ones((), device=batch.input_ids.device))
+
+    def _loss(self, batch: Batch, scale: Tensor) -> Loss:
+        if self.cp:
+            batch = context_parallel.share(batch, self.cp)
+        return cast(Loss, self._model(*inputs(batch), batch.targets, scale, **batch.images))
+
+    def logits(self, batch: Batch) -> Tensor:
+        if self.cp:
+            batch = context_parallel.share(batch, self.cp)
+        # Generated text has another length at every step: no graph for each.
+        with torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext():
+            logits = cast(Tensor, self._model(*inputs(batch), **batch.images))
+        return context_parallel.all_tokens(logits, self.cp) if self.cp else logits
+
+
+def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.input_ids, batch.position_ids, batch.segment_ids

@@ -1,0 +1,52 @@
+"""Two answers side by side, and how far they may differ."""
+
+from dataclasses import dataclass
+
+from trainer.verify.measure import Answer
+from trainer.verify.whole import Deviation, deviation
+
+NATIVE_TOLERANCE = 1e-12
+"""In fp64, of max |a - b| / max |b| for every tensor."""
+CURVE_TOLERANCE = 1e-4
+"""For losses, norms and weights of a run of some steps, which amplifies rounding."""
+FIRST_STEP = ("loss", "gradients", "norm", "SGD", "AdamW")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One deviation, and the largest that passes."""
+
+    deviation: Deviation
+    tolerance: float
+
+    @property
+    def passes(self) -> bool:
+        return self.deviation.value <= self.tolerance  # NaN does not
+
+    @property
+    def severity(self) -> float:
+        """The deviation in units of its tolerance, to find the worst; NaN is worst of all."""
+        value = self.deviation.value
+        return float("inf") if value != value else value / (self.tolerance or 1e-300)
+
+
+def first_step(found: Answer, expected: Answer, tolerance: float) -> list[Check]:
+    """Compare what one step gives."""
+    found_kinds, expected_kinds = found.kinds, expected.kinds
+    deviations = (deviation(kind, found_kinds[kind], expected_kinds[kind]) for kind in FIRST_STEP)
+    return [Check(deviation=one, tolerance=tolerance) for one in deviations]
+
+
+def later_steps(found: Answer, expected: Answer, saver: Answer) -> list[Check]:
+    """Compare a curve with the reference's; what was loaded, and the step after, with its saver's.
+
+    Loading is exact: 0.
+    """
+    curve = deviation("curve", found.kinds["curve"], expected.kinds["curve"])
+    loaded = deviation("loaded", found.kinds["loaded"], saver.kinds["saved"])
+    after = deviation("resumed", found.kinds["next after load"], saver.kinds["next"])
+    return [
+        Check(deviation=curve, tolerance=CURVE_TOLERANCE),
+        Check(deviation=loaded, tolerance=0.0),
+        Check(deviation=after, tolerance=CURVE_TOLERANCE),
+    ]

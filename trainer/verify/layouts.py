@@ -1,0 +1,65 @@
+"""The layouts that `tessera verify` knows, by name."""
+
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from math import prod
+from typing import Any
+
+from trainer.mesh import MeshSpec
+from trainer.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedLayout:
+    """A mesh, and what of the engine goes with it."""
+
+    name: str
+    mesh: MeshSpec
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        return prod(self.mesh.lengths.values())
+
+    def of(self, run: Run) -> Run:
+        """Return `run` in this layout."""
+        return replace(run, mesh=self.mesh, engine=replace(run.engine, **self.engine))
+
+
+def _layout(name: str, *, engine: dict[str, Any] | None = None, **axes: int) -> NamedLayout:
+    return NamedLayout(name=name, mesh=MeshSpec(**axes), engine=engine or {})
+
+
+_NO_SP = {"sequence_parallel": False}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        _layout("ddp", dp_replicate=2),
+        _layout("fsdp", dp_shard=2),
+        _layout("hsdp", dp_replicate=2, dp_shard=2),
+        _layout("tp", tp=2, engine=_NO_SP),
+        _layout("tp_sp", tp=2),
+        _layout("tp4_sp", tp=4),
+        _layout("cp", cp=2),
+        _layout("cp4", cp=4),
+        _layout("pp", pp=2),
+        _layout("pp_interleaved", pp=2, engine={"pipeline_chunks": 2}),
+        _layout("ddp_tp", dp_replicate=2, tp=2),
+        _layout("fsdp_tp", dp_shard=2, tp=2),
+        _layout("fsdp_cp", dp_shard=2, cp=2),
+        _layout("fsdp_pp", dp_shard=2, pp=2),
+        _layout("cp_tp", cp=2, tp=2),
+        _layout("pp_tp", pp=2, tp=2),
+        _layout("pp_cp", pp=2, cp=2),
+    )
+}
+
+
+def chosen(names: list[str]) -> list[NamedLayout]:
+    """Return the named layouts, or all; ValueError with the nearest name for an unknown one."""
+    for name in names:
+        if name not in LAYOUTS:
+            near = get_close_matches(name, LAYOUTS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"layouts={name} is unknown; {hint}Known: {', '.join(LAYOUTS)}")
+    return [LAYOUTS[name] for name in names or LAYOUTS]

@@ -1,0 +1,88 @@
+"""Made-up batches that are harder than real ones: uneven documents, targets and padding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.nn.head import IGNORED
+from trainer.batch import Batch
+
+Relabel = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
+"""Returns the labels that a head wants for made rows: `labels` or `class_labels` of a Batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeRows:
+    """Steps of `rows` rows; a pure function of the step, cut as StepLoader cuts real ones."""
+
+    vocab_size: int
+    rows: int = 8
+    tokens: int = 32
+    micro_rows: int = 2
+    packed: bool = True
+    """Several documents in a row, and padding behind the last one."""
+    relabel: Relabel | None = None
+    images: tuple[int, int, int] | None = None
+    """Images per row, channels, and height = width; None: text alone."""
+
+    def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Batch]:
+        """Return what data rank `rank` of `num_ranks` trains on in step number `step`."""
+        made = self._made(step)
+        starts = range(rank * self.micro_rows, self.rows, num_ranks * self.micro_rows)
+        return [
+            Batch(
+                **{name: x[start : start + self.micro_rows] for name, x in made.items()},
+                provenance=(f"made[{start}:{start + self.micro_rows}]",),
+            )
+            for start in starts
+        ]
+
+    def num_tokens(self, batches: list[Batch]) -> int:
+        return sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+
+    def _made(self, step: int) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(step)
+        rows = [self._row(number, random) for number in range(self.rows)]
+        made = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        if self.relabel is not None:
+            made |= self.relabel(made, random)
+        if self.images is not None:
+            count, channels, size = self.images
+            shape = (self.rows, count, channels, size, size)
+            made["pixel_values"] = torch.randn(shape, generator=random, dtype=torch.float64)
+            mask = torch.randint(0, 2, (self.rows, self.tokens, count), generator=random)
+            mask[1] = 0  # a row without images: its places are filled, and nobody looks
+            made["image_attention_mask"] = mask
+        return made
+
+    def _row(self, number: int, random: torch.Generator) -> dict[str, Tensor]:
+        ids = torch.randint(0, self.vocab_size, (self.tokens + 1,), generator=random)
+        segments = self._segments(random)
+        positions = torch.arange(self.tokens)
+        for segment in segments.unique():
+            is_in = segments == segment
+            positions[is_in] -= int(positions[is_in][0])
+        labels = ids[1:].clone()
+        is_last = torch.ones(self.tokens, dtype=torch.bool)
+        is_last[:-1] = segments[1:] != segments[:-1]
+        is_dropped = torch.rand(self.tokens, generator=random) < number / self.rows / 2
+        labels[(segments == 0) | is_last | is_dropped] = IGNORED
+        if number == self.rows // 2:
+            labels[:] = IGNORED  # a rank may meet rows without any target
+        return {
+            "input_ids": torch.where(segments > 0, ids[:-1], 0),
+            "labels": labels,
+            "position_ids": positions,
+            "segment_ids": segments,
+        }
+
+    def _segments(self, random: torch.Generator) -> Tensor:
+        if not self.packed:
+            return torch.ones(self.tokens, dtype=torch.int64)
+        starts = torch.randperm(self.tokens - 1, generator=random)[:3] + 1
+        is_start = torch.zeros(self.tokens, dtype=torch.int64)
+        is_start[starts] = 1
+        segments = is_start.cumsum(0) + 1
+        return torch.where(segments == 4, 0, segments)  # what follows the last start is padding

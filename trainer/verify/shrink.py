@@ -1,0 +1,131 @@
+"""The user's run at a size that fits: same family, same ratio of heads, same flags."""
+
+import dataclasses
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from math import lcm
+from typing import Any
+
+from trainer.freeze import FreezeSpec
+from trainer.run import RANDOM, Run
+from trainer.verify.rows import MadeRows
+
+HEAD_DIM, LAYERS, VOCABULARY, TOKENS, IMAGE = 8, 4, 257, 32, 12
+STD = 0.1  # weights large enough that every part of the model matters
+HEADS = 4  # so that two and four ranks can share them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small:
+    """A run that one process computes in milliseconds, and what of the user's it changed."""
+
+    run: Run
+    rows: MadeRows
+    notes: tuple[str, ...]
+
+
+def shrink(run: Run) -> Small:
+    """Return the small run in fp64; ValueError for a model that is read through transformers."""
+    spec = getattr(run.model, "spec", run.model)
+    if not run.model.layout.norm:
+        raise ValueError(
+            f"{type(run.model).__name__} is read through transformers, whose size is not ours to "
+            "change; verify with a family of ours"
+        )
+    small, notes = shrink_spec(spec)
+    frozen, lost = _frozen(run, small)
+    if lost:
+        notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
+    engine = run.engine
+    if engine.compile:
+        notes.append("engine.compile=false")
+        engine = replace(engine, compile=False)
+    rows = MadeRows(
+        vocab_size=small.vocab_size + getattr(small, "additional_vocab_size", 0),
+        tokens=TOKENS,
+        images=(2, 3, IMAGE) if hasattr(small, "vision_config") else None,
+    )
+    changed = replace(
+        run, model=small, engine=engine, precision="fp64", weights=RANDOM, tokenizer="byte",
+        freeze=FreezeSpec(frozen=frozen),
+    )  # fmt: skip
+    return Small(run=changed, rows=rows, notes=tuple(notes))
+
+
+def shrink_spec(spec: Any) -> tuple[Any, list[str]]:
+    """Return the family's spec at a small size, and what else of it was changed."""
+    names = {field.name for field in dataclasses.fields(spec)}
+    changes = _bigcode(spec) if "n_embd" in names else _decoder(spec, names)
+    changes["initializer_range"] = STD
+    notes = []
+    drops = [
+        name
+        for name in names
+        if ("dropout" in name or name.endswith("pdrop")) and getattr(spec, name)
+    ]
+    changes |= dict.fromkeys(drops, 0.0)
+    if drops:
+        notes.append(f"dropout switched off: {', '.join(sorted(drops))}")
+    if spec.attn_implementation not in ("auto", "eager", "sdpa"):
+        changes["attn_implementation"] = "sdpa"
+        notes.append(f"attention by sdpa, not {spec.attn_implementation}: this runs on the CPU")
+    return replace(spec, **changes), notes
+
+
+def _decoder(spec: Any, names: set[str]) -> dict[str, Any]:
+    groups = spec.num_attention_heads // spec.num_key_value_heads
+    is_shared = spec.num_key_value_heads == 1
+    heads = HEADS if is_shared else lcm(groups, HEADS)
+    hidden = heads * HEAD_DIM
+    changes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": heads,
+    }
+    if "num_key_value_heads" in names:
+        changes["num_key_value_heads"] = 1 if is_shared else heads // groups
+    if getattr(spec, "head_dim", None) is not None:
+        is_plain = spec.head_dim * spec.num_attention_heads == spec.hidden_size
+        changes["head_dim"] = HEAD_DIM if is_plain else 2 * HEAD_DIM
+    if "pretraining_tp" in names:
+        changes["pretraining_tp"] = 1
+    if "vision_config" in names:
+        changes |= _vision(spec)
+    return changes
+
+
+def _vision(spec: Any) -> dict[str, Any]:
+    return {
+        "additional_vocab_size": min(spec.additional_vocab_size, 3),
+        "cross_layer_interval": min(spec.cross_layer_interval, 2),
+        "alpha_initializer": "ones",  # at zero no gradient would reach the images
+        "vision_config": replace(
+            spec.vision_config, embed_dim=3 * HEAD_DIM, image_size=IMAGE, patch_size=IMAGE // 2,
+            intermediate_size=4 * HEAD_DIM, num_hidden_layers=2, num_attention_heads=3,
+            attention_dropout=0.0,
+        ),
+        "perceiver_config": replace(
+            spec.perceiver_config, resampler_n_latents=3, resampler_depth=1, resampler_n_heads=2,
+            resampler_head_dim=HEAD_DIM,
+        ),
+    }  # fmt: skip
+
+
+def _bigcode(spec: Any) -> dict[str, Any]:
+    width = HEADS * HEAD_DIM
+    return {
+        "vocab_size": VOCABULARY,
+        "n_embd": width,
+        "n_head": HEADS,
+        "n_layer": LAYERS,
+        "n_inner": None if spec.n_inner is None else 2 * width,
+    }
+
+
+def _frozen(run: Run, small: Any) -> tuple[tuple[str, ...], list[str]]:
+    """Return the freeze patterns that match the small model, and those that do not any more."""
+    names = [name for name, _ in replace(run, model=small).plan_model().named_parameters()]
+    kept = [p for p in run.freeze.frozen if any(fnmatchcase(name, p) for name in names)]
+    return tuple(kept), [p for p in run.freeze.frozen if p not in kept]
