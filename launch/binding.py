@@ -92,6 +92,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         return _convert_sequence(value, hint, path)
     if origin is dict and isinstance(value, Mapping):
         return {k: convert(v, get_args(hint)[1], _join(path, k)) for k, v in value.items()}
+    if hint is Any:  # another tool's settings, which its own spec checks
+        return value
     if origin is Literal and value in get_args(hint):
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

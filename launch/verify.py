@@ -85,15 +85,16 @@ def _small(words: list[str]) -> Any:
 
 
 def _print_head(small: Any) -> None:
-    from trainer.verify.compare import CURVE_TOLERANCE, NATIVE_TOLERANCE
+    from trainer.verify.compare import CURVE_TOLERANCE, FP32, FP64
 
     model = small.run.model
     count = sum(parameter.numel() for parameter in small.run.plan_model().parameters())
     print(f"{type(model).__name__} at {count:,} parameters, fp64, against one process")
     for note in small.notes:
         print(f"  changed: {note}")
+    limits = f"{FP64.tolerance:.0e} for one step ({FP32.tolerance:.0e} for DeepSpeed, in fp32)"
     print(
-        f"max |a - b| / max |b| of the worst tensor; limits: {NATIVE_TOLERANCE:.0e} for one step, "
+        f"max |a - b| / max |b| of the worst tensor; limits: {limits},\n"
         f"{CURVE_TOLERANCE:.0e} for the curve, 0 for what was loaded\n"
     )
     heads = "".join(f"{name:>10}" for name in COLUMNS)
@@ -138,12 +139,10 @@ def _print_end(verdicts: "list[Verdict]", bad: "list[Verdict]") -> None:
     if bad:
         print(f"\n{len(bad)} of {len(computed)} layouts differ", file=sys.stderr)
         return
-    first = [check for v in computed for check in v.checks if check.tolerance <= 1e-9]
-    largest = max(first, key=lambda check: check.deviation.value).deviation
-    print(
-        f"\nall {len(computed)} layouts agree; largest deviation of one step: "
-        f"{largest.value:.1e} ({largest.quantity}, {largest.name})"
-    )
+    worst = max((v.worst for v in computed if v.worst), key=lambda check: check.severity)
+    nearest = f"{worst.deviation.value:.1e} of {worst.tolerance:.0e}"
+    where = f"{worst.deviation.quantity}, {worst.deviation.name}"
+    print(f"\nall {len(computed)} layouts agree; nearest to its limit: {nearest} ({where})")
 
 
 def _print_json(verdict: "Verdict") -> None:

@@ -154,7 +154,6 @@ def _checkpoints(
         run.checkpoint,
         folder / CHECKPOINTS,
         ranks=ranks,
-        mesh=mesh,
         lock=lock,
         facts={
             "run": folder.name,

@@ -52,3 +52,12 @@ class Engine(Protocol):
     def optimizer_state(self) -> dict[str, Piece]:
         """Return this rank's pieces of the optimizer state, as `kind/parameter name`."""
         ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the rows of pieces that are its own: its copy is the first."""
+        ...
+
+    def loaded(self) -> None:
+        """Take over what was written into the pieces that both last returned."""
+        ...

@@ -11,7 +11,7 @@ from models.nn.init import SkipInit
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.data.pretraining import PretrainingData
-from trainer.engines.native import NativeEngine
+from trainer.engines.protocol import EngineSpec
 from trainer.freeze import FreezeSpec
 from trainer.loop import Plan
 from trainer.mesh import MeshSpec
@@ -31,7 +31,7 @@ class Run:
     model: CausalLMSpec
     task: CausalLMTask
     data: PretrainingData
-    engine: NativeEngine
+    engine: EngineSpec
     mesh: MeshSpec
     optim: OptimSpec
     schedule: Schedule
@@ -104,6 +104,7 @@ class Run:
         self.engine.check(
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
             micro_batches=self.data.global_rows // (dp_size * micro_rows),
+            precision=PRECISIONS[self.precision],
         )  # fmt: skip
         self.weight_source(model)
 

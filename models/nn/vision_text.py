@@ -172,6 +172,7 @@ def freeze(model: DecoderModel, spec: Any) -> None:
     if spec.freeze_vision_layers:
         exceptions = spec.freeze_vision_module_exceptions
         _freeze_but(trunk.vision_model, exceptions, "freeze_vision_module_exceptions")
+        trunk.vision_model.post_layernorm.requires_grad_(False)  # as the tower has it
     if spec.freeze_lm_head and isinstance(model.head, LMHead):
         model.head.get_parameter("weight").requires_grad_(False)
 

@@ -9,11 +9,14 @@ from benchmarks.parity.oracle import specs
 from models import heads
 from tests.runs import tiny_run
 from tests.tasks import HeadTask
+from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.native import NativeEngine
+from trainer.engines.protocol import EngineSpec
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.run import Run
+from trainer.verify.compare import FP32, FP64, Standard
 from trainer.verify.rows import MadeRows
 
 LAYOUTS: dict[str, MeshSpec] = {
@@ -25,7 +28,11 @@ LAYOUTS: dict[str, MeshSpec] = {
     "cp": MeshSpec(cp=2),
     "pp": MeshSpec(pp=2),
     "fsdp x tp": MeshSpec(dp_shard=2, tp=2),
+    "zero 1": MeshSpec(dp_replicate=2),
+    "zero 2": MeshSpec(dp_replicate=2),
+    "zero 3": MeshSpec(dp_replicate=2),
 }
+ZERO = {"zero 1": 1, "zero 2": 2, "zero 3": 3}
 HEADS = (heads.CAUSAL_LM, heads.SEQUENCE, heads.TOKEN)
 OPTIONS = ("plain", "frozen", "accumulation", "one document", "checkpointing")
 AXES: dict[str, tuple[Any, ...]] = {
@@ -60,20 +67,30 @@ class Case:
     def mesh(self) -> MeshSpec:
         return LAYOUTS.get(self.layout, MeshSpec())
 
+    @property
+    def standard(self) -> Standard:
+        """How exact this layout has to be."""
+        return FP32 if self.layout in ZERO else FP64
+
+    def engine(self) -> EngineSpec:
+        is_recomputed = self.option == "checkpointing"
+        recompute = ActivationCheckpointing(mode="full" if is_recomputed else "none")
+        if self.layout in ZERO:
+            return DeepSpeedEngine(stage=ZERO[self.layout], activation_checkpointing=recompute)
+        return NativeEngine(
+            sequence_parallel=self.layout != "tp", activation_checkpointing=recompute
+        )
+
     def run(self, cache: Path) -> Run:
-        """Return the run of this case; in fp64."""
-        is_ours = self.option == "checkpointing"
-        recompute = ActivationCheckpointing(mode="full" if is_ours else "none")
+        """Return the run of this case: in fp64, but for DeepSpeed."""
         return tiny_run(
             cache,
             model=spec_of(self.family, self.tied),
             task=HeadTask(head=self.head),
             mesh=self.mesh,
-            engine=NativeEngine(
-                sequence_parallel=self.layout != "tp", activation_checkpointing=recompute
-            ),
+            engine=self.engine(),
             freeze=FreezeSpec(frozen=FROZEN[self.family] if self.option == "frozen" else ()),
-            precision="fp64",
+            precision="fp32" if self.layout in ZERO else "fp64",
         )
 
     def rows(self) -> MadeRows:

@@ -50,9 +50,15 @@ def test_losses_and_norms_equal_those_of_one_process(
         assert found == pytest.approx(expected, rel=tolerance, abs=0)
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token cache apart: other tests look into the common one."""
+    return tmp_path_factory.mktemp("tokens")
+
+
 @pytest.mark.parametrize(("world_size", "mesh"), SPLIT)
 def test_evaluation_and_resume_on_a_split_model_equal_one_process(
-    tmp_path: Path, cache: Path, world_size: int, mesh: MeshSpec
+    tmp_path: Path, own_cache: Path, world_size: int, mesh: MeshSpec
 ) -> None:
     text = tmp_path / "held_out.txt"
     text.write_text("\n".join(f"def f{n}(x):\n    return x + {n}\n" for n in range(20)))
@@ -60,7 +66,7 @@ def test_evaluation_and_resume_on_a_split_model_equal_one_process(
         "precision": "fp64", "eval_every": 2, "save_every": 4, "data_eval_path": str(text),
         "callbacks": {"closing": Closing(prompt="def f", sample_tokens=5)},
     }  # fmt: skip
-    one = tiny_run(cache, **settings)
+    one = tiny_run(own_cache, **settings)
     run_ranks(1, train, tmp_path / "one", one)
     many = replace(one, mesh=mesh)
     run_ranks(world_size, train, tmp_path / "many", replace(many, max_steps=4))

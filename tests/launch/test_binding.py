@@ -203,7 +203,7 @@ def test_nested_settings_bind_with_their_own_target_too(tree: dict[str, Any]) ->
         ("optim", "trainer.schedule.Constant", {}, "OptimSpec"),
         ("schedule", SGD, {"lr": 0.1}, "Schedule"),
         ("model", "trainer.mesh.MeshSpec", {}, "CausalLMSpec"),
-        ("engine", "trainer.mesh.MeshSpec", {}, "NativeEngine"),
+        ("engine", "trainer.mesh.MeshSpec", {}, "EngineSpec"),
         ("data", "models.nn.rope.RopeParameters", {}, "PretrainingData"),
         ("model.rope_parameters", SGD, {"lr": 0.1}, "RopeParameters"),
         ("callbacks.console", "trainer.schedule.Constant", {}, "CallbackSpec"),

@@ -18,7 +18,6 @@ from trainer.checkpoint.tensor_file import TensorFiles, own_ranges, plan, write_
 from trainer.distributed import Ranks
 from trainer.errors import StorageError
 from trainer.files import write_json, write_text
-from trainer.mesh import Mesh
 from trainer.pieces import Piece
 from trainer.protocols import Engine
 
@@ -51,14 +50,13 @@ class Checkpoints:
         folder: Path,
         *,
         ranks: Ranks,
-        mesh: Mesh,
         lock: RunLock | None,
         facts: dict[str, Any],
         describe_model: Callable[[Path], None],
     ) -> None:
         """`lock` is rank 0's; `describe_model` writes config and tokenizer files into a folder."""
         self.spec, self.folder, self.facts = spec, folder, facts
-        self.ranks, self.mesh, self.lock = ranks, mesh, lock
+        self.ranks, self.lock = ranks, lock
         self.describe_model = describe_model
         (self.generation,) = ranks.maximum([lock.generation if lock else 0])
         self.failures = 0
@@ -109,7 +107,7 @@ class Checkpoints:
             whole = {name: piece.with_whole_rows() for name, piece in pieces.items()}
             groups[folder] = whole, plan(pieces, stem, max_bytes)
         self._together(lambda: self._stage(step, groups, state), staging, main_only=True)
-        self._together(lambda: self._write_own(staging, groups), staging)
+        self._together(lambda: self._write_own(staging, groups, engine.writes), staging)
         self._together(lambda: self._commit(step, staging, final), staging, main_only=True)
 
     def _together(
@@ -164,12 +162,15 @@ class Checkpoints:
         _publish(staging, "headers", pieces)
 
     def _write_own(
-        self, staging: Path, groups: dict[str, tuple[dict[str, Piece], TensorFiles]]
+        self,
+        staging: Path,
+        groups: dict[str, tuple[dict[str, Piece], TensorFiles]],
+        writes: bool,
     ) -> None:
-        """Write the ranges that this rank answers for, if its copy of the model is the first."""
+        """Write the ranges that this rank answers for, if its copy of the model `writes`."""
         written: list[FilePiece] = []
         for folder, (pieces, files) in groups.items():
-            for file in files.headers if self.mesh.is_first_copy else ():
+            for file in files.headers if writes else ():
                 ranges = chain.from_iterable(
                     own_ranges(piece, files.entries[name])
                     for name, piece in pieces.items()

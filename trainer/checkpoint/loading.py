@@ -24,6 +24,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Fill weights and optimizer state from a verified checkpoint; return its state.json."""
     for name, pieces in ((MODEL, engine.weights()), (STATE, engine.optimizer_state())):
         fill(pieces, folder / name)
+    engine.loaded()
     state: dict[str, Any] = json.loads((folder / STATE / "state.json").read_text())
     return state
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.layout import Layout
 from models.nn.head import Loss
 from trainer.batch import Batch
+from trainer.engines.counting import count_step
 from trainer.engines.passes import Keys, Passes, PlainPasses
 from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.update import Update
@@ -58,6 +59,7 @@ class NativeEngine:
         *,
         row_tokens: int,
         micro_batches: int,
+        precision: Precision,
     ) -> None:
         """Raise ValueError for what this machine, or this model on this mesh, cannot do."""
         check_axes(
@@ -154,7 +156,7 @@ class NativeTrainer:
 
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
         micro_batches = [batch.to(self.device) for batch in micro_batches]
-        counts = self._count(micro_batches, num_tokens)
+        counts = count_step(micro_batches, num_tokens, self.mesh, self.device)
         # DDP and FSDP2 average gradients over ranks with different tokens; this makes them the mean
         # over all targets of the step.
         scale = self.mesh.token_size / counts[0].clamp(min=1).double()
@@ -165,17 +167,6 @@ class NativeTrainer:
         skipped = ~(grad_norm.isfinite() & loss_sum.isfinite())
         lr = self.update.apply(step, grad_norm, skipped)
         return StepResult(loss_sum, counts[0], counts[1], grad_norm, skipped, lr)
-
-    def _count(self, micro_batches: list[Batch], num_tokens: int) -> Tensor:
-        """Return (targets, tokens) of the step over all data ranks, before the first backward."""
-        targets = torch.stack([batch.num_targets() for batch in micro_batches]).sum()
-        # full, not tensor: a fill on the device, where a copy from the host would wait.
-        tokens = torch.full((), num_tokens, dtype=torch.int64, device=self.device)
-        counts = torch.stack([targets, tokens])
-        if self.mesh.rank("cp") > 0:
-            counts.zero_()  # the same rows as the first rank's: counted there
-        self._all_reduce(counts)
-        return counts
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Loss:
@@ -203,6 +194,13 @@ class NativeTrainer:
 
     def optimizer_state(self) -> dict[str, Piece]:
         return self.update.state()
+
+    @property
+    def writes(self) -> bool:
+        return self.mesh.is_first_copy
+
+    def loaded(self) -> None:
+        """Pieces alias what computes: nothing is left to do."""
 
     def _all_reduce(self, tensor: Tensor) -> None:
         if self.mesh.token_size > 1:

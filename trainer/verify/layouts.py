@@ -1,12 +1,16 @@
 """The layouts that `tessera verify` knows, by name."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
 from typing import Any
 
+from trainer.engines.deepspeed import STAGES, DeepSpeedEngine
+from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
 from trainer.run import Run
+
+NATIVE = NativeEngine()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +19,9 @@ class NamedLayout:
 
     name: str
     mesh: MeshSpec
-    engine: dict[str, Any] = field(default_factory=dict)
+    engine: Any = NATIVE
+    """Settings of the engine, but for the user's activation checkpointing."""
+    precision: str = "fp64"
 
     @property
     def processes(self) -> int:
@@ -23,14 +29,21 @@ class NamedLayout:
 
     def of(self, run: Run) -> Run:
         """Return `run` in this layout."""
-        return replace(run, mesh=self.mesh, engine=replace(run.engine, **self.engine))
+        recompute = run.engine.activation_checkpointing
+        engine = replace(self.engine, activation_checkpointing=recompute)
+        return replace(run, mesh=self.mesh, engine=engine, precision=self.precision)
 
 
-def _layout(name: str, *, engine: dict[str, Any] | None = None, **axes: int) -> NamedLayout:
-    return NamedLayout(name=name, mesh=MeshSpec(**axes), engine=engine or {})
+def _layout(name: str, *, engine: NativeEngine = NATIVE, **axes: int) -> NamedLayout:
+    return NamedLayout(name=name, mesh=MeshSpec(**axes), engine=engine)
 
 
-_NO_SP = {"sequence_parallel": False}
+def _zero(engine: DeepSpeedEngine) -> NamedLayout:
+    name = f"zero{engine.stage}" + ("_offload" if engine.offload_optimizer else "")
+    return NamedLayout(name=name, mesh=MeshSpec(dp_replicate=2), engine=engine, precision="fp32")
+
+
+_NO_SP = NativeEngine(sequence_parallel=False)
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -43,7 +56,7 @@ LAYOUTS = {
         _layout("cp", cp=2),
         _layout("cp4", cp=4),
         _layout("pp", pp=2),
-        _layout("pp_interleaved", pp=2, engine={"pipeline_chunks": 2}),
+        _layout("pp_interleaved", pp=2, engine=NativeEngine(pipeline_chunks=2)),
         _layout("ddp_tp", dp_replicate=2, tp=2),
         _layout("fsdp_tp", dp_shard=2, tp=2),
         _layout("fsdp_cp", dp_shard=2, cp=2),
@@ -51,15 +64,23 @@ LAYOUTS = {
         _layout("cp_tp", cp=2, tp=2),
         _layout("pp_tp", pp=2, tp=2),
         _layout("pp_cp", pp=2, cp=2),
+        *(_zero(DeepSpeedEngine(stage=stage)) for stage in STAGES),
+        _zero(DeepSpeedEngine(stage=2, offload_optimizer=True)),
+        _zero(DeepSpeedEngine(stage=3, offload_optimizer=True, offload_parameters=True)),
     )
 }
+ON_REQUEST = ("zero2_offload", "zero3_offload")
+"""Layouts that are computed only when named: the first build of their extension takes long."""
 
 
 def chosen(names: list[str]) -> list[NamedLayout]:
-    """Return the named layouts, or all; ValueError with the nearest name for an unknown one."""
+    """Return the named layouts, or all but those on request.
+
+    ValueError with the nearest name for an unknown one.
+    """
     for name in names:
         if name not in LAYOUTS:
             near = get_close_matches(name, LAYOUTS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"layouts={name} is unknown; {hint}Known: {', '.join(LAYOUTS)}")
-    return [LAYOUTS[name] for name in names or LAYOUTS]
+    return [LAYOUTS[name] for name in names or [n for n in LAYOUTS if n not in ON_REQUEST]]

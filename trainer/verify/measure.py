@@ -137,7 +137,6 @@ class _Asked:
             self.run.checkpoint,
             folder,
             ranks=self.ranks,
-            mesh=self.mesh,
             lock=RunLock(folder) if self.ranks.placement.is_main else None,
             facts={},
             describe_model=lambda _: None,

@@ -36,8 +36,8 @@ def shrink(run: Run) -> Small:
     frozen, lost = _frozen(run, small)
     if lost:
         notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
-    engine = run.engine
-    if engine.compile:
+    engine: Any = run.engine
+    if getattr(engine, "compile", False):
         notes.append("engine.compile=false")
         engine = replace(engine, compile=False)
     rows = MadeRows(

@@ -8,16 +8,21 @@ from time import monotonic
 
 import torch
 
+from trainer.engines.deepspeed import DeepSpeedEngine
+from trainer.engines.deepspeed_state import import_deepspeed
+from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
+from trainer.precision import PRECISIONS
 from trainer.run import Run
-from trainer.verify.compare import NATIVE_TOLERANCE, Check, first_step, later_steps
+from trainer.verify.compare import STANDARDS, Check, first_step, later_steps
 from trainer.verify.faults import FAULTS
 from trainer.verify.forked import RankFailedError, run_ranks
 from trainer.verify.layouts import NamedLayout
 from trainer.verify.measure import Answer, Question, answer
 from trainer.verify.shrink import Small
 
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 180.0
+SINGLE = NamedLayout(name="single", mesh=MeshSpec())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ def verify(
     Forks: no thread may run in this process.
     """
     torch.set_num_threads(1)
+    if any(isinstance(layout.engine, DeepSpeedEngine) for layout in layouts):
+        import_deepspeed("cpu")  # once, not in every rank
     verdicts = []
     with TemporaryDirectory(prefix="tessera-verify-") as folder:
         for verdict in _verdicts(small, layouts, Path(folder), steps, inject):
@@ -69,20 +76,25 @@ def verify(
 def _verdicts(
     small: Small, layouts: list[NamedLayout], folder: Path, steps: int, inject: str | None
 ) -> Iterator[Verdict]:
-    single = replace(small.run, mesh=MeshSpec())
-    question = Question(run=single, rows=small.rows, steps=steps, folder=folder / "single")
-    reference = _ask(question, 1)
-    saver_name, saver = "single", reference
+    savers: dict[str, tuple[str, Answer]] = {}
+    reference: Answer | None = None
     for layout in layouts:
         run = layout.of(small.run)
-        if reason := _impossible(run, small, layout):
+        if reason := _impossible(run, small, layout, inject):
             yield Verdict(layout=layout, impossible=reason)
             continue
+        for precision in ("fp64", layout.precision):  # the reference is fp64, whoever is compared
+            if precision not in savers:
+                name = f"single_{precision}"
+                single = replace(SINGLE, name=name, precision=precision)
+                savers[precision] = name, _ask(_question(single, small, folder, steps), 1)
+        reference = reference or savers["fp64"][1]
         start = monotonic()
-        question = Question(
-            run=run, rows=small.rows, steps=steps, folder=folder / layout.name,
-            resumed=folder / saver_name, fault=FAULTS[inject] if inject else None,
-        )  # fmt: skip
+        saved_by, saver = savers[layout.precision]
+        question = _question(layout, small, folder, steps)
+        question = replace(
+            question, resumed=folder / saved_by, fault=FAULTS[inject] if inject else None
+        )
         try:
             found = _ask(question, layout.processes)
         except RankFailedError as error:
@@ -92,12 +104,17 @@ def _verdicts(
             failure = f"{found.complaints[0]} ({len(found.complaints)} such tensors)"
             yield Verdict(layout=layout, failure=failure, seconds=monotonic() - start)
             continue
-        checks = first_step(found, reference, NATIVE_TOLERANCE)
+        checks = first_step(found, reference, STANDARDS[layout.precision])
         checks += later_steps(found, reference, saver)
-        yield Verdict(
-            layout=layout, checks=tuple(checks), saved_by=saver_name, seconds=monotonic() - start
-        )
-        saver_name, saver = layout.name, found
+        seconds = monotonic() - start
+        yield Verdict(layout=layout, checks=tuple(checks), saved_by=saved_by, seconds=seconds)
+        savers[layout.precision] = layout.name, found
+
+
+def _question(layout: NamedLayout, small: Small, folder: Path, steps: int) -> Question:
+    return Question(
+        run=layout.of(small.run), rows=small.rows, steps=steps, folder=folder / layout.name
+    )
 
 
 def _ask(question: Question, processes: int) -> Answer:
@@ -105,14 +122,17 @@ def _ask(question: Question, processes: int) -> Answer:
     return first
 
 
-def _impossible(run: Run, small: Small, layout: NamedLayout) -> str:
+def _impossible(run: Run, small: Small, layout: NamedLayout, inject: str | None) -> str:
     """Return why the small model cannot be laid out so, or nothing."""
+    if inject and not isinstance(run.engine, NativeEngine):
+        return "faults are put into the native engine"
     axes = run.mesh.axes(layout.processes)
     per_step = small.rows.rows // (axes["dp_replicate"] * axes["dp_shard"] * small.rows.micro_rows)
     try:
         run.engine.check(
             run.plan_model(), run.model.layout, axes,
             row_tokens=small.rows.tokens, micro_batches=per_step,
+            precision=PRECISIONS[run.precision],
         )  # fmt: skip
     except ValueError as error:
         return str(error)

@@ -10,12 +10,6 @@ from trainer.distributed import Ranks
 from trainer.pieces import Piece
 
 Tensors = dict[str, np.ndarray]
-FLOOR = 2e-4
-"""A tensor is compared at no finer scale than this share of the largest one of its kind.
-
-Below it, a tolerance of 1e-12 would ask for less than the rounding of the largest one (2.2e-16):
-the gradient of a key's bias, which the softmax cancels, is nothing else.
-"""
 
 
 def whole(pieces: dict[str, Piece], ranks: Ranks, complaints: list[str]) -> Tensors | None:
@@ -79,12 +73,17 @@ class Deviation:
     name: str
 
 
-def deviation(quantity: str, found: Tensors, expected: Tensors) -> Deviation:
-    """Return the worst deviation of `found`; names and shapes must be the same."""
+def deviation(
+    quantity: str, found: Tensors, expected: Tensors, floor_share: float = 0.0
+) -> Deviation:
+    """Return the worst deviation of `found`; names and shapes must be the same.
+
+    A tensor is compared at no finer scale than `floor_share` of the largest one.
+    """
     if found.keys() != expected.keys():
         different = sorted(found.keys() ^ expected.keys())
         return Deviation(quantity=quantity, value=float("inf"), name=f"only one has {different[0]}")
-    floor = FLOOR * max((_top(tensor) for tensor in expected.values()), default=0.0)
+    floor = floor_share * max((_top(tensor) for tensor in expected.values()), default=0.0)
     worst = Deviation(quantity=quantity, value=-1.0, name="nothing")
     for name, tensor in expected.items():
         scale = max(_top(tensor), floor)

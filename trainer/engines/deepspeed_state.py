@@ -1,0 +1,217 @@
+"""DeepSpeed's engine, and its state read and written weight by weight.
+
+The home of the package deepspeed, imported when an engine is built.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import redirect_stdout, suppress
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.mesh import Mesh
+from trainer.pieces import Piece, Rows
+
+STEP = "step"
+
+
+def import_deepspeed(device_type: str) -> None:
+    """Import the package without its chatter on the terminal: its errors are enough."""
+    # torch 2.13 renamed collectives that it still calls by their old names.
+    warnings.filterwarnings("ignore", r".*is deprecated. Please use", FutureWarning)
+    warnings.filterwarnings("ignore", r".*torch.jit", DeprecationWarning)
+    # Else it asks the machine, and takes a GPU that the ranks do not use.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr), suppress(ImportError):
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer  # seconds that initialize would take
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+def initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+) -> Any:
+    """Return DeepSpeed's engine over a materialised model. Collective."""
+    import_deepspeed(device.type)
+    import deepspeed
+
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists
+    with redirect_stdout(sys.stderr):  # it prints which of its extensions it loaded
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+    return engine
+
+
+class ShardedState:
+    """Weights and optimizer state inside a DeepSpeed engine, which flattens and pads them.
+
+    What leaves and enters is each rank's share of the rows of every weight.
+    """
+
+    def __init__(self, engine: Any, stage: int, mesh: Mesh, masters: dict[str, Tensor]) -> None:
+        """`masters`: the fp32 values that the weights start from. Collective."""
+        self.engine, self.stage, self.mesh = engine, stage, mesh
+        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        self.frozen = {
+            name: self._share(value) for name, value in masters.items() if name not in self.trained
+        }
+        """In fp32 here, whatever DeepSpeed computes with."""
+        self.shares: dict[str, Piece] = {}
+        self._make_state()
+        for name in self.trained:
+            self._set(name, None, masters[name])
+
+    def weights(self) -> dict[str, Piece]:
+        """Return this rank's rows of every weight, in fp32. Collective."""
+        for name in self.parameters:
+            frozen = self.frozen.get(name)
+            self.shares[name] = frozen or self._share(self._get(name, None))
+        return {name: self.shares[name] for name in self.parameters}
+
+    def optimizer_state(self) -> dict[str, Piece]:
+        """Return this rank's rows of what the optimizer keeps. Collective."""
+        state = {}
+        for name in self.trained:
+            for kind in self._kinds:
+                state[f"{kind}/{name}"] = (
+                    Piece.of(self._step_count().clone(), is_own=self.mesh.dp_rank == 0)
+                    if kind == STEP
+                    else self._share(self._get(name, kind))
+                )
+        self.shares |= state
+        return state
+
+    def take_over(self) -> None:
+        """Write back what now stands in the shares that both returned. Collective."""
+        for name in self.trained:
+            for kind in (None, *self._kinds):
+                key = name if kind is None else f"{kind}/{name}"
+                if kind == STEP:
+                    self._set_step_count(self.shares[key].local)
+                else:
+                    self._set(name, kind, self._whole(self.shares[key]))
+        for name, share in self.frozen.items():
+            self._set(name, None, self._whole(share))
+        self.shares = {}
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside DeepSpeed's."""
+        optimizer = self.engine.optimizer
+        return cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))
+
+    def _make_state(self) -> None:
+        """Make the optimizer's state before the first save or load, and count its steps from 0."""
+        base, optimizer = self.base, self.engine.optimizer
+        is_flat_by_group = self.stage == 3
+        weights = (
+            list(optimizer.fp32_partitioned_groups_flat)
+            if is_flat_by_group
+            else [weight for group in base.param_groups for weight in group["params"]]
+        )
+        kept = [weight.grad for weight in weights]  # with offload, buffers that must stay
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        if is_flat_by_group:
+            for number in range(len(weights)):
+                optimizer._optimizer_step(number)
+        else:
+            base.step()
+        for weight, grad in zip(weights, kept, strict=True):
+            weight.grad = grad
+        if self.stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
+        self._set_step_count(torch.zeros(()))
+        first: dict[str, Any] = next(iter(base.state.values()), {})
+        self._kinds = tuple(first)
+        """What the optimizer keeps for every weight."""
+
+    def _step_count(self) -> Tensor:
+        return cast(Tensor, next(iter(self.base.state.values()))[STEP])
+
+    def _set_step_count(self, count: Tensor) -> None:
+        for state in self.base.state.values():
+            if STEP in state:
+                state[STEP].copy_(count)
+
+    def _get(self, name: str, kind: str | None) -> Tensor:
+        """Return a weight in fp32, or what the optimizer keeps for it. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.parameters[name]
+        if self.stage == 0:
+            found = parameter.detach() if kind is None else self.base.state[parameter][kind]
+        elif kind is None:
+            found = safe_get_full_fp32_param(parameter)
+        else:
+            found = safe_get_full_optimizer_state(parameter, kind)
+        assert isinstance(found, Tensor), name
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return found.view(shape)
+
+    @torch.no_grad()
+    def _set(self, name: str, kind: str | None, value: Tensor) -> None:
+        """Write a weight, or what the optimizer keeps for it. Collective."""
+        from deepspeed import utils
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        parameter = self.parameters[name]
+        # At stage 3, the functions over whole weights forget the padding of uneven ones.
+        if kind is not None and self.stage == 0:
+            self.base.state[parameter][kind].copy_(value)
+        elif kind is not None and self.stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
+        elif kind is not None:
+            utils.safe_set_local_optimizer_state(parameter, self._partition(value), kind)
+        elif name in self.trained and self.stage == 3:
+            utils.safe_set_local_fp32_param(parameter, self._partition(value))
+        elif name in self.trained and self.stage > 0:
+            utils.safe_set_full_fp32_param(parameter, value)
+        if kind is not None:
+            return
+        # What computes until the next update is another tensor, which the line above leaves alone.
+        with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+            parameter.copy_(value)
+
+    def _partition(self, value: Tensor) -> Tensor:
+        """Return this rank's part of a weight as stage 3 cuts it: flat, padded to equal parts."""
+        size = self.mesh.dp_size
+        flat = F.pad(value.flatten(), (0, -value.numel() % size))
+        return flat.chunk(size)[self.mesh.dp_rank]
+
+    def _share(self, value: Tensor) -> Piece:
+        """Return a copy of this rank's rows of a whole tensor."""
+        whole = Piece.of(value)
+        count = len(whole.rows[0])
+        rows = torch.arange(count).tensor_split(self.mesh.dp_size)[self.mesh.dp_rank].tolist()
+        start, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
+        own = value[start:stop].clone() if value.ndim else value.clone()
+        return Piece(
+            local=own,
+            shape=whole.shape,
+            rows=(Rows(start=start, stop=stop),),
+            columns=whole.columns,
+        )
+
+    def _whole(self, share: Piece) -> Tensor:
+        """Return the whole tensor of the ranks' rows. Collective."""
+        if self.mesh.dp_size == 1:
+            return share.local
+        parts_of_rows = torch.arange(share.shape[0]).tensor_split(self.mesh.dp_size)
+        counts = [len(part) for part in parts_of_rows]
+        widest = max(counts)
+        padded = share.local.new_zeros((widest, *share.shape[1:]))
+        padded[: len(share.local)] = share.local
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.mesh.token_group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
