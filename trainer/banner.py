@@ -29,19 +29,21 @@ def describe(
     run: Run,
     model_line: str,
     mesh: Mesh,
+    reason: str,
     ranks: Ranks,
     loader: StepLoader,
     eval_loader: EvalLoader | None,
     meter: Meter,
 ) -> dict[str, str]:
     """Return one line each on model, layout, batch, data and the FLOP formula."""
+    chosen = f" (mesh=auto: {reason})" if reason else ""
     micro = loader.global_rows // (loader.num_ranks * loader.micro_rows)
     tokens = loader.global_rows * loader.rows.row_tokens
     store = loader.rows.store
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     return {
         "model": model_line,
-        "layout": f"{mesh.describe()} on {ranks.device.type}, precision {run.precision}",
+        "layout": f"{mesh.describe()}{chosen} on {ranks.device.type}, precision {run.precision}",
         "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
         f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "

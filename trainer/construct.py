@@ -66,7 +66,8 @@ def fit(run: Run, start: Start) -> bool:
 def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | None) -> bool:
     """Build everything on the connected ranks, and train."""
     folder = attempt.parent.parent
-    mesh = run.mesh.build(ranks=ranks)
+    mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
+    mesh = mesh_spec.build(ranks=ranks)
     model = run.plan_model()
     run.freeze.apply(model)
     meter = Meter(
@@ -89,7 +90,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
-        banner=describe(run, model_line, mesh, ranks, loader, eval_loader, meter),
+        banner=describe(run, model_line, mesh, reason, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     evaluator = (
         Evaluator(loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device)

@@ -41,7 +41,7 @@ class MeshSpec:
     @property
     def lengths(self) -> dict[str, int]:
         """The axis lengths as set, by name, in the order of the mesh."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(MeshSpec)}
 
     def axes(self, world_size: int) -> dict[str, int]:
         """Return the axis lengths for `world_size` processes; ValueError when they do not fit."""
@@ -58,6 +58,12 @@ class MeshSpec:
         return {
             name: world_size // fixed if length == REST else length for name, length in axes.items()
         }
+
+    def chosen(
+        self, *, num_parameters: int, world_size: int, shards_itself: bool
+    ) -> tuple["MeshSpec", str]:
+        """Return the mesh to use, and why it was chosen or nothing."""
+        return self, ""
 
     def build(self, *, ranks: Ranks) -> "Mesh":
         return Mesh(ranks.device.type, self.axes(ranks.placement.world_size))

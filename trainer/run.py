@@ -83,7 +83,7 @@ class Run:
 
     def check(self, world_size: int) -> None:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
-        axes = self.mesh.axes(world_size)
+        axes = self.chosen_mesh(world_size)[0].axes(world_size)
         dp_size = axes["dp_replicate"] * axes["dp_shard"]
         micro_rows = self.data.rows_per_micro_batch(dp_size)
         if self.data.row_tokens > self.model.max_position_embeddings:
@@ -107,6 +107,14 @@ class Run:
             precision=PRECISIONS[self.precision],
         )  # fmt: skip
         self.weight_source(model)
+
+    def chosen_mesh(self, world_size: int) -> tuple[MeshSpec, str]:
+        """Return the mesh for `world_size` processes, and why; all of them come to the same."""
+        return self.mesh.chosen(
+            num_parameters=sum(parameter.numel() for parameter in self.plan_model().parameters()),
+            world_size=world_size,
+            shards_itself=not self.engine.can_shard,
+        )
 
     def _check_vocabulary(self) -> None:
         if self.tokenizer_setting == BPE:

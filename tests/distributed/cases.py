@@ -9,6 +9,7 @@ from benchmarks.parity.oracle import specs
 from models import heads
 from tests.runs import tiny_run
 from tests.tasks import HeadTask
+from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.native import NativeEngine
 from trainer.engines.protocol import EngineSpec
@@ -28,6 +29,7 @@ LAYOUTS: dict[str, MeshSpec] = {
     "cp": MeshSpec(cp=2),
     "pp": MeshSpec(pp=2),
     "fsdp x tp": MeshSpec(dp_shard=2, tp=2),
+    "accelerate": MeshSpec(dp_replicate=2),
     "zero 1": MeshSpec(dp_replicate=2),
     "zero 2": MeshSpec(dp_replicate=2),
     "zero 3": MeshSpec(dp_replicate=2),
@@ -75,6 +77,8 @@ class Case:
     def engine(self) -> EngineSpec:
         is_recomputed = self.option == "checkpointing"
         recompute = ActivationCheckpointing(mode="full" if is_recomputed else "none")
+        if self.layout == "accelerate":
+            return AccelerateEngine(activation_checkpointing=recompute)
         if self.layout in ZERO:
             return DeepSpeedEngine(stage=ZERO[self.layout], activation_checkpointing=recompute)
         return NativeEngine(

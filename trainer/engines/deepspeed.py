@@ -1,7 +1,7 @@
 """The deepspeed engine: raw DeepSpeed, ZeRO 0 to 3, with the same loop, data and checkpoint."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ STAGES = (0, 1, 2, 3)
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedEngine:
     """Train with DeepSpeed over data-parallel ranks."""
+
+    can_shard: ClassVar[bool] = False
 
     stage: int = 2
     """ZeRO: 0 copies all, 1 shards the optimizer, 2 gradients too, 3 weights too."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ from trainer.schedule import Schedule
 @dataclass(frozen=True, kw_only=True)
 class NativeEngine:
     """Train with torch alone."""
+
+    can_shard: ClassVar[bool] = True
 
     activation_checkpointing: ActivationCheckpointing = field(
         default_factory=ActivationCheckpointing

@@ -19,6 +19,11 @@ class EngineSpec(Protocol):
     """Settings of one engine: checks them against the model, lays it out, builds the engine."""
 
     @property
+    def can_shard(self) -> bool:
+        """Whether mesh.dp_shard says what is sharded."""
+        ...
+
+    @property
     def activation_checkpointing(self) -> ActivationCheckpointing: ...
 
     def check(

@@ -5,20 +5,19 @@ modules work on their share unchanged: they read head counts from their weights.
 where a share begins and ends.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.layout import HeadRows, Layout
 from models.nn.head import LMHead
 from trainer.mesh import Mesh
-from trainer.parallel.collectives import copied, gathered, own_tokens, scattered_sum, summed
+from trainer.parallel.collectives import copied, gathered, scattered_sum, summed
 from trainer.parallel.data_parallel import named_blocks
+from trainer.parallel.own_numbers import OwnNumbers, drops
 from trainer.parallel.pieces import Splits, unique_parameters
 from trainer.parallel.pipeline import Elsewhere
+from trainer.parallel.shares import RowwiseLinear, cut_inputs
 from trainer.parallel.vocabulary import SplitVocabulary, split_embedding, split_head
 from trainer.pieces import Piece, Rows
 
@@ -43,6 +42,7 @@ class _Split:
         self.group, self.rank, self.size = mesh.group("tp"), mesh.rank("tp"), mesh.size("tp")
         self.names = {id(parameter): name for name, parameter in unique_parameters(model)}
         self.pieces: dict[str, Piece] = {}
+        self.numbers = OwnNumbers(self.rank)
         self.is_replicated = tuple(f"{name}." for name in layout.replicated)
 
     def blocks(self) -> None:
@@ -62,6 +62,8 @@ class _Split:
             for path in shares:
                 share = block.get_submodule(path)
                 share.register_forward_pre_hook(self._enter)
+                if drops(share):
+                    share.register_forward_pre_hook(self._draw_own)
                 self._mark_shared(share, is_summed=True)  # norms of single heads
             self._mark_shared(block, is_summed=self.sequence)
 
@@ -79,7 +81,7 @@ class _Split:
             head.register_forward_pre_hook(self._gather_alike)
         for path in layout.positions if self.sequence else ():
             if isinstance(positions := model.get_submodule(path), nn.Embedding):
-                _cut_inputs(positions, self.group)
+                cut_inputs(positions, self.group)
                 self._mark_shared(positions, is_summed=True)
         self._mark_shared(model.get_submodule(layout.norm), is_summed=self.sequence)
         self._mark_shared(model, is_summed=False)
@@ -105,8 +107,13 @@ class _Split:
         self._mark_shared(head, is_summed=True)  # its additional rows
         head.register_forward_pre_hook(self._enter)
 
+    def _draw_own(self, module: nn.Module, _: Any) -> None:
+        if module.training:
+            self.numbers.begin()
+
     def leave(self, x_BTD: Tensor) -> Tensor:
         """Add up what the ranks' shares gave."""
+        self.numbers.end()
         return (scattered_sum if self.sequence else summed)(x_BTD, self.group)
 
     def _enter(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -162,7 +169,7 @@ class _Split:
         width = linear.in_features // self.size
         columns = (self.rank * width, (self.rank + 1) * width)
         rows = (Rows(start=0, stop=linear.out_features),)
-        part = _Rowwise(linear, width, self.leave)
+        part = RowwiseLinear(linear, width, self.leave)
         self._replace(linear, "weight", rows, columns, target=part)
         self._mark_shared(part, is_summed=self.sequence)  # its bias, added behind the sum
         setattr(parent, name, part)
@@ -207,33 +214,6 @@ class _Split:
             columns=columns,
             column_group=self.group if is_cut else None,
         )
-
-
-class _Rowwise(nn.Linear):
-    """A linear over this rank's share of its input features; the bias is added once."""
-
-    def __init__(
-        self, linear: nn.Linear, in_features: int, reduce: Callable[[Tensor], Tensor]
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.reduce = reduce
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = self.reduce(F.linear(x, self.weight))
-        return total if self.bias is None else total + self.bias
-
-
-def _cut_inputs(positions: nn.Module, group: torch.distributed.ProcessGroup) -> None:
-    """Let a table of positions look up this rank's tokens only, in place."""
-    lookup = positions.forward
-
-    def forward(ids_BT: Tensor) -> Tensor:
-        result: Tensor = lookup(own_tokens(ids_BT, group))
-        return result
-
-    positions.forward = forward
 
 
 def _find(module: nn.Module, path: str) -> nn.Module | None:

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from math import prod
 from typing import Any
 
+from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import STAGES, DeepSpeedEngine
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
@@ -64,23 +65,19 @@ LAYOUTS = {
         _layout("cp_tp", cp=2, tp=2),
         _layout("pp_tp", pp=2, tp=2),
         _layout("pp_cp", pp=2, cp=2),
+        NamedLayout(name="accelerate", mesh=MeshSpec(dp_replicate=2), engine=AccelerateEngine()),
         *(_zero(DeepSpeedEngine(stage=stage)) for stage in STAGES),
         _zero(DeepSpeedEngine(stage=2, offload_optimizer=True)),
         _zero(DeepSpeedEngine(stage=3, offload_optimizer=True, offload_parameters=True)),
     )
 }
-ON_REQUEST = ("zero2_offload", "zero3_offload")
-"""Layouts that are computed only when named: the first build of their extension takes long."""
 
 
 def chosen(names: list[str]) -> list[NamedLayout]:
-    """Return the named layouts, or all but those on request.
-
-    ValueError with the nearest name for an unknown one.
-    """
+    """Return the named layouts, or all; ValueError with the nearest name for an unknown one."""
     for name in names:
         if name not in LAYOUTS:
             near = get_close_matches(name, LAYOUTS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"layouts={name} is unknown; {hint}Known: {', '.join(LAYOUTS)}")
-    return [LAYOUTS[name] for name in names or [n for n in LAYOUTS if n not in ON_REQUEST]]
+    return [LAYOUTS[name] for name in names or LAYOUTS]

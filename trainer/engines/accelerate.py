@@ -1,0 +1,145 @@
+"""The accelerate engine: the model wrapped by Hugging Face's Accelerator, all else ours.
+
+The home of the package accelerate, imported when an engine is built. What of it would change the
+numbers stays out: it divides no loss, steps no schedule and touches no data.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.layout import Layout
+from trainer.batch import Batch
+from trainer.engines.native import NativeTrainer
+from trainer.engines.passes import Keys, PlainPasses
+from trainer.engines.update import Update
+from trainer.mesh import Mesh
+from trainer.optim import OptimSpec
+from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.parallel.data_parallel import ComputeCast, named_blocks
+from trainer.parallel.laid_out import LaidOut
+from trainer.precision import Precision
+from trainer.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccelerateEngine:
+    """Train with an Accelerator over data-parallel ranks."""
+
+    can_shard: ClassVar[bool] = False
+
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Settings of accelerate's DistributedDataParallelKwargs. Unknown ones are errors."""
+    activation_checkpointing: ActivationCheckpointing = field(
+        default_factory=ActivationCheckpointing
+    )
+
+    def check(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        axes: dict[str, int],
+        *,
+        row_tokens: int,
+        micro_batches: int,
+        precision: Precision,
+    ) -> None:
+        """Raise ValueError for what accelerate would silently turn into plain copies."""
+        for axis in ("pp", "dp_shard", "cp", "tp"):
+            if axes[axis] > 1:
+                raise ValueError(
+                    f"mesh.{axis}={axes[axis]}: accelerate would run copies of the whole model "
+                    "and say nothing; use engine=native, or mesh=ddp"
+                )
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        known = [one.name for one in fields(DistributedDataParallelKwargs)]
+        for key in self.ddp:
+            if key not in known:
+                raise ValueError(
+                    f"engine.ddp.{key} is no setting of DistributedDataParallelKwargs; "
+                    f"set one of {', '.join(known)}"
+                )
+        if variables := sorted(name for name in os.environ if name.startswith("ACCELERATE_USE_")):
+            raise ValueError(
+                f"{variables[0]} is set, and accelerate would follow it instead of this config; "
+                "unset it"
+            )
+
+    def lay_out(
+        self, model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision
+    ) -> LaidOut:
+        """Prepare the meta model in place: recompute."""
+        blocks = [block for _, block in named_blocks(model, layout)]
+        self.activation_checkpointing.apply(blocks)
+        return LaidOut([model], [{}], None)
+
+    def build(
+        self,
+        *,
+        laid_out: LaidOut,
+        layout: Layout,
+        mesh: Mesh,
+        precision: Precision,
+        device: torch.device,
+        optim: OptimSpec,
+        schedule: Schedule,
+        seed: int,
+        max_steps: int,
+    ) -> NativeTrainer:
+        """Return the engine over a materialised model."""
+        (model,) = laid_out.parts
+        called = model
+        if precision.compute != precision.master:
+            called = ComputeCast(model, precision.compute)
+        accelerator = _accelerator(self.ddp, mesh, device)
+        prepared = accelerator.prepare(called)
+        # After it, not before: accelerate may give the weights other memory.
+        update = Update(
+            laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=mesh, optim=optim,
+            no_decay={f"{layout.embedding}.weight"}, schedule=schedule, max_steps=max_steps,
+            device=device,
+        )  # fmt: skip
+        passes = _AcceleratedPasses(accelerator, prepared, mesh, Keys(seed, mesh))
+        return NativeTrainer([model], passes, mesh, device, update)
+
+
+def _accelerator(ddp: dict[str, Any], mesh: Mesh, device: torch.device) -> Any:
+    """Return an Accelerator that runs what was asked for; RuntimeError if it runs another thing."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[DistributedDataParallelKwargs(**ddp)],
+    )
+    runs = (accelerator.num_processes, accelerator.process_index)
+    wanted = (mesh.token_size, mesh.dp_rank)
+    if runs != wanted:
+        raise RuntimeError(f"accelerate runs as (processes, rank) = {runs}, needed {wanted}")
+    return accelerator
+
+
+class _AcceleratedPasses(PlainPasses):
+    """Backward passes and gradient sync through the Accelerator."""
+
+    def __init__(self, accelerator: Any, called: nn.Module, mesh: Mesh, keys: Keys) -> None:
+        super().__init__(called, mesh, keys, is_compiled=False)
+        self.accelerator = accelerator
+
+    def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=scale.device)
+        for number, batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            self.keys.start(step, number)
+            with nullcontext() if is_last else self.accelerator.no_sync(self._model):
+                loss = self._loss(batch, scale)
+                self.accelerator.backward(loss.objective)
+            loss_sum += loss.sum
+        return loss_sum
