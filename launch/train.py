@@ -98,6 +98,7 @@ def main(arguments: list[str]) -> int:
         import yaml
 
         print(yaml.safe_dump(request.tree, sort_keys=False), end="")
+        _print_shards(run, processes)
         print(
             f"# checked for {processes} process(es); would train in {folder}; nothing was started"
         )
@@ -111,6 +112,18 @@ def main(arguments: list[str]) -> int:
 
         return execute(run, Placement(), lambda: attempt)
     return _become_supervisor(processes, attempt)
+
+
+def _print_shards(run: Any, processes: int) -> None:
+    """Print what the first rank would hold of every weight, where several share the model."""
+    from trainer.preview import shards
+
+    if processes == 1:
+        return
+    print(f"# rank 0 of {processes} would hold:")
+    for shard in shards(run, processes):
+        times = f" x {shard.count}" if shard.count > 1 else ""
+        print(f"#   {shard.name}{times}: {list(shard.local)} of {list(shard.whole)}")
 
 
 def _request(arguments: list[str]) -> Request:
