@@ -114,6 +114,8 @@ def _accelerator(ddp: dict[str, Any], mesh: Mesh, device: torch.device) -> Any:
     from accelerate.utils import DistributedDataParallelKwargs
 
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # Else it sets the number of threads to its own liking.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         gradient_accumulation_steps=1,
