@@ -110,18 +110,14 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
 
 def build_engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine:
     """Lay the meta model out, give it weights, and put the optimizer on the pieces."""
-    precision = PRECISIONS[run.precision]
     source = run.weight_source(model)
     std = run.model.initializer_range
     # Of the whole model: how a weight starts may follow from its shape.
     values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
-    laid_out = run.engine.lay_out(model, run.model.layout, mesh, precision)
+    around = run.surroundings(mesh, ranks.device)
+    laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
-    return run.engine.build(
-        laid_out=laid_out, layout=run.model.layout, mesh=mesh, precision=precision,
-        device=ranks.device, optim=run.optim, schedule=run.schedule, seed=run.seed,
-        max_steps=run.max_steps,
-    )  # fmt: skip
+    return run.engine.build(laid_out, around)
 
 
 def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:

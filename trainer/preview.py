@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from trainer.mesh import Mesh
 from trainer.parallel.laid_out import LaidOut
-from trainer.precision import PRECISIONS
 from trainer.run import Run
 
 
@@ -35,8 +34,7 @@ def lay_out(run: Run, world_size: int, rank: int) -> tuple[LaidOut, Mesh]:
     mesh = Mesh("cpu", run.chosen_mesh(world_size)[0].axes(world_size))
     model = run.plan_model()
     run.freeze.apply(model)
-    precision = PRECISIONS[run.precision]
-    return run.engine.lay_out(model, run.model.layout, mesh, precision), mesh
+    return run.engine.lay_out(model, run.surroundings(mesh, torch.device("cpu"))), mesh
 
 
 def shards(run: Run, world_size: int, rank: int = 0) -> list[Shard]:

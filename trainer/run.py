@@ -11,10 +11,10 @@ from models.nn.init import SkipInit
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.data.pretraining import PretrainingData
-from trainer.engines.protocol import EngineSpec
+from trainer.engines.protocol import EngineSpec, Surroundings
 from trainer.freeze import FreezeSpec
 from trainer.loop import Plan
-from trainer.mesh import MeshSpec
+from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
@@ -115,6 +115,14 @@ class Run:
             world_size=world_size,
             shards_itself=not self.engine.can_shard,
         )
+
+    def surroundings(self, mesh: Mesh, device: torch.device) -> Surroundings:
+        """Return what the engine is built from on a built mesh."""
+        return Surroundings(
+            layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
+            device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
+            max_steps=self.max_steps,
+        )  # fmt: skip
 
     def _check_vocabulary(self) -> None:
         if self.tokenizer_setting == BPE:

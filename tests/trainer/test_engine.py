@@ -17,6 +17,7 @@ from trainer.batch import Batch
 from trainer.data.pretraining import PretrainingData
 from trainer.distributed import Placement, Ranks
 from trainer.engines.native import NativeEngine
+from trainer.engines.protocol import Surroundings
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
 from trainer.optim import SGD, AdamW
@@ -53,13 +54,13 @@ def one_step(
     options.get("freeze", FreezeSpec()).apply(model)
     native = NativeEngine()
     values = random_values(model, STD, 0)
-    laid_out = native.lay_out(model, spec.layout, built, precision)
-    laid_out.fill(ranks.device, values)
-    engine = native.build(
-        laid_out=laid_out, layout=spec.layout, mesh=built, precision=precision,
-        device=ranks.device,
+    around = Surroundings(
+        layout=spec.layout, mesh=built, precision=precision, device=ranks.device,
         optim=options.get("optim", SGD(lr=0.5)), schedule=Constant(), seed=0, max_steps=10,
     )  # fmt: skip
+    laid_out = native.lay_out(model, around)
+    laid_out.fill(ranks.device, values)
+    engine = native.build(laid_out, around)
     loader, _ = data_spec(cache, micro_rows).build(
         tokenizer=data_spec(cache, 1).tokenizer("byte", 258),
         seed=0,
@@ -206,13 +207,13 @@ def poisoned(placement: Placement, cache: Path, mesh: MeshSpec) -> list[bool]:
         model = spec.build_causal_lm(chunk_tokens=24)
     native = NativeEngine()
     values = random_values(model, STD, 0)
-    laid_out = native.lay_out(model, spec.layout, built, precision)
-    laid_out.fill(ranks.device, values)
-    engine = native.build(
-        laid_out=laid_out, layout=spec.layout, mesh=built, precision=precision,
-        device=ranks.device,
+    around = Surroundings(
+        layout=spec.layout, mesh=built, precision=precision, device=ranks.device,
         optim=AdamW(lr=1e-2), schedule=Constant(), seed=0, max_steps=10,
     )  # fmt: skip
+    laid_out = native.lay_out(model, around)
+    laid_out.fill(ranks.device, values)
+    engine = native.build(laid_out, around)
     loader, _ = data_spec(cache, 2).build(
         tokenizer=data_spec(cache, 1).tokenizer("byte", 258),
         seed=0, rank=built.dp_rank, num_ranks=built.dp_size,

@@ -16,14 +16,12 @@ from models.layout import Layout
 from trainer.batch import Batch
 from trainer.engines.native import NativeTrainer
 from trainer.engines.passes import Keys, PlainPasses
-from trainer.engines.update import Update
+from trainer.engines.protocol import Surroundings
 from trainer.mesh import Mesh
-from trainer.optim import OptimSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.data_parallel import ComputeCast, named_blocks
 from trainer.parallel.laid_out import LaidOut
 from trainer.precision import Precision
-from trainer.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +68,15 @@ class AccelerateEngine:
                 "unset it"
             )
 
-    def lay_out(
-        self, model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision
-    ) -> LaidOut:
+    def lay_out(self, model: nn.Module, around: Surroundings) -> LaidOut:
         """Prepare the meta model in place: recompute."""
-        blocks = [block for _, block in named_blocks(model, layout)]
+        blocks = [block for _, block in named_blocks(model, around.layout)]
         self.activation_checkpointing.apply(blocks)
         return LaidOut([model], [{}], None)
 
-    def build(
-        self,
-        *,
-        laid_out: LaidOut,
-        layout: Layout,
-        mesh: Mesh,
-        precision: Precision,
-        device: torch.device,
-        optim: OptimSpec,
-        schedule: Schedule,
-        seed: int,
-        max_steps: int,
-    ) -> NativeTrainer:
+    def build(self, laid_out: LaidOut, around: Surroundings) -> NativeTrainer:
         """Return the engine over a materialised model."""
+        mesh, precision, device = around.mesh, around.precision, around.device
         (model,) = laid_out.parts
         called = model
         if precision.compute != precision.master:
@@ -99,12 +84,8 @@ class AccelerateEngine:
         accelerator = _accelerator(self.ddp, mesh, device)
         prepared = accelerator.prepare(called)
         # After it, not before: accelerate may give the weights other memory.
-        update = Update(
-            laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=mesh, optim=optim,
-            no_decay={f"{layout.embedding}.weight"}, schedule=schedule, max_steps=max_steps,
-            device=device,
-        )  # fmt: skip
-        passes = _AcceleratedPasses(accelerator, prepared, mesh, Keys(seed, mesh))
+        update = around.update(laid_out)
+        passes = _AcceleratedPasses(accelerator, prepared, mesh, Keys(around.seed, mesh))
         return NativeTrainer([model], passes, mesh, device, update)
 
 

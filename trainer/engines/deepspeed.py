@@ -3,22 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from models.layout import Layout
 from trainer.engines.deepspeed_config import check_settings, config_for
 from trainer.engines.deepspeed_state import initialize
 from trainer.engines.deepspeed_trainer import DeepSpeedTrainer
-from trainer.engines.passes import Keys
-from trainer.mesh import Mesh
-from trainer.optim import OptimSpec
+from trainer.engines.protocol import Surroundings
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.laid_out import LaidOut
 from trainer.pieces import Piece
 from trainer.precision import PRECISIONS, Precision
-from trainer.schedule import Schedule
 
 STAGES = (0, 1, 2, 3)
 
@@ -84,27 +80,13 @@ class DeepSpeedEngine:
                 "engine=native"
             )
 
-    def lay_out(
-        self, model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision
-    ) -> LaidOut:
+    def lay_out(self, model: nn.Module, around: Surroundings) -> LaidOut:
         """Prepare the meta model in place: recompute. DeepSpeed shards what is materialised."""
-        blocks = [block for _, block in named_blocks(model, layout)]
+        blocks = [block for _, block in named_blocks(model, around.layout)]
         self.activation_checkpointing.apply(blocks)
         return LaidOut([model], [{}], None)
 
-    def build(
-        self,
-        *,
-        laid_out: LaidOut,
-        layout: Layout,
-        mesh: Mesh,
-        precision: Precision,
-        device: torch.device,
-        optim: OptimSpec,
-        schedule: Schedule,
-        seed: int,
-        max_steps: int,
-    ) -> DeepSpeedTrainer:
+    def build(self, laid_out: LaidOut, around: Surroundings) -> DeepSpeedTrainer:
         """Return the engine over a materialised model."""
         (model,) = laid_out.parts
         pieces = {
@@ -112,13 +94,10 @@ class DeepSpeedEngine:
             for name, parameter in laid_out.parameters().items()
             if parameter.requires_grad
         }
-        optimizer = optim.build(pieces=pieces, no_decay={f"{layout.embedding}.weight"})
+        optimizer = around.optim.build(pieces=pieces, no_decay=around.no_decay)
         lrs = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # stage 3 takes a step over zero gradients when it is built
         masters = {n: p.detach().clone() for n, p in laid_out.parameters().items()}
-        engine = initialize(model, optimizer, config_for(self, mesh, precision, optim), device)
-        return DeepSpeedTrainer(
-            engine, self.stage, lrs, masters, mesh=mesh, device=device, keys=Keys(seed, mesh),
-            optim=optim, schedule=schedule, max_steps=max_steps,
-        )  # fmt: skip
+        engine = initialize(model, optimizer, config_for(self, around), around.device)
+        return DeepSpeedTrainer(engine, self.stage, lrs, masters, around)

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.mesh import Mesh
-from trainer.optim import OptimSpec
-from trainer.precision import Precision
+from trainer.engines.protocol import Surroundings
 
 if TYPE_CHECKING:
     from trainer.engines.deepspeed import DeepSpeedEngine
@@ -57,9 +55,7 @@ def check_settings(config: dict[str, Any]) -> None:
                     )
 
 
-def config_for(
-    spec: "DeepSpeedEngine", mesh: Mesh, precision: Precision, optim: OptimSpec
-) -> dict[str, Any]:
+def config_for(spec: "DeepSpeedEngine", around: Surroundings) -> dict[str, Any]:
     """Return the config for deepspeed.initialize."""
     zero: dict[str, Any] = {"stage": spec.stage, **spec.config.get("zero_optimization", {})}
     zero.setdefault("overlap_comm", False)
@@ -71,12 +67,12 @@ def config_for(
         "steps_per_print": 1 << 60,
         **spec.config,
         "zero_optimization": zero,
-        "bf16": {"enabled": precision.compute == torch.bfloat16},
+        "bf16": {"enabled": around.precision.compute == torch.bfloat16},
         # The loop owns accumulation: every step() is one update, whatever these three say.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.max_grad_norm or 0.0,
+        "gradient_clipping": around.optim.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

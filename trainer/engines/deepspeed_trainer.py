@@ -11,11 +11,9 @@ from trainer.batch import Batch
 from trainer.engines.counting import count_step
 from trainer.engines.deepspeed_state import ShardedState
 from trainer.engines.passes import Keys, inputs
-from trainer.mesh import Mesh
-from trainer.optim import OptimSpec
+from trainer.engines.protocol import Surroundings
 from trainer.pieces import Piece
 from trainer.protocols import StepResult
-from trainer.schedule import Schedule
 
 
 class DeepSpeedTrainer:
@@ -27,19 +25,15 @@ class DeepSpeedTrainer:
         stage: int,
         lrs: list[float],
         masters: dict[str, Tensor],
-        *,
-        mesh: Mesh,
-        device: torch.device,
-        keys: Keys,
-        optim: OptimSpec,
-        schedule: Schedule,
-        max_steps: int,
+        around: Surroundings,
     ) -> None:
         """`masters`: the fp32 values that the weights start from. Collective."""
         self.engine, self.stage, self.lrs = engine, stage, lrs
-        self.mesh, self.device, self.keys = mesh, device, keys
-        self.optim, self.schedule, self.max_steps = optim, schedule, max_steps
-        self.state = ShardedState(engine, stage, mesh, masters)
+        self.mesh, self.device = around.mesh, around.device
+        self.keys = Keys(around.seed, around.mesh)
+        self.optim, self.schedule = around.optim, around.schedule
+        self.max_steps = around.max_steps
+        self.state = ShardedState(engine, stage, around.mesh, masters)
         if stage == 0:
             engine.enable_backward_allreduce = False  # done here, before the norm
 

@@ -15,9 +15,9 @@ from trainer.batch import Batch
 from trainer.engines.counting import count_step
 from trainer.engines.passes import Keys, Passes, PlainPasses
 from trainer.engines.pipelined import PipelinedPasses
+from trainer.engines.protocol import Surroundings
 from trainer.engines.update import Update
 from trainer.mesh import Mesh
-from trainer.optim import OptimSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
 from trainer.parallel.data_parallel import named_blocks, replicate, shard
@@ -29,7 +29,6 @@ from trainer.parallel.tensor_parallel import split_tensors
 from trainer.pieces import Piece
 from trainer.precision import Precision
 from trainer.protocols import StepResult
-from trainer.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +79,17 @@ class NativeEngine:
                 "install one, or set engine.compile=false"
             )
 
-    def lay_out(
-        self, model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision
-    ) -> LaidOut:
+    def lay_out(self, model: nn.Module, around: Surroundings) -> LaidOut:
         """Prepare the meta model in place: cut, split, recompute, compile, shard, by the mesh."""
         stages = None
-        if mesh.size("pp") > 1:
-            stages = Stages(model, layout, mesh, self.pipeline_chunks)
+        if around.mesh.size("pp") > 1:
+            stages = Stages(model, around.layout, around.mesh, self.pipeline_chunks)
         parts = stages.parts if stages else [model]
-        splits = [self._lay_out_part(part, layout, mesh, precision) for part in parts]
+        splits = [self._lay_out_part(part, around) for part in parts]
         return LaidOut(parts, splits, stages)
 
-    def _lay_out_part(
-        self, part: nn.Module, layout: Layout, mesh: Mesh, precision: Precision
-    ) -> Splits:
+    def _lay_out_part(self, part: nn.Module, around: Surroundings) -> Splits:
+        layout, mesh = around.layout, around.mesh
         splits: Splits = {}
         if mesh.size("tp") > 1:
             splits = split_tensors(part, layout, mesh, sequence=self.sequence_parallel)
@@ -107,30 +103,15 @@ class NativeEngine:
             for block in blocks:
                 block.compile(dynamic=False)
         if mesh.is_sharded:
-            shard(part, blocks, mesh, precision)
+            shard(part, blocks, mesh, around.precision)
         return splits
 
-    def build(
-        self,
-        *,
-        laid_out: LaidOut,
-        layout: Layout,
-        mesh: Mesh,
-        precision: Precision,
-        device: torch.device,
-        optim: OptimSpec,
-        schedule: Schedule,
-        seed: int,
-        max_steps: int,
-    ) -> "NativeTrainer":
+    def build(self, laid_out: LaidOut, around: Surroundings) -> "NativeTrainer":
         """Return the engine over a materialised model."""
-        parts, keys = laid_out.parts, Keys(seed, mesh)
+        mesh, precision, device = around.mesh, around.precision, around.device
+        parts, keys = laid_out.parts, Keys(around.seed, mesh)
         called = [part if mesh.is_sharded else replicate(part, mesh, precision) for part in parts]
-        update = Update(
-            laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=mesh, optim=optim,
-            no_decay={f"{layout.embedding}.weight"}, schedule=schedule, max_steps=max_steps,
-            device=device,
-        )  # fmt: skip
+        update = around.update(laid_out)
         passes: Passes
         if laid_out.stages is not None:
             shares = mesh.size("tp") if self.sequence_parallel else 1

@@ -1,11 +1,13 @@
 """What the settings of an engine must offer."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from models.layout import Layout
+from trainer.engines.update import Update
 from trainer.mesh import Mesh
 from trainer.optim import OptimSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
@@ -13,6 +15,33 @@ from trainer.parallel.laid_out import LaidOut
 from trainer.precision import Precision
 from trainer.protocols import Engine
 from trainer.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What an engine is built from, beside the model and its own settings."""
+
+    layout: Layout
+    mesh: Mesh
+    precision: Precision
+    device: torch.device
+    optim: OptimSpec
+    schedule: Schedule
+    seed: int
+    max_steps: int
+
+    @property
+    def no_decay(self) -> set[str]:
+        """Names of matrices that weight decay spares."""
+        return {f"{self.layout.embedding}.weight"}
+
+    def update(self, laid_out: LaidOut) -> Update:
+        """Return the end of a step over materialised weights."""
+        return Update(
+            laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=self.mesh,
+            optim=self.optim, no_decay=self.no_decay, schedule=self.schedule,
+            max_steps=self.max_steps, device=self.device,
+        )  # fmt: skip
 
 
 class EngineSpec(Protocol):
@@ -39,24 +68,10 @@ class EngineSpec(Protocol):
         """Raise ValueError for what cannot work, with the legal choices; nothing is started."""
         ...
 
-    def lay_out(
-        self, model: nn.Module, layout: Layout, mesh: Mesh, precision: Precision
-    ) -> LaidOut:
+    def lay_out(self, model: nn.Module, around: Surroundings) -> LaidOut:
         """Prepare the meta model in place."""
         ...
 
-    def build(
-        self,
-        *,
-        laid_out: LaidOut,
-        layout: Layout,
-        mesh: Mesh,
-        precision: Precision,
-        device: torch.device,
-        optim: OptimSpec,
-        schedule: Schedule,
-        seed: int,
-        max_steps: int,
-    ) -> Engine:
+    def build(self, laid_out: LaidOut, around: Surroundings) -> Engine:
         """Return the engine over a materialised model. Collective."""
         ...
