@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from contextlib import redirect_stdout, suppress
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,10 @@ def import_deepspeed(device_type: str) -> None:
         import deepspeed.runtime.zero.muon.muon_optimizer  # seconds that initialize would take
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # An extension for all-reduces in shared memory, built at first use: it needs a compiler, and
+    # waits for ever for the lock of a build that was killed. gloo does the same.
+    backend: Any = import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 def initialize(
