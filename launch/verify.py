@@ -92,11 +92,13 @@ def _print_head(small: Any) -> None:
     print(f"{type(model).__name__} at {count:,} parameters, fp64, against one process")
     for note in small.notes:
         print(f"  changed: {note}")
-    limits = f"{FP64.tolerance:.0e} for one step ({FP32.tolerance:.0e} for DeepSpeed, in fp32)"
-    print(
-        f"max |a - b| / max |b| of the worst tensor; limits: {limits},\n"
-        f"{CURVE_TOLERANCE:.0e} for the curve, 0 for what was loaded\n"
+    limits = (
+        f"{FP64.tolerance:.0e} for one step ({FP32.tolerance:.0e} for DeepSpeed, in fp32),\n"
+        f"{CURVE_TOLERANCE:.0e} for the curve, 0 for what was loaded"
     )
+    if small.run.is_topology_free:
+        limits = "0, bit for bit (deterministic=topology_free)"
+    print(f"max |a - b| / max |b| of the worst tensor; limits: {limits}\n")
     heads = "".join(f"{name:>10}" for name in COLUMNS)
     print(f"{'layout':<15}{'ranks':>5}{heads}{'s':>7}", flush=True)
 
@@ -104,7 +106,7 @@ def _print_head(small: Any) -> None:
 def _print_row(verdict: "Verdict") -> None:
     name = f"{verdict.layout.name:<15}{verdict.layout.processes:>5}"
     if verdict.impossible:
-        print(f"{name}  not for this model: {verdict.impossible}", flush=True)
+        print(f"{name}  not here: {verdict.impossible}", flush=True)
         return
     if verdict.failure:
         print(f"{name}  FAILED", flush=True)
@@ -140,6 +142,9 @@ def _print_end(verdicts: "list[Verdict]", bad: "list[Verdict]") -> None:
         print(f"\n{len(bad)} of {len(computed)} layouts differ", file=sys.stderr)
         return
     worst = max((v.worst for v in computed if v.worst), key=lambda check: check.severity)
+    if not any(check.tolerance for verdict in computed for check in verdict.checks):
+        print(f"\nall {len(computed)} layouts agree in every bit")
+        return
     nearest = f"{worst.deviation.value:.1e} of {worst.tolerance:.0e}"
     where = f"{worst.deviation.quantity}, {worst.deviation.name}"
     print(f"\nall {len(computed)} layouts agree; nearest to its limit: {nearest} ({where})")

@@ -52,6 +52,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
         "log_every": 1,
         "eval_every": None,
         "save_every": None,
+        "deterministic": "off",
         "precision": "fp32",
         "tokenizer": "byte",
         "weights": "random",

@@ -43,7 +43,12 @@ def describe(
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     return {
         "model": model_line,
-        "layout": f"{mesh.describe()}{chosen} on {ranks.device.type}, precision {run.precision}",
+        "layout": f"{mesh.describe()}{chosen} on {ranks.device.type}, precision {run.precision}"
+        + (
+            ", topology-free: the same bits on 1, 2, 4, .. data ranks"
+            if run.is_topology_free
+            else ""
+        ),
         "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
         f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "

@@ -19,6 +19,7 @@ from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
 from trainer.distributed import Placement, Ranks
+from trainer.engines.topology_free import NUM_THREADS
 from trainer.environment import environment
 from trainer.evaluate import Evaluator
 from trainer.files import write_json, write_text
@@ -52,6 +53,8 @@ def fit(run: Run, start: Start) -> bool:
     run.check(start.placement.world_size)
     # Before any thread is started, which inherits it: denormal numbers made a CPU step 1.5x slower.
     torch.set_flush_denormal(True)
+    if run.is_topology_free:
+        torch.set_num_threads(NUM_THREADS)
     ranks = Ranks(start.placement, run.timeout_seconds)
     attempt = Path(ranks.broadcast_text(str(start.locate()) if start.placement.is_main else ""))
     folder = attempt.parent.parent

@@ -1,13 +1,14 @@
 """Evaluation: the sum of losses over the sum of targets, whatever the batches and ranks."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from trainer.data.loader import EvalLoader
 from trainer.mesh import Mesh
+from trainer.parallel.tree import in_order
 from trainer.protocols import Engine
 from trainer.tasks.causal_lm import CausalLMTask
 
@@ -23,13 +24,13 @@ class Evaluator:
 
     def evaluate(self, engine: Engine) -> dict[str, Any]:
         """Return loss and the task's metrics. Collective: every rank must call this."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        numbers = [torch.zeros(2, dtype=torch.float64, device=self.device)]
         for batch in self.loader.batches():
             loss = engine.eval_step(batch)
-            totals += torch.stack([loss.sum.double(), loss.num_targets.double()])
-        if self.mesh.token_size > 1:
-            dist.all_reduce(totals, group=self.mesh.token_group)
-        nll_sum, num_targets = totals.tolist()
+            numbers.append(torch.stack([loss.sum.double(), loss.num_targets.double()]))
+        of_all = in_order(torch.stack(numbers), self.mesh.token_group).T.tolist()
+        # Rounded once, whatever the order: the number of ranks leaves no trace.
+        nll_sum, num_targets = map(math.fsum, of_all)
         return {
             "loss": nll_sum / num_targets if num_targets else float("nan"),
             "num_targets": int(num_targets),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from math import prod
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.distributed import Ranks
@@ -121,6 +122,12 @@ class Mesh:
     def is_first_holder(self) -> bool:
         """Whether this rank, of those of its copy that hold one layer, answers for scalars."""
         return self.rank("tp") == 0 and (not self.is_sharded or self.shard.get_local_rank() == 0)
+
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """Add up over the ranks that see different tokens, in place. Collective."""
+        if self.token_size > 1:
+            dist.all_reduce(tensor, group=self.token_group)
+        return tensor
 
     def tp_copies(self, copies: int) -> dist.ProcessGroup:
         """Return the `copies` tensor-parallel ranks in a row that this rank is among.

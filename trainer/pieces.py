@@ -51,6 +51,11 @@ class Piece:
         return replace(self, local=local)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the whole tensor."""
+        return self.shape[0] if self.shape else 1
+
+    @property
     def width(self) -> int:
         """Columns of the whole tensor."""
         return math.prod(self.shape[1:])

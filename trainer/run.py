@@ -12,6 +12,7 @@ from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.data.pretraining import PretrainingData
 from trainer.engines.protocol import EngineSpec, Surroundings
+from trainer.engines.topology_free import check_topology_free
 from trainer.freeze import FreezeSpec
 from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
@@ -22,6 +23,8 @@ from trainer.tasks.causal_lm import CausalLMTask
 from trainer.weights import WeightSource, match_weights
 
 AUTO, RANDOM, BPE = "auto", "random", "bpe"
+OFF, TOPOLOGY_FREE = "off", "topology_free"
+DETERMINISTIC = (OFF, TOPOLOGY_FREE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Run:
     """Steps between evaluations; null: none."""
     save_every: int | None
     """Steps between checkpoints; null: the last step only."""
+    deterministic: str
+    """off; topology_free: the same bits on 1, 2, 4, .. data ranks, with or without FSDP2 (CPU)."""
     precision: str
     """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
     tokenizer: str
@@ -76,6 +81,11 @@ class Run:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
+        if self.deterministic not in DETERMINISTIC:
+            raise ValueError(
+                f"deterministic={self.deterministic!r} is unknown; "
+                f"set it to one of {', '.join(DETERMINISTIC)}"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision={self.precision!r} is unknown; set it to one of {', '.join(PRECISIONS)}"
@@ -86,6 +96,7 @@ class Run:
         axes = self.chosen_mesh(world_size)[0].axes(world_size)
         dp_size = axes["dp_replicate"] * axes["dp_shard"]
         micro_rows = self.data.rows_per_micro_batch(dp_size)
+        self.check_sums(axes)
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.row_tokens={self.data.row_tokens} is longer than "
@@ -108,6 +119,26 @@ class Run:
         )  # fmt: skip
         self.weight_source(model)
 
+    @property
+    def is_topology_free(self) -> bool:
+        return self.deterministic == TOPOLOGY_FREE
+
+    def check_sums(self, axes: dict[str, int]) -> None:
+        """Raise ValueError where `deterministic` asks for what this layout cannot promise."""
+        if not self.is_topology_free:
+            return
+        if not self.engine.owns_sums:
+            raise ValueError(
+                "deterministic=topology_free needs every sum to be ours; "
+                "set engine=native, or deterministic=off"
+            )
+        check_topology_free(
+            axes,
+            micro_rows=self.data.micro_rows,
+            precision=PRECISIONS[self.precision],
+            has_gpu=torch.cuda.is_available(),
+        )
+
     def chosen_mesh(self, world_size: int) -> tuple[MeshSpec, str]:
         """Return the mesh for `world_size` processes, and why; all of them come to the same."""
         return self.mesh.chosen(
@@ -121,7 +152,7 @@ class Run:
         return Surroundings(
             layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
             device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
-            max_steps=self.max_steps,
+            max_steps=self.max_steps, is_topology_free=self.is_topology_free,
         )  # fmt: skip
 
     def _check_vocabulary(self) -> None:

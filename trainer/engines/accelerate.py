@@ -19,7 +19,7 @@ from trainer.engines.passes import Keys, PlainPasses
 from trainer.engines.protocol import Surroundings
 from trainer.mesh import Mesh
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
-from trainer.parallel.data_parallel import ComputeCast, named_blocks
+from trainer.parallel.data_parallel import cast_to_compute, named_blocks
 from trainer.parallel.laid_out import LaidOut
 from trainer.precision import Precision
 
@@ -29,6 +29,7 @@ class AccelerateEngine:
     """Train with an Accelerator over data-parallel ranks."""
 
     can_shard: ClassVar[bool] = False
+    owns_sums: ClassVar[bool] = False
 
     ddp: dict[str, Any] = field(default_factory=dict)
     """Settings of accelerate's DistributedDataParallelKwargs. Unknown ones are errors."""
@@ -78,11 +79,8 @@ class AccelerateEngine:
         """Return the engine over a materialised model."""
         mesh, precision, device = around.mesh, around.precision, around.device
         (model,) = laid_out.parts
-        called = model
-        if precision.compute != precision.master:
-            called = ComputeCast(model, precision.compute)
         accelerator = _accelerator(self.ddp, mesh, device)
-        prepared = accelerator.prepare(called)
+        prepared = accelerator.prepare(cast_to_compute(model, precision))
         # After it, not before: accelerate may give the weights other memory.
         update = around.update(laid_out)
         passes = _AcceleratedPasses(accelerator, prepared, mesh, Keys(around.seed, mesh))
@@ -125,4 +123,4 @@ class _AcceleratedPasses(PlainPasses):
                 loss = self._loss(batch, scale)
                 self.accelerator.backward(loss.objective)
             loss_sum += loss.sum
-        return loss_sum
+        return self.mesh.sum_over_tokens(loss_sum)

@@ -1,7 +1,6 @@
 """How many targets a step has: counted over all ranks, before the first backward."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trainer.batch import Batch
@@ -21,6 +20,4 @@ def count_step(
     counts = torch.stack([targets, tokens])
     if mesh.rank("cp") > 0:
         counts.zero_()  # the same rows as the first rank's: counted there
-    if mesh.token_size > 1:
-        dist.all_reduce(counts, group=mesh.token_group)
-    return counts
+    return mesh.sum_over_tokens(counts)

@@ -24,6 +24,7 @@ class DeepSpeedEngine:
     """Train with DeepSpeed over data-parallel ranks."""
 
     can_shard: ClassVar[bool] = False
+    owns_sums: ClassVar[bool] = False
 
     stage: int = 2
     """ZeRO: 0 copies all, 1 shards the optimizer, 2 gradients too, 3 weights too."""

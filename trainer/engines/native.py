@@ -3,10 +3,10 @@
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.layout import Layout
@@ -16,11 +16,12 @@ from trainer.engines.counting import count_step
 from trainer.engines.passes import Keys, Passes, PlainPasses
 from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.protocol import Surroundings
+from trainer.engines.topology_free import TreePasses
 from trainer.engines.update import Update
 from trainer.mesh import Mesh
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
-from trainer.parallel.data_parallel import named_blocks, replicate, shard
+from trainer.parallel.data_parallel import cast_to_compute, named_blocks, replicate, shard
 from trainer.parallel.laid_out import LaidOut
 from trainer.parallel.legal import check_axes
 from trainer.parallel.pieces import Splits
@@ -36,6 +37,7 @@ class NativeEngine:
     """Train with torch alone."""
 
     can_shard: ClassVar[bool] = True
+    owns_sums: ClassVar[bool] = True
 
     activation_checkpointing: ActivationCheckpointing = field(
         default_factory=ActivationCheckpointing
@@ -46,6 +48,9 @@ class NativeEngine:
     """With mesh.tp: between its layers, ranks share the tokens instead of repeating them."""
     pipeline_chunks: int = 1
     """With mesh.pp: stages on each rank, interleaved: less idle time, more messages."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in the host's memory and update there: 8 bytes per parameter less on a
+    GPU, two copies per step. On a CPU it only costs the copies."""
 
     def __post_init__(self) -> None:
         if self.pipeline_chunks < 1:
@@ -110,10 +115,13 @@ class NativeEngine:
         """Return the engine over a materialised model."""
         mesh, precision, device = around.mesh, around.precision, around.device
         parts, keys = laid_out.parts, Keys(around.seed, mesh)
-        called = [part if mesh.is_sharded else replicate(part, mesh, precision) for part in parts]
-        update = around.update(laid_out)
+        wrap = cast_to_compute if around.is_topology_free else partial(replicate, mesh=mesh)
+        called = [part if mesh.is_sharded else wrap(part, precision=precision) for part in parts]
+        update = around.update(laid_out, is_offloaded=self.offload_optimizer)
         passes: Passes
-        if laid_out.stages is not None:
+        if around.is_topology_free:
+            passes = TreePasses(called[0], mesh, keys, is_compiled=self.compile)
+        elif laid_out.stages is not None:
             shares = mesh.size("tp") if self.sequence_parallel else 1
             passes = PipelinedPasses(
                 laid_out.stages, called, keys,
@@ -143,10 +151,9 @@ class NativeTrainer:
         counts = count_step(micro_batches, num_tokens, self.mesh, self.device)
         # DDP and FSDP2 average gradients over ranks with different tokens; this makes them the mean
         # over all targets of the step.
-        scale = self.mesh.token_size / counts[0].clamp(min=1).double()
+        scale = self.passes.averaged_over / counts[0].clamp(min=1).double()
         self._set_training(True)
         loss_sum = self.passes.train(step, micro_batches, scale)
-        self._all_reduce(loss_sum)
         grad_norm = self.update.grad_norm()
         skipped = ~(grad_norm.isfinite() & loss_sum.isfinite())
         lr = self.update.apply(step, grad_norm, skipped)
@@ -184,8 +191,4 @@ class NativeTrainer:
         return self.mesh.is_first_copy
 
     def loaded(self) -> None:
-        """Pieces alias what computes: nothing is left to do."""
-
-    def _all_reduce(self, tensor: Tensor) -> None:
-        if self.mesh.token_size > 1:
-            dist.all_reduce(tensor, group=self.mesh.token_group)
+        self.update.loaded()

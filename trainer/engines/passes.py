@@ -19,9 +19,11 @@ class Passes(Protocol):
 
     called: list[nn.Module]
     """What runs for each part of the model that is here."""
+    averaged_over: int
+    """By how many ranks `called` divides the sum of their gradients."""
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
-        """Leave the gradient of `scale * loss sum` in the parameters; return this rank's sum."""
+        """Leave the gradient of `scale * loss sum` in the parameters; return the ranks' sum."""
         ...
 
     def loss(self, batch: Batch) -> Loss:
@@ -61,7 +63,8 @@ class PlainPasses:
 
     def __init__(self, called: nn.Module, mesh: Mesh, keys: Keys, *, is_compiled: bool) -> None:
         self.called, self.keys, self.is_compiled = [called], keys, is_compiled
-        self._model = called
+        self._model, self.mesh = called, mesh
+        self.averaged_over = mesh.token_size
         self.cp = mesh.group("cp") if mesh.size("cp") > 1 else None
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ class PlainPasses:
             loss = self._loss(batch, scale)
             loss.objective.backward()
             loss_sum += loss.sum
-        return loss_sum
+        return self.mesh.sum_over_tokens(loss_sum)
 
     def loss(self, batch: Batch) -> Loss:
         return self._loss(batch, torch.ones((), device=batch.input_ids.device))

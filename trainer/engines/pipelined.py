@@ -35,6 +35,7 @@ class PipelinedPasses:
         self.stages, self.called, self.keys, self.device = stages, called, keys, device
         self.dtype, self.token_shares = dtype, token_shares
         self.relay = Relay(stages, device, dtype)
+        self.averaged_over = stages.mesh.token_size
         self.is_last = stages.indices[-1] == stages.num_stages - 1
         cp = stages.mesh.size("cp")
         self.cp = stages.mesh.group("cp") if cp > 1 else None
@@ -64,7 +65,7 @@ class PipelinedPasses:
         for part in self.sums:
             loss_sum += part
         dist.all_reduce(loss_sum, group=self.stages.mesh.group("pp"))  # the others have none
-        return loss_sum
+        return self.stages.mesh.sum_over_tokens(loss_sum)
 
     def _start(self, place: int) -> None:
         """Seed the next micro-batch of a stage."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.layout import Layout
-from trainer.engines.update import Update
+from trainer.engines.update import FAST, TOPOLOGY_FREE, Update
 from trainer.mesh import Mesh
 from trainer.optim import OptimSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
@@ -29,18 +29,21 @@ class Surroundings:
     schedule: Schedule
     seed: int
     max_steps: int
+    is_topology_free: bool = False
+    """Whether sums are taken in an order that no number of data ranks changes."""
 
     @property
     def no_decay(self) -> set[str]:
         """Names of matrices that weight decay spares."""
         return {f"{self.layout.embedding}.weight"}
 
-    def update(self, laid_out: LaidOut) -> Update:
+    def update(self, laid_out: LaidOut, *, is_offloaded: bool = False) -> Update:
         """Return the end of a step over materialised weights."""
         return Update(
             laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=self.mesh,
             optim=self.optim, no_decay=self.no_decay, schedule=self.schedule,
             max_steps=self.max_steps, device=self.device,
+            sums=TOPOLOGY_FREE if self.is_topology_free else FAST, is_offloaded=is_offloaded,
         )  # fmt: skip
 
 
@@ -50,6 +53,11 @@ class EngineSpec(Protocol):
     @property
     def can_shard(self) -> bool:
         """Whether mesh.dp_shard says what is sharded."""
+        ...
+
+    @property
+    def owns_sums(self) -> bool:
+        """Whether all sums over ranks are ours to order."""
         ...
 
     @property

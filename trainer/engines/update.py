@@ -1,16 +1,45 @@
 """The end of a step: norm, clipping and the optimizer's update, on this rank's pieces."""
 
-from typing import Any, cast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.engines.host_copies import HostCopies
 from trainer.mesh import Mesh
 from trainer.optim import OptimSpec
 from trainer.parallel.pieces import global_square_sum, local_tensor, sum_shared
 from trainer.parallel.pipeline import absent
+from trainer.parallel.tree import row_square_sum
 from trainer.pieces import Piece
 from trainer.schedule import Schedule
+
+
+class SquareSum(Protocol):
+    """Adds up the squares of whole tensors, of which each rank has pieces."""
+
+    def __call__(
+        self,
+        gradients: Iterable[tuple[Piece, Tensor]],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """In which order the end of a step adds up."""
+
+    square_sum: SquareSum
+    is_fused: bool
+    """Whether the optimizer's fused kernels may be used."""
+
+
+FAST = Sums(square_sum=global_square_sum, is_fused=True)
+TOPOLOGY_FREE = Sums(square_sum=row_square_sum, is_fused=False)
 
 
 class Update:
@@ -31,19 +60,28 @@ class Update:
         schedule: Schedule,
         max_steps: int,
         device: torch.device,
+        sums: Sums,
+        is_offloaded: bool,
     ) -> None:
-        self.parameters, self.pieces, self.device = parameters, pieces, device
+        """`sums`: in which order to add up. `is_offloaded`: the optimizer works on the host."""
+        self.parameters, self.pieces, self.device, self.sums = parameters, pieces, device, sums
         self.is_first_holder, self.group = mesh.is_first_holder, mesh.copy_group()
         self.is_later_stage = mesh.rank("pp") > 0
         self.optim, self.schedule, self.max_steps = optim, schedule, max_steps
         here = trained & parameters.keys()
         self.trained = {name: piece for name, piece in pieces.items() if name in here}
         self.elsewhere = {name: p for name, p in pieces.items() if name in trained - here}
+        self.host = HostCopies(self.trained) if is_offloaded else None
+        self.updated = self.host.pieces if self.host else self.trained
+        """What the optimizer sees and changes."""
         # A pipeline stage may hold frozen layers alone; torch has no optimizer over nothing.
         nothing = {"": Piece.of(torch.zeros(0, device=device))}
-        self.optimizer = optim.build(pieces=self.trained or nothing, no_decay=no_decay)
+        self.optimizer = optim.build(pieces=self.updated or nothing, no_decay=no_decay)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self._create_state()
+        # Make every weight's state before the first save or load, by an update that is skipped.
+        _skip_a_step(self.optimizer, [piece.local for piece in self.updated.values()])
+        if not sums.is_fused:
+            _without_fused_kernels(self.optimizer)
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the whole gradient, before clipping. Collective."""
@@ -53,7 +91,7 @@ class Update:
             if parameter.grad is not None
         ]
         self.sum_shared(gradients)
-        return global_square_sum(gradients, self.group, self.device).sqrt()
+        return self.sums.square_sum(gradients, self.group, self.device).sqrt()
 
     def sum_shared(self, gradients: list[tuple[Piece, Tensor]]) -> None:
         """Add up gradients of what several ranks hold and each saw a part of. Collective."""
@@ -64,38 +102,60 @@ class Update:
 
         Return the learning rate.
         """
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                self.pieces[name].local.grad = local_tensor(parameter.grad)
-        self._clip(grad_norm)
+        gradients = {
+            name: local_tensor(parameter.grad)
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None and name in self.trained
+        }
+        self._clip(list(gradients.values()), grad_norm)
+        self._give(gradients)
         factor = self.schedule.factor(step, self.max_steps)
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             group["lr"] = lr * factor
-        # The fused kernels leave weights and state as they are where found_inf is 1: no host sync.
-        cast(Any, self.optimizer).found_inf = skipped.float()
-        self.optimizer.step()
+        self._step(skipped)
         for name, parameter in self.parameters.items():
             parameter.grad = None
-            self.pieces[name].local.grad = None
+            if name in self.updated:
+                self.updated[name].local.grad = None
         return self.optim.lr * factor
 
-    def _clip(self, grad_norm: Tensor) -> None:
+    def _clip(self, gradients: list[Tensor], grad_norm: Tensor) -> None:
         """Scale gradients down to max_grad_norm, by the formula of torch's clip_grad_norm_."""
-        gradients = [p.local.grad for p in self.trained.values() if p.local.grad is not None]
         if self.optim.max_grad_norm is not None and gradients:
             coefficient = (self.optim.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, coefficient)
 
-    def _create_state(self) -> None:
-        """Make every weight's state before the first save or load, by an update that is skipped."""
-        _skip_a_step(self.optimizer, [piece.local for piece in self.trained.values()])
+    def _give(self, gradients: dict[str, Tensor]) -> None:
+        """Hand the gradients to the optimizer."""
+        for name, gradient in gradients.items():
+            given = self.host.gradient(name, gradient) if self.host else gradient
+            self.updated[name].local.grad = given
+        if self.host:
+            self.host.wait()
+
+    def _step(self, skipped: Tensor) -> None:
+        """Update the weights, unless `skipped` says that nothing may change."""
+        if self.sums.is_fused:
+            # These kernels leave weights and state as they are where found_inf is 1: no host sync.
+            found = skipped.float()
+            cast(Any, self.optimizer).found_inf = found.cpu() if self.host else found
+            self.optimizer.step()
+        elif not bool(skipped):  # sync: the plain kernels cannot skip by themselves
+            self.optimizer.step()
+        if self.host:
+            self.host.push()
+
+    def loaded(self) -> None:
+        """Take over weights that were written into the pieces."""
+        if self.host:
+            self.host.pull()
 
     def state(self) -> dict[str, Piece]:
         """Return this rank's pieces of the optimizer state, as `kind/parameter name`."""
         state = {}
         for name in self.pieces:
-            if name in self.trained:
-                piece = self.trained[name]
+            if name in self.updated:
+                piece = self.updated[name]
                 for kind, value in self.optimizer.state[piece.local].items():
                     # Scalars (the step counters) are the same on every rank; the rest lies as the
                     # weight.
@@ -126,6 +186,13 @@ class Update:
             else absent(Piece.of(value))
             for kind, value in optimizer.state[weight].items()
         }
+
+
+def _without_fused_kernels(optimizer: torch.optim.Optimizer) -> None:
+    """From now on compute every element alike: fused kernels treat a tensor's last ones apart."""
+    for group in optimizer.param_groups:
+        group |= {"fused": False, "foreach": True}
+    cast(Any, optimizer).found_inf = None
 
 
 def _skip_a_step(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:

@@ -56,10 +56,15 @@ class ComputeCast(nn.Module):
         return functional_call(self.module, cast, args, kwargs)
 
 
+def cast_to_compute(model: nn.Module, precision: Precision) -> nn.Module:
+    """Return what is called for `model`: with weight casts as needed."""
+    is_cast = precision.compute != precision.master
+    return ComputeCast(model, precision.compute) if is_cast else model
+
+
 def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:
     """Return what is called for `model`: with weight casts and gradient averaging as needed."""
-    if precision.compute != precision.master:
-        model = ComputeCast(model, precision.compute)
+    model = cast_to_compute(model, precision)
     trains = any(parameter.requires_grad for parameter in model.parameters())  # not: a stage
     if mesh.token_size > 1 and trains:
         # Buffers are constants that each rank computes: nothing to broadcast at every forward.

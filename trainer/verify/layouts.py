@@ -50,6 +50,7 @@ LAYOUTS = {
     for layout in (
         _layout("ddp", dp_replicate=2),
         _layout("fsdp", dp_shard=2),
+        _layout("fsdp_offload", dp_shard=2, engine=NativeEngine(offload_optimizer=True)),
         _layout("hsdp", dp_replicate=2, dp_shard=2),
         _layout("tp", tp=2, engine=_NO_SP),
         _layout("tp_sp", tp=2),

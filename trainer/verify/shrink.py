@@ -47,7 +47,7 @@ def shrink(run: Run) -> Small:
     )
     changed = replace(
         run, model=small, engine=engine, precision="fp64", weights=RANDOM, tokenizer="byte",
-        freeze=FreezeSpec(frozen=frozen),
+        freeze=FreezeSpec(frozen=frozen), data=replace(run.data, micro_rows=rows.micro_rows),
     )  # fmt: skip
     return Small(run=changed, rows=rows, notes=tuple(notes))
 

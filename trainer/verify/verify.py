@@ -14,7 +14,7 @@ from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
 from trainer.precision import PRECISIONS
 from trainer.run import Run
-from trainer.verify.compare import STANDARDS, Check, first_step, later_steps
+from trainer.verify.compare import EXACT, STANDARDS, Check, first_step, later_steps
 from trainer.verify.faults import FAULTS
 from trainer.verify.forked import RankFailedError, run_ranks
 from trainer.verify.layouts import NamedLayout
@@ -104,8 +104,9 @@ def _verdicts(
             failure = f"{found.complaints[0]} ({len(found.complaints)} such tensors)"
             yield Verdict(layout=layout, failure=failure, seconds=monotonic() - start)
             continue
-        checks = first_step(found, reference, STANDARDS[layout.precision])
-        checks += later_steps(found, reference, saver)
+        standard = EXACT if run.is_topology_free else STANDARDS[layout.precision]
+        checks = first_step(found, reference, standard)
+        checks += later_steps(found, reference, saver, standard)
         seconds = monotonic() - start
         yield Verdict(layout=layout, checks=tuple(checks), saved_by=saved_by, seconds=seconds)
         savers[layout.precision] = layout.name, found
@@ -129,6 +130,7 @@ def _impossible(run: Run, small: Small, layout: NamedLayout, inject: str | None)
     axes = run.mesh.axes(layout.processes)
     per_step = small.rows.rows // (axes["dp_replicate"] * axes["dp_shard"] * small.rows.micro_rows)
     try:
+        run.check_sums(axes)
         run.engine.check(
             run.plan_model(), run.model.layout, axes,
             row_tokens=small.rows.tokens, micro_batches=per_step,
