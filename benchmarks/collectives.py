@@ -74,10 +74,15 @@ def count(placement: Placement, small: Small, layout: NamedLayout) -> Messages:
     return messages
 
 
+def small_demo() -> Small:
+    """Return the demo at the size that `tessera verify` computes."""
+    tree = compose(["experiment=demo", "name=small"]).tree
+    return shrink(bind({key: value for key, value in tree.items() if key != "launch"}))
+
+
 def table() -> list[str]:
     """Return the rows of a Markdown table over all native layouts."""
-    small = shrink(bind({k: v for k, v in compose(["experiment=demo", "name=count"]).tree.items()
-                         if k != "launch"}))  # fmt: skip
+    small = small_demo()
     columns = ("all-reduce", "all-gather", "reduce-scatter", "send", "recv")
     lines = ["| layout | ranks | " + " | ".join(columns) + " | kB per rank and step |"]
     lines.append("|---|---|" + "---|" * (len(columns) + 1))

@@ -2,20 +2,17 @@
 
 import pytest
 
-from benchmarks.collectives import count
-from launch.binding import bind
-from launch.compose import compose
+from benchmarks.collectives import count, small_demo
 from tests.ranks import run_ranks
 from trainer.verify.layouts import LAYOUTS
-from trainer.verify.shrink import Small, shrink
+from trainer.verify.shrink import Small
 
 BLOCKS, ROWS, MICRO_ROWS = 4, 8, 2
 
 
 @pytest.fixture(scope="module")
 def small() -> Small:
-    tree = compose(["experiment=demo", "name=count"]).tree
-    return shrink(bind({key: value for key, value in tree.items() if key != "launch"}))
+    return small_demo()
 
 
 def expected(layout: str, micro_batches: int) -> dict[str, int]:

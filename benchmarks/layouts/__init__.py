@@ -1,0 +1,1 @@
+"""What every layout deviates, sends, takes and holds, beside one process."""
