@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests of JAX last: a process with its threads should not be forked into ranks."""
     items.sort(key=lambda item: "jax" in item.path.stem)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how large the layout matrix was, and how long it took."""
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if "test_matrix.py::test_the_layout" in report.nodeid and report.when == "call"
+    ]
+    if reports:
+        kind = "triples" if config.getoption("--triples") else "pairs"
+        seconds = sum(report.duration for report in reports)
+        terminalreporter.write_line(
+            f"layout matrix: {len(reports)} cases hold all {kind} of choices, {seconds:.0f} s"
+        )
 
 
 @pytest.fixture

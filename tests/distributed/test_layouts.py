@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
@@ -48,6 +50,22 @@ def test_losses_and_norms_equal_those_of_one_process(
         expected, found = curve(tmp_path / "one", key), curve(tmp_path / "many", key)
         assert len(expected) == 5
         assert found == pytest.approx(expected, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, FSDP), (4, HSDP), *SPLIT])
+def test_in_bf16_masters_stay_fp32_and_losses_differ_by_roundings_of_bf16_alone(
+    tmp_path: Path, cache: Path, world_size: int, mesh: MeshSpec
+) -> None:
+    run = tiny_run(cache, precision="bf16", max_steps=3)
+    run_ranks(1, train, tmp_path / "one", run)
+    run_ranks(world_size, train, tmp_path / "many", replace(run, mesh=mesh))
+    for key, tolerance in (("loss", 2e-3), ("grad_norm", 2e-2)):
+        expected, found = curve(tmp_path / "one", key), curve(tmp_path / "many", key)
+        assert found == pytest.approx(expected, rel=tolerance, abs=0)
+    saved = tmp_path / "many" / "checkpoints" / "step_00000003"
+    for file in saved.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118
 
 
 @pytest.fixture(scope="module")
