@@ -166,7 +166,6 @@ def _parted(witnesses: Sequence[Witness]) -> tuple[list[Witness], list[Witness]]
     absent = (
         # A rank that still waits has said nothing either, but it is where the others are.
         [witness for witness in silent if witness in elsewhere or witness.state == STOPPED]
-        or silent
         or [witness for witness in witnesses if given_up < witness.since < NEVER]
         or elsewhere
         or [witness for witness in witnesses if not witness.record]
