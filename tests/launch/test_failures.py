@@ -1,6 +1,6 @@
-"""Real processes: a rank that fails, skips a collective or is stopped ends the run, and is named.
+"""Real processes: a rank that fails or is stopped ends the run, and is named.
 
-All three runs go on at once: nearly all of their time is importing torch.
+Both runs go on at once: nearly all of their time is importing torch.
 """
 
 import json
@@ -19,13 +19,13 @@ import pytest
 from launch.exit_codes import INTERNAL
 from launch.supervisor import GRACE_SECONDS
 from tests.faults.injected import WORKER, Fault, prepare
-from tests.launch.test_supervisor import ENDLESS, is_worker, started
+from tests.launch.test_supervisor import ENDLESS, command_line, started
 
 pytestmark = pytest.mark.timeout(150)
 
 LIMIT_SECONDS = 120.0  # a loaded machine imports torch for a minute
 TIMEOUT_SECONDS = 5.0
-SLACK_SECONDS = 3.0  # for a loaded machine
+SLACK_SECONDS = 6.0  # processes of this size take seconds to end on a loaded machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,47 +51,39 @@ def ended(process: subprocess.Popen[bytes], output: Path, attempt: Path) -> Ende
         last_line=output.read_text().splitlines()[-1],
         records=records,
         seconds=output.stat().st_mtime - min(record["time"] for record in records),
-        left=[place["pid"] for place in map(json.loads, places) if is_worker(place["pid"])],
+        left=[place["pid"] for place in map(json.loads, places) if command_line(place["pid"])],
     )
 
 
-def start_fault(folder: Path, cache: Path, fault: Fault) -> subprocess.Popen[bytes]:
-    """Start two ranks under the supervisor, one of them with the fault."""
+def start_fault(folder: Path, cache: Path, fault: Fault) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start two ranks under the supervisor, one with the fault; return the folder of the start."""
     attempt = folder / "runs" / "tiny" / "attempts" / "001"
     prepare(attempt, cache, fault, TIMEOUT_SECONDS)
     with open(folder / "output", "wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", WORKER, "2", str(attempt)],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    return process, attempt
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[dict[str, Ended]]:
     """The ends of all runs, by what was wrong with rank 1."""
-    faults = {
-        "error": Fault(kind="error", phase="train_step"),
-        "skipped": Fault(kind="skipped collective", phase="log"),
-    }
-    folders = {name: tmp_path_factory.mktemp(name) for name in (*faults, "stopped")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("error", "stopped")}
     words = (ENDLESS, "launch.processes=2", f"timeout_seconds={TIMEOUT_SECONDS}")
     with ExitStack() as stack:
         command = stack.enter_context(started(folders["stopped"], cache, *words))
-        processes = {
-            name: start_fault(folders[name], cache, fault) for name, fault in faults.items()
-        }
-        for process in processes.values():
-            stack.callback(process.kill)  # its workers die with it
+        fault = Fault(kind="error", phase="train_step")
+        process, attempt = start_fault(folders["error"], cache, fault)
+        stack.callback(process.kill)  # its workers die with it
         command.wait_for_steps(3)
         os.kill(command.workers()[1], signal.SIGSTOP)
-        results = {
-            name: ended(process, folders[name] / "output", folders[name] / "runs/tiny/attempts/001")
-            for name, process in processes.items()
-        }
-        attempt = command.run / "attempts" / "001"
-        yield results | {"stopped": ended(command.process, command.output, attempt)}
+        error = ended(process, folders["error"] / "output", attempt)
+        stopped = ended(command.process, command.output, command.run / "attempts" / "001")
+        yield {"error": error, "stopped": stopped}
 
 
 def test_error_of_one_rank_ends_all_within_seconds_and_the_last_line_says_it_all(
@@ -107,19 +99,6 @@ def test_error_of_one_rank_ends_all_within_seconds_and_the_last_line_says_it_all
     assert ": ArithmeticError: broken on purpose; last committed step: none" in run.last_line
     assert [record["is_consequence"] for record in run.records] == [True, False]
     assert run.records[1]["samples"] == [[17, 18], [19, 20], [21, 22], [23, 24]]
-
-
-def test_skipped_collective_ends_after_the_timeout_and_names_the_rank_that_skipped(
-    runs: dict[str, Ended],
-) -> None:
-    run = runs["skipped"]
-    assert (run.code, run.left) == (INTERNAL, [])
-    assert run.seconds < GRACE_SECONDS + SLACK_SECONDS
-    waited = run.records[0]["time"] - run.records[0]["since"]
-    assert TIMEOUT_SECONDS <= waited < TIMEOUT_SECONDS + SLACK_SECONDS
-    assert run.last_line.startswith("tessera: rank 1 of 2 did not arrive: it waited ")
-    assert " in step 4 (train_step) for all_reduce of " in run.last_line
-    assert "; rank 0 waited 5 s in step 3 (log) for all_reduce of [[5]] " in run.last_line
 
 
 def test_stopped_rank_of_the_real_command_is_named_and_killed(runs: dict[str, Ended]) -> None:
