@@ -4,7 +4,6 @@ Standard library only. Stands in for torchrun, which turns every exit code into 
 with its workers running on, and leaves orphans when it is killed.
 """
 
-import json
 import os
 import signal
 import socket
@@ -17,22 +16,28 @@ from types import FrameType
 from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
+from launch.verdict import Witness, judge, read_places, read_records
 
-GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
+GRACE_SECONDS = 5.0  # for the other ranks, once one has failed
 POLL_SECONDS = 0.05
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What a worker is told beside torchrun's variables.
 ATTEMPT, PARENT = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID"
+WORKER = "launch.worker"
 
 
 class Supervisor:
-    """One start of N workers."""
+    """One start of N workers: processes that run the module `worker`."""
 
-    def __init__(self, processes: int, attempt: Path) -> None:
-        self.attempt, self.processes = attempt, processes
+    def __init__(self, processes: int, attempt: Path, worker: str = WORKER) -> None:
+        self.attempt, self.processes, self.worker = attempt, processes, worker
         self.workers: list[subprocess.Popen[bytes]] = []
         self.signals: list[int] = []
         self.failed_at: float | None = None
+        self.places: list[dict[str, Any]] = [{}] * processes
+        """Where each rank was when the first failure was seen."""
+        self.ended: list[int | None] = []
+        """Return codes; None where we had to kill."""
 
     def run(self) -> int:
         """Start the workers, wait for all of them, and return the exit code of the run."""
@@ -55,7 +60,7 @@ class Supervisor:
         for rank in range(self.processes):
             self.workers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "launch.worker"],
+                    [sys.executable, "-m", self.worker],
                     env=self._environment(rank, port),
                     start_new_session=True,  # the terminal's Ctrl-C reaches us alone: we forward it
                 )
@@ -90,6 +95,7 @@ class Supervisor:
             has_failed = any(w.poll() not in (None, FINISHED, PREEMPTED) for w in self.workers)
             if has_failed and self.failed_at is None:
                 self.failed_at = time.monotonic()
+                self.places = read_places(self.attempt, self.processes)
             if self.failed_at and time.monotonic() - self.failed_at > GRACE_SECONDS:
                 return
 
@@ -100,6 +106,7 @@ class Supervisor:
 
     def _kill(self) -> None:
         """Kill what is left, with its children."""
+        self.ended = [worker.poll() for worker in self.workers]
         for worker in self.workers:
             if worker.poll() is None:
                 os.killpg(worker.pid, signal.SIGKILL)
@@ -107,7 +114,7 @@ class Supervisor:
             worker.wait()
 
     def _verdict(self) -> int:
-        records = {rank: self._record(rank) for rank in range(self.processes)}
+        records = read_records(self.attempt, self.processes)
         codes = {
             rank: self._code(worker, records[rank]) for rank, worker in enumerate(self.workers)
         }
@@ -116,26 +123,22 @@ class Supervisor:
         if len(self.signals) > 1:
             print("tessera: stopped at once by a second signal", file=sys.stderr)
             return 128 + self.signals[-1]
-        failed = [rank for rank, code in codes.items() if code not in (FINISHED, PREEMPTED)]
-        # A rank without a record was killed, and the others fail because of it: it comes first.
-        first = min(failed or codes, key=lambda rank: records[rank].get("time", 0.0))
-        code = codes[first] if failed else INTERNAL
-        reason = records[first].get("reason") or _ending(self.workers[first].returncode)
+        blamed, sentence = judge(
+            [
+                Witness(rank=rank, place=place, record=record, return_code=code)
+                for rank, (place, record, code) in enumerate(
+                    zip(self.places, records, self.ended, strict=True)
+                )
+            ]
+        )
+        code = codes[blamed] if codes[blamed] not in (FINISHED, PREEMPTED) else INTERNAL
         print(
-            f"tessera: rank {first} of {self.processes} failed first: {reason}; "
-            f"last committed step: {self._last_step()}; "
+            f"tessera: {sentence}; last committed step: {self._last_step()}; "
             f"exit code {code} ({MEANINGS.get(code, '')})",
             file=sys.stderr,
             flush=True,
         )
         return code
-
-    def _record(self, rank: int) -> dict[str, Any]:
-        try:
-            record = json.loads((self.attempt / f"exit.{rank:05d}.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
 
     @staticmethod
     def _code(worker: "subprocess.Popen[bytes]", record: dict[str, Any]) -> int:
@@ -156,13 +159,6 @@ def safe_paths(environ: Mapping[str, str]) -> dict[str, str]:
     """
     ours, known = str(Path(__file__).resolve().parent.parent), environ.get("PYTHONPATH")
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ours}:{known}" if known else ours}
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code} without a record"
-    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"
 
 
 def free_port() -> int:

@@ -1,18 +1,17 @@
 """One rank: from a config tree to an exit code and an exit record."""
 
 import ctypes
-import json
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, code_of
+from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED
+from launch.last_words import describe, judge_here, leave_record, report, say
 from launch.supervisor import ATTEMPT, PARENT, STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -50,37 +49,25 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> i
     from trainer.control import StopRequest
 
     configure_logging(placement.rank)
-    request = StopRequest()
+    request, failure = StopRequest(), None
     _handle_signals(request)
-    located: list[Path] = []
-
-    def locate_once() -> Path:
-        located.append(locate())
-        return located[0]
-
+    start = Start(placement=placement, locate=locate, request=request)
     try:
-        is_finished = fit(run, Start(placement=placement, locate=locate_once, request=request))
+        is_finished = fit(run, start)
         code, reason = (FINISHED, "finished") if is_finished else (PREEMPTED, "stopped by a signal")
+        record: dict[str, Any] = {"code": code, "reason": reason, "time": time.time()}
     except Exception as error:  # the one place where every failure becomes an exit code
-        code, reason = code_of(error), f"{type(error).__name__}: {error}"
-        _report(error, code)
+        failure, record = error, describe(error, start.whereabouts, placement)
+    is_supervised = ATTEMPT in os.environ
+    attempt = Path(os.environ[ATTEMPT]) if is_supervised else start.whereabouts.attempt
+    if attempt:  # first of all: a supervisor or another rank may look for it
+        leave_record(attempt, placement.rank, record)
     show_cursor()
-    attempt = os.environ.get(ATTEMPT) or (located[0] if located else None)
-    if attempt:
-        _leave_record(Path(attempt), placement.rank, code, reason)
-    return code
-
-
-def _report(error: Exception, code: int) -> None:
-    """Say what failed: one line where the remedy is known, a traceback where it is not."""
-    if code == INTERNAL and type(error).__module__ != "trainer.errors":
-        traceback.print_exception(error)
-    print(f"tessera: {error}", file=sys.stderr, flush=True)
-
-
-def _leave_record(attempt: Path, rank: int, code: int, reason: str) -> None:
-    record = {"code": code, "reason": reason, "time": time.time()}
-    (attempt / f"exit.{rank:05d}.json").write_text(json.dumps(record))
+    if failure:
+        report(failure, record, placement)
+        if attempt and record["is_consequence"] and not is_supervised:
+            say(judge_here(attempt, placement.world_size))
+    return int(record["code"])
 
 
 def _handle_signals(request: "StopRequest") -> None:

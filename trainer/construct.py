@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.record import RunRecord
 from trainer.run import Run
+from trainer.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Start:
     locate: Callable[[], Path]
     """Returns this start's folder, RUN/attempts/NNN with its config.yaml; called on rank 0 only."""
     request: StopRequest
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
 
 def fit(run: Run, start: Start) -> bool:
@@ -55,8 +57,10 @@ def fit(run: Run, start: Start) -> bool:
     torch.set_flush_denormal(True)
     if run.is_topology_free:
         torch.set_num_threads(NUM_THREADS)
+    start.whereabouts.enter("connect")
     ranks = Ranks(start.placement, run.timeout_seconds)
     attempt = Path(ranks.broadcast_text(str(start.locate()) if start.placement.is_main else ""))
+    start.whereabouts.share(attempt, start.placement.rank)
     folder = attempt.parent.parent
     lock = RunLock(folder) if start.placement.is_main else None
     try:
@@ -64,10 +68,12 @@ def fit(run: Run, start: Start) -> bool:
     finally:  # no collectives here: the others may have failed
         if lock:
             lock.release()
+        start.whereabouts.close()
 
 
 def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | None) -> bool:
     """Build everything on the connected ranks, and train."""
+    start.whereabouts.enter("build")
     folder = attempt.parent.parent
     mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
@@ -87,6 +93,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     tokenizer, loader, eval_loader = _data(run, mesh)
     checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer)
     progress = Progress(ranks.device)
+    start.whereabouts.enter("resume")
     loader, skipped_in_a_row = _resume(run, checkpoints, ranks, engine, loader, progress)
     record = _record(folder, attempt, ranks, progress)
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
@@ -103,7 +110,8 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     loop = Loop(
         engine=engine, loader=loader, progress=progress, plan=run.plan, evaluator=evaluator,
         checkpoints=checkpoints, control=ControlWord(ranks, start.request), record=record,
-        meter=meter, callbacks=callbacks, skipped_in_a_row=skipped_in_a_row,
+        meter=meter, callbacks=callbacks, whereabouts=start.whereabouts,
+        skipped_in_a_row=skipped_in_a_row,
     )  # fmt: skip
     is_finished = _fit(loop, view)
     ranks.barrier()  # rank 0 may still print: nobody leaves before the work is done
@@ -221,6 +229,7 @@ def _fit(loop: Loop, view: RunView) -> bool:
         is_finished = loop.fit()
     except ValueError as error:  # past the checks, a wrong value is a defect and no bad config
         raise RuntimeError(f"after step {loop.progress.step}: {error}") from error
+    loop.whereabouts.enter("end")
     for callback in loop.callbacks:
         callback.on_end(loop.progress, finished=is_finished)
     loop.record.close()

@@ -34,6 +34,7 @@ class Ranks:
     def __init__(self, placement: Placement, timeout_seconds: float) -> None:
         self.placement, self.device = placement, placement.device
         timeout = timedelta(seconds=timeout_seconds)
+        _set_default_timeout(timeout)
         is_cuda = self.device.type == "cuda"
         if is_cuda:
             torch.cuda.set_device(self.device)
@@ -52,7 +53,7 @@ class Ranks:
                 # torch.distributed imports the class without re-exporting it to type checkers.
                 store = dist.HashStore()  # type: ignore[attr-defined]
                 dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
-        self.control_group = dist.new_group(backend="gloo", timeout=timeout)
+        self.control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
 
     def maximum(self, values: list[int]) -> list[int]:
         """Return the maximum of each value over all ranks. Collective: all ranks must call this."""
@@ -76,3 +77,13 @@ class Ranks:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _set_default_timeout(timeout: timedelta) -> None:
+    """Let groups that others make (meshes, DeepSpeed) wait no longer: torch gives them 30 minutes.
+
+    torch has no setting for it. What changes a group afterwards (`_set_pg_timeout`) leaves gloo's
+    sends and receives as they were: measured with torch 2.13.
+    """
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)

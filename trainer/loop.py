@@ -13,6 +13,7 @@ from trainer.meter import Meter
 from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.record import RunRecord
+from trainer.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Loop:
     record: RunRecord
     meter: Meter
     callbacks: list[Callback]
+    whereabouts: Whereabouts
     skipped_in_a_row: int = 0
 
     def fit(self) -> bool:
@@ -64,12 +66,16 @@ class Loop:
         is_stopping = False
         progress.stopwatch.start()
         while progress.step < plan.max_steps and not is_stopping:
+            number = progress.step + 1
+            self.whereabouts.enter("data", number, self.loader.ranges(progress.step))
             with progress.stopwatch.waiting_for_data():
                 step = next(steps)
-            self.record.consumes(progress.step + 1, step.ranges)
-            result = self.engine.train_step(progress.step + 1, step.micro_batches, step.num_tokens)
+            self.record.consumes(number, step.ranges)
+            self.whereabouts.enter("train_step", number, step.ranges, step.provenance)
+            result = self.engine.train_step(number, step.micro_batches, step.num_tokens)
             progress.advance(result)
-            self._note(readback.push(progress.step, result))
+            self._note(readback.push(number, result))
+            self.whereabouts.enter("control")
             is_stopping = self.control.exchange()
             if plan.logs(progress.step):
                 self._log()
@@ -83,6 +89,7 @@ class Loop:
         return progress.step >= plan.max_steps
 
     def _log(self) -> None:
+        self.whereabouts.enter("log")
         metrics = self.progress.close_window()
         metrics |= self.meter.measure(metrics["tokens_per_second"])
         self.record.metrics(self.progress.step, "train", metrics)
@@ -90,6 +97,7 @@ class Loop:
             callback.on_step(self.progress, metrics)
 
     def _evaluate(self, evaluator: Evaluator) -> None:
+        self.whereabouts.enter("evaluate")
         with self.progress.stopwatch.paused():
             metrics: dict[str, Any] = evaluator.evaluate(self.engine)
             self.record.metrics(self.progress.step, "eval", metrics)
@@ -97,6 +105,7 @@ class Loop:
                 callback.on_eval(self.progress, metrics)
 
     def _save(self, *, is_last: bool) -> None:
+        self.whereabouts.enter("save")
         with self.progress.stopwatch.paused():
             self.record.sync()
             state = {

@@ -21,6 +21,11 @@ class Step:
     num_tokens: int
     """Tokens of this rank's rows, padding left out."""
 
+    @property
+    def provenance(self) -> list[str]:
+        """Where each row comes from."""
+        return [source for batch in self.micro_batches for source in batch.provenance]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepLoader:
@@ -47,11 +52,15 @@ class StepLoader:
             yield self.step(first)
             first += 1
 
-    def step(self, number: int) -> Step:
+    def ranges(self, number: int) -> list[tuple[int, int]]:
+        """Return the global samples [first, last) of each micro-batch of step `number` (from 0)."""
         stride = self.num_ranks * self.micro_rows
         first = self.first_sample(number)
         starts = range(first + self.rank * self.micro_rows, first + self.global_rows, stride)
-        ranges = [(start, start + self.micro_rows) for start in starts]
+        return [(start, start + self.micro_rows) for start in starts]
+
+    def step(self, number: int) -> Step:
+        ranges = self.ranges(number)
         batches = [
             self.rows.batch([self.row_of(n) for n in range(*r)], self.micro_rows) for r in ranges
         ]

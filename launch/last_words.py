@@ -1,0 +1,125 @@
+"""What a rank that fails says, and what it leaves for the others. No collective: they may hang."""
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.exit_codes import INTERNAL, code_of
+from launch.verdict import Witness, judge, read_places, read_records
+
+if TYPE_CHECKING:
+    from trainer.distributed import Placement
+    from trainer.whereabouts import Whereabouts
+
+SETTLE_SECONDS = 2.0  # for the other ranks to leave their records
+POLL_SECONDS = 0.05
+
+
+def describe(
+    error: Exception, whereabouts: "Whereabouts", placement: "Placement"
+) -> dict[str, Any]:
+    """Return the exit record of a failure: what, when, where, on which samples."""
+    is_consequence = placement.world_size > 1 and lost_the_others(error)
+    return {
+        "code": code_of(error),
+        "reason": f"{type(error).__name__}: {error}",
+        "time": time.time(),
+        **whereabouts.place,
+        "provenance": whereabouts.provenance,
+        "is_consequence": is_consequence,
+        "collective": _last_collective() if is_consequence else None,
+    }
+
+
+def lost_the_others(error: BaseException | None) -> bool:
+    """Whether the error, or one that it followed from, says that other ranks are gone or late.
+
+    gloo raises plain RuntimeErrors, for a lost peer, a timeout and a wrong size alike; its source
+    file stands in their text. NCCL and the store have their own class.
+    """
+    from torch.distributed import DistError
+
+    if error is None:
+        return False
+    is_from_gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)
+    return (
+        is_from_gloo
+        or isinstance(error, DistError)
+        or lost_the_others(error.__cause__ or error.__context__)
+    )
+
+
+def _last_collective() -> dict[str, Any] | None:
+    """Return the collective that this rank waits in: the oldest unfinished, else the last one.
+
+    From torch's flight recorder, which is on by default (TORCH_FR_BUFFER_SIZE) for gloo and NCCL.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    dump = getattr(c10d, "_dump_fr_trace_json", None)  # private; absent in older versions
+    entries = json.loads(dump()).get("entries", []) if dump else []
+    if not entries:
+        return None
+    entry = next((entry for entry in entries if not entry["retired"]), entries[-1])
+    return {
+        "name": entry["profiling_name"].partition(":")[2],
+        "sizes": entry["input_sizes"],
+        "group": entry["process_group"][1],
+        "number": entry["collective_seq_id"],
+        "since": entry["time_created_ns"] / 1e9,
+    }
+
+
+def report(error: Exception, record: dict[str, Any], placement: "Placement") -> None:
+    """Say what failed: one line where the remedy is known, a traceback where it is not."""
+    is_known = record["code"] != INTERNAL or type(error).__module__ == "trainer.errors"
+    if not is_known and not record["is_consequence"]:
+        traceback.print_exception(error)
+    witness = Witness(rank=placement.rank, record=record)
+    name = f"rank {placement.rank} of {placement.world_size}"
+    if record["is_consequence"]:
+        text = f"{name} lost the others{witness.where}: {_short(str(error))}"
+    elif record["step"]:
+        text = f"{name} failed{witness.where}{witness.work}: {witness.reason}"
+    else:
+        text = str(error)
+    say(text)
+
+
+def say(text: str) -> None:
+    """Write one line at once: other ranks write into the same terminal."""
+    sys.stderr.write(f"tessera: {text}\n")
+    sys.stderr.flush()
+
+
+def judge_here(attempt: Path, num_ranks: int) -> str:
+    """Say which rank is to blame, where no supervisor will; waits for the others' records."""
+    places = read_places(attempt, num_ranks)
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while not all(records := read_records(attempt, num_ranks)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    _, sentence = judge(
+        [
+            Witness(rank=rank, place=place, record=record)
+            for rank, (place, record) in enumerate(zip(places, records, strict=True))
+        ]
+    )
+    return sentence
+
+
+def leave_record(attempt: Path, rank: int, record: dict[str, Any]) -> None:
+    """Write a rank's exit record, whole or not at all."""
+    path = attempt / f"exit.{rank:05d}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record))
+    os.replace(temporary, path)
+
+
+def _short(text: str) -> str:
+    """Return gloo's message without its source file and its advice."""
+    return re.sub(r"^\[[^]]*\] ", "", text).partition(". This is typically")[0]

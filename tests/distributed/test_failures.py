@@ -1,0 +1,125 @@
+"""One rank fails or does not arrive: all end in time, and what is said names the right one."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.faults.injected import Fault, execute_fault, prepare
+from tests.ranks import run_ranks
+from trainer.distributed import Placement, Ranks
+from trainer.mesh import MeshSpec
+from trainer.whereabouts import Whereabouts
+
+TIMEOUT_SECONDS = 2.0
+
+
+def run_fault(
+    folder: Path, cache: Path, fault: Fault, ranks: int = 2
+) -> tuple[list[dict[str, Any]], float]:
+    """Return what each rank left, and the seconds from the fault to the last record."""
+    attempt = folder / "runs" / "tiny" / "attempts" / "001"
+    prepare(attempt, cache, fault, TIMEOUT_SECONDS)
+    assert set(run_ranks(ranks, execute_fault, attempt)) == {70}
+    records = [json.loads((attempt / f"exit.{rank:05d}.json").read_text()) for rank in range(ranks)]
+    return records, max(r["time"] for r in records) - min(r["since"] for r in records)
+
+
+def test_error_of_one_rank_is_told_with_its_step_and_samples_by_every_rank(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records, seconds = run_fault(tmp_path, cache, Fault(kind="error", phase="train_step"))
+    assert seconds < TIMEOUT_SECONDS  # nobody waited for its time to be over
+    assert [record["is_consequence"] for record in records] == [True, False]
+    cause = records[1]
+    assert (cause["step"], cause["phase"]) == (3, "train_step")
+    assert cause["samples"] == [[17, 18], [19, 20], [21, 22], [23, 24]]
+    assert len(cause["provenance"]) == 4
+    assert cause["reason"] == "ArithmeticError: broken on purpose"
+    work = "samples [17:18] [19:20] [21:22] [23:24] from train["
+    text = capfd.readouterr().err
+    assert f"tessera: rank 1 of 2 failed in step 3 (train_step), {work}" in text
+    assert "tessera: rank 0 of 2 lost the others in step 3 (train_step): " in text
+    assert f"tessera: rank 1 of 2 failed first in step 3 (train_step), {work}" in text
+    assert text.count("Traceback") == 1
+
+
+def test_error_of_a_single_process_is_told_with_its_step_and_samples(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_fault(tmp_path, cache, Fault(kind="error", phase="data", rank=0), ranks=1)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("tessera: rank 0 of 1 failed in step 3 (data), samples [16:17] [17:18] ")
+    assert last.endswith("ArithmeticError: broken on purpose")
+
+
+def test_collective_that_one_rank_skips_ends_in_time_and_names_it(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, seconds = run_fault(tmp_path, cache, Fault(kind="skipped collective", phase="log"))
+    assert seconds < TIMEOUT_SECONDS + 3
+    assert (
+        "tessera: rank 1 of 2 did not arrive: it waited 2 s in step 4 (train_step) for all_reduce"
+    ) in (text := capfd.readouterr().err)
+    assert "issued different collectives; rank 0 waited 2 s in step 3 (log) for all_red" in text
+
+
+def test_rank_that_is_stuck_in_its_data_longer_than_the_timeout_is_named(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault = Fault(kind="sleep", phase="data", seconds=TIMEOUT_SECONDS + 1.5)
+    run_fault(tmp_path, cache, fault)
+    assert re.search(
+        r"tessera: rank 1 of 2 did not arrive: it (was|came too late) in step 3 \(data\), "
+        r"samples \[17:18\] \[19:20\] \[21:22\] \[23:24\].*; "
+        r"rank 0 waited [23] s in step 3 \(train_step\) for all_reduce of ",
+        capfd.readouterr().err,
+    )
+
+
+def wait_alone(placement: Placement, timeout_seconds: float) -> float:
+    """Wait in a group of the mesh for ranks that never come; return for how many seconds."""
+    ranks = Ranks(placement, timeout_seconds)
+    group = MeshSpec(pp=2, dp_replicate=2).build(ranks=ranks).group("pp")
+    dist.all_reduce(torch.ones(1), group=group)
+    start = time.monotonic()
+    if placement.rank == 0:
+        with pytest.raises(RuntimeError, match="Timed out"):
+            dist.recv(torch.ones(1), src=2, group=group)
+    elif placement.rank == 1:
+        with pytest.raises(RuntimeError, match="Timed out"):
+            dist.all_reduce(torch.ones(1), group=group)
+    else:
+        time.sleep(timeout_seconds + 3)
+    return time.monotonic() - start
+
+
+def test_groups_of_a_mesh_wait_no_longer_than_the_timeout() -> None:
+    """torch gives groups that a mesh makes 30 minutes, whatever the whole was given."""
+    seconds = run_ranks(4, wait_alone, 3.0, limit_seconds=30.0)
+    assert max(seconds[:2]) < 3.0 + 2.5
+
+
+def test_noting_where_a_step_is_costs_less_than_50_microseconds(tmp_path: Path) -> None:
+    """The best of many, for others use the machine too."""
+    whereabouts = Whereabouts()
+    whereabouts.share(tmp_path, 0)
+    samples, sources = [(n, n + 2) for n in range(8)], ["web[3:5]"] * 16
+
+    def step(number: int) -> float:
+        start = time.perf_counter()
+        whereabouts.enter("data", number, samples)
+        whereabouts.enter("train_step", number, samples, sources)
+        whereabouts.enter("control")
+        return time.perf_counter() - start
+
+    assert min(step(number) for number in range(1000)) < 50e-6
+    whereabouts.close()
+    place = json.loads((tmp_path / "place.00000.json").read_text().partition("\n")[0])
+    assert (place["step"], place["phase"], place["pid"]) == (999, "control", os.getpid())
