@@ -8,7 +8,6 @@ import torch
 
 from trainer.data.loader import EvalLoader
 from trainer.mesh import Mesh
-from trainer.parallel.tree import in_order
 from trainer.protocols import Engine
 from trainer.tasks.causal_lm import CausalLMTask
 
@@ -28,7 +27,7 @@ class Evaluator:
         for batch in self.loader.batches():
             loss = engine.eval_step(batch)
             numbers.append(torch.stack([loss.sum.double(), loss.num_targets.double()]))
-        of_all = in_order(torch.stack(numbers), self.mesh.token_group).T.tolist()
+        of_all = self.mesh.in_order(torch.stack(numbers)).T.tolist()
         # Rounded once, whatever the order: the number of ranks leaves no trace.
         nll_sum, num_targets = map(math.fsum, of_all)
         return {

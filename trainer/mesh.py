@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from math import prod
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -128,6 +129,17 @@ class Mesh:
         if self.token_size > 1:
             dist.all_reduce(tensor, group=self.token_group)
         return tensor
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Return (T * ranks, ..) values of all ranks that see different tokens.
+
+        Those of each rank's t-th micro-batch stand before those of the next ones. Collective.
+        """
+        if self.token_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.token_size)]
+        dist.all_gather(parts, values.contiguous(), group=self.token_group)
+        return torch.stack(parts, dim=1).flatten(0, 1)
 
     def tp_copies(self, copies: int) -> dist.ProcessGroup:
         """Return the `copies` tensor-parallel ranks in a row that this rank is among.

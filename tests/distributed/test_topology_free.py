@@ -20,7 +20,7 @@ from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
 from trainer.optim import SGD, AdamW, OptimSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
-from trainer.parallel.tree import TreeSum, in_order, row_square_sum, summed_share
+from trainer.parallel.tree import TreeSum, pairwise_sum, row_square_sum, summed_share
 from trainer.pieces import Piece, Rows
 from trainer.record import read_lines
 from trainer.run import Run
@@ -112,6 +112,13 @@ def test_a_run_that_changes_its_ranks_twice_equals_one_that_never_did(
     assert all(line in numbers for line in expected)
 
 
+def test_zeros_behind_the_values_do_not_change_their_sum() -> None:
+    values = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for zeros in range(9):
+        padded = torch.cat((values, torch.zeros(zeros, dtype=torch.float64)))
+        assert torch.equal(pairwise_sum(padded), pairwise_sum(values))
+
+
 @pytest.mark.parametrize("count", [1, 2, 8, 12, 16, 20, 24, 28, 56])
 def test_the_sum_does_not_show_how_many_ranks_computed_its_leaves(count: int) -> None:
     leaves = torch.randn(count, 33, generator=torch.Generator().manual_seed(count))
@@ -141,7 +148,7 @@ def exchanged(placement: Placement) -> tuple[list[float], list[list[float]]]:
     generator = torch.Generator().manual_seed(placement.rank)
     own = torch.randn(8, generator=generator)
     share = summed_share(own, mesh.token_group)
-    return share.tolist(), in_order(own.view(4, 2), mesh.token_group).tolist()
+    return share.tolist(), mesh.in_order(own.view(4, 2)).tolist()
 
 
 def test_ranks_add_pairwise_and_stand_in_the_order_of_their_rounds() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from trainer.batch import Batch
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.mesh import Mesh
-from trainer.parallel.tree import TreeSum, in_order, reduce_pairwise, summed_share
+from trainer.parallel.tree import TreeSum, pairwise_sum, reduce_pairwise, summed_share
 from trainer.precision import Precision
 
 NUM_THREADS = 1  # of a CPU rank: how many threads share a sum decides the order of its additions
@@ -138,4 +138,4 @@ class TreePasses(PlainPasses):
             sums.append(loss.sum.double())
             tree.push(self.gradients.take())
         self.gradients.put(tree.total())
-        return in_order(torch.stack(sums), self.group).sum()
+        return pairwise_sum(self.mesh.in_order(torch.stack(sums)))

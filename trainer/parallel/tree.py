@@ -53,8 +53,14 @@ def summed_share(flat_X: Tensor, group: dist.ProcessGroup) -> Tensor:
         return flat_X
     received_X = torch.empty_like(flat_X)
     dist.all_to_all_single(received_X, flat_X, group=group)
-    parts = received_X.view(group.size(), -1)
+    return pairwise_sum(received_X.view(group.size(), -1))
+
+
+def pairwise_sum(parts: Tensor) -> Tensor:
+    """Return the sum over the first dimension, by halves; zeros behind the others round nothing."""
     while len(parts) > 1:
+        if len(parts) % 2:
+            parts = torch.cat((parts, torch.zeros_like(parts[:1])))
         parts = parts[0::2] + parts[1::2]
     return parts[0]
 
@@ -109,15 +115,3 @@ def row_square_sum(
     if group is not None:
         dist.all_reduce(total, group=group)  # one rank has each row: adding zeros rounds nothing
     return total.sum()
-
-
-def in_order(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return (T * ranks, ..) values of all ranks: those of round t stand before those of t + 1.
-
-    Collective.
-    """
-    if group.size() == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(group.size())]
-    dist.all_gather(parts, values.contiguous(), group=group)
-    return torch.stack(parts, dim=1).flatten(0, 1)
