@@ -31,7 +31,7 @@ KINDS = {
     "all_gather_single": "all-gather", "allgather_into_tensor_coalesced_": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_tensor": "reduce-scatter",
     "reduce_scatter_single": "reduce-scatter", "send": "send", "recv_": "recv",
-    "alltoall_": "all-to-all", "broadcast_": "broadcast",
+    "alltoall_": "all-to-all", "all_to_all_single": "all-to-all", "broadcast_": "broadcast",
 }  # fmt: skip
 
 

@@ -94,6 +94,7 @@ class Mesh:
         self.token_size = self.dp_size * axes["cp"]
         self.token_group = self.root["dp_replicate", "shard"]._flatten("tokens").get_group()
         """Ranks that see different tokens: sums of losses and gradients run over them."""
+        self.token_rank = dist.get_rank(self.token_group)
 
     def size(self, axis: str) -> int:
         return self.lengths[axis]
@@ -103,6 +104,11 @@ class Mesh:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         return self._axes[axis].get_group()
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row must divide by."""
+        return 2 * self.size("cp") * self.size("tp")
 
     @property
     def is_sharded(self) -> bool:

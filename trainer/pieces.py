@@ -64,6 +64,16 @@ class Piece:
     def has_whole_rows(self) -> bool:
         return self.columns == (0, self.width)
 
+    def own_elements(self, flat: Tensor, start: int) -> Iterator[Tensor]:
+        """Yield what of `flat`, elements [start, ..) of the local tensor laid flat, is own."""
+        width = self.columns[1] - self.columns[0]
+        first = -start
+        for rows in self.rows:
+            last = first + len(rows) * width
+            if rows.is_own and max(first, 0) < min(last, len(flat)):
+                yield flat[max(first, 0) : last]
+            first = last
+
     def split_own(self, local: Tensor) -> Iterator[Tensor]:
         """Yield those rows of `local`, which lies as this piece, that this rank answers for."""
         if len(self.rows) == 1:
@@ -96,7 +106,7 @@ class Piece:
             return self
         size, rank = self.column_group.size(), self.column_group.rank()
         (rows,) = self.rows  # a split of columns never splits rows
-        matrix = self.local.detach().view(len(rows), -1)
+        matrix = self.local.detach().view(len(rows), self.columns[1] - self.columns[0])
         sent = [part.contiguous() for part in matrix.tensor_split(size)]
         received = [torch.empty_like(sent[rank]) for _ in range(size)]
         dist.all_to_all(received, sent, group=self.column_group)

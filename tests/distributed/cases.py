@@ -33,8 +33,10 @@ LAYOUTS: dict[str, MeshSpec] = {
     "zero 1": MeshSpec(dp_replicate=2),
     "zero 2": MeshSpec(dp_replicate=2),
     "zero 3": MeshSpec(dp_replicate=2),
+    "zero 2 x tp": MeshSpec(dp_replicate=2, tp=2),
+    "zero 3 x cp": MeshSpec(cp=2),
 }
-ZERO = {"zero 1": 1, "zero 2": 2, "zero 3": 3}
+ZERO = {"zero 1": 1, "zero 2": 2, "zero 3": 3, "zero 2 x tp": 2, "zero 3 x cp": 3}
 HEADS = (heads.CAUSAL_LM, heads.SEQUENCE, heads.TOKEN)
 OPTIONS = ("plain", "frozen", "accumulation", "one document", "checkpointing")
 AXES: dict[str, tuple[Any, ...]] = {

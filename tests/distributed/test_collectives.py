@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.collectives import count, small_demo
 from tests.ranks import run_ranks
+from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.verify.layouts import LAYOUTS
 from trainer.verify.shrink import Small
 
@@ -55,3 +56,9 @@ def test_a_step_sends_no_more_than_the_textbook_says(small: Small, layout: str) 
     data_ranks = lengths["dp_replicate"] * lengths["dp_shard"]
     messages = run_ranks(named.processes, count, small, named)[0]
     assert dict(messages.counts) == expected(layout, ROWS // (data_ranks * MICRO_ROWS))
+
+
+def test_ulysses_exchanges_twice_per_block_and_back(small: Small) -> None:
+    import_deepspeed("cpu")
+    messages = run_ranks(2, count, small, LAYOUTS["zero2_ulysses"])[0]
+    assert messages.counts["all-to-all"] == ROWS // MICRO_ROWS * BLOCKS * 4

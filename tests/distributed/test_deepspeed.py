@@ -5,24 +5,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.binding import bind
+from tests.conftest import tiny_spec
 from tests.distributed.test_layouts import curve
-from tests.ranks import run_ranks
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import tiny_run, train
 from trainer.callbacks.closing import Closing
+from trainer.construct import build_engine
+from trainer.distributed import Placement, Ranks
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.engines.native import NativeEngine
+from trainer.engines.passes import inputs
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
+from trainer.optim import SGD
+from trainer.parallel.materialise import materialise, random_values
+from trainer.run import Run
+from trainer.verify.rows import MadeRows
 
 import_deepspeed("cpu")  # once, not in every rank
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "mesh"),
+    [
+        *((stage, MeshSpec(dp_replicate=2)) for stage in (0, 1, 2, 3)),
+        (0, MeshSpec(tp=2)),
+        (3, MeshSpec(tp=2)),
+        (2, MeshSpec(cp=2)),
+    ],
+)
 def test_a_run_goes_on_between_deepspeed_and_native_with_the_same_curve(
-    tmp_path: Path, cache: Path, stage: int
+    tmp_path: Path, cache: Path, stage: int, mesh: MeshSpec
 ) -> None:
     settings: dict[str, Any] = {
         "save_every": 4, "freeze": FreezeSpec(frozen=("model.layers.0.mlp.*",)),
@@ -30,7 +47,7 @@ def test_a_run_goes_on_between_deepspeed_and_native_with_the_same_curve(
     }  # fmt: skip
     native = tiny_run(cache, **settings)
     run_ranks(1, train, tmp_path / "one", replace(native, max_steps=12))
-    zero = replace(native, engine=DeepSpeedEngine(stage=stage))
+    zero = replace(native, engine=DeepSpeedEngine(stage=stage), mesh=mesh)
     folder = tmp_path / "many"
     run_ranks(2, train, folder, replace(zero, max_steps=4))
     run_ranks(1, train, folder, replace(native, max_steps=8))
@@ -41,16 +58,82 @@ def test_a_run_goes_on_between_deepspeed_and_native_with_the_same_curve(
         assert curve(folder, key) == pytest.approx(expected, rel=1e-4, abs=0)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_bf16_starts_from_and_saves_fp32_masters(tmp_path: Path, cache: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "mesh"),
+    [(1, MeshSpec(dp_replicate=2)), (3, MeshSpec(dp_replicate=2)), (2, MeshSpec(tp=2))],
+)
+def test_bf16_starts_from_and_saves_fp32_masters(
+    tmp_path: Path, cache: Path, stage: int, mesh: MeshSpec
+) -> None:
     native = tiny_run(cache, precision="bf16", max_steps=3, save_every=1)
     run_ranks(1, train, tmp_path / "one", native)
-    zero = replace(native, engine=DeepSpeedEngine(stage=stage), max_steps=2)
+    zero = replace(native, engine=DeepSpeedEngine(stage=stage), mesh=mesh, max_steps=2)
     run_ranks(2, train, tmp_path / "many", zero)
     run_ranks(1, train, tmp_path / "many", native)
     for key in ("loss", "grad_norm"):
         expected = curve(tmp_path / "one", key)
         assert curve(tmp_path / "many", key) == pytest.approx(expected, rel=1e-2, abs=0)
+
+
+def own_losses(placement: Placement, run: Run, rows: MadeRows) -> list[float]:
+    """Return the losses of two steps on the same rows by the engine of `run`."""
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
+    mesh = run.mesh.build(ranks=ranks)
+    engine = build_engine(run, run.plan_model(), ranks, mesh)
+    losses = []
+    for step in (1, 2):
+        batches = rows.micro_batches(1, mesh.dp_rank, mesh.dp_size)
+        result = engine.train_step(step, batches, rows.num_tokens(batches))
+        losses.append(float(result.loss_sum / result.num_targets))
+    ranks.barrier()
+    return losses
+
+
+def autotp_losses(placement: Placement, run: Run, rows: MadeRows) -> list[float]:
+    """Return the same of the whole model, cut by DeepSpeed's AutoTP."""
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
+    import deepspeed
+
+    model = run.plan_model()
+    materialise(model, ranks.device, random_values(model, run.model.initializer_range, run.seed))
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,  # 1.0 where nothing is said
+        "tensor_parallel": {"autotp_size": placement.world_size},
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=run.optim.lr), config=config,
+        dist_init_required=False,
+    )  # fmt: skip
+    assert len(model.model.layers[0].self_attn.q_proj.weight) == 16 // placement.world_size
+    losses = []
+    for _ in range(2):
+        batches = rows.micro_batches(1, 0, 1)
+        num_targets = sum(batch.num_targets() for batch in batches)
+        total = torch.zeros(())
+        for batch in batches:
+            loss = engine(*inputs(batch), batch.targets, 1 / num_targets)
+            engine.backward(loss.objective, scale_wrt_gas=False)
+            total += loss.sum
+        engine.step()
+        losses.append(float(total / num_targets))
+    ranks.barrier()
+    return losses
+
+
+def test_our_split_under_zero_has_the_losses_of_autotp(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """AutoTP is the second opinion: the first loss, and the one after an update."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    run = tiny_run(
+        cache, model=tiny_spec(initializer_range=0.1), optim=SGD(lr=0.5),
+        engine=DeepSpeedEngine(stage=3), mesh=MeshSpec(tp=2),
+    )  # fmt: skip
+    rows = MadeRows(vocab_size=run.model.vocab_size)
+    expected = run_ranks(2, autotp_losses, run, rows)[0]
+    assert expected[0] - expected[1] > 0.01
+    assert run_ranks(2, own_losses, run, rows)[0] == pytest.approx(expected, rel=1e-5, abs=0)
 
 
 PLAIN = {"_target_": "trainer.engines.deepspeed.DeepSpeedEngine"}
@@ -78,14 +161,26 @@ def test_settings_that_deepspeed_would_ignore_are_refused(
     ("changes", "message"),
     [
         ({"mesh": MeshSpec(dp_shard=2)}, r"mesh.dp_shard=2 has no effect .* set mesh=ddp"),
-        ({"mesh": MeshSpec(tp=2)}, r"mesh.tp=2 is not for engine=deepspeed"),
+        ({"mesh": MeshSpec(pp=2)}, r"mesh.pp=2 is not for engine=deepspeed, .* engine=native"),
+        (
+            {"mesh": MeshSpec(tp=2), "model": tiny_spec(intermediate_size=33)},
+            r"mesh.tp=2 does not divide the 33 features of down_proj; set it to one of \[1, 3",
+        ),
+        (
+            {
+                "mesh": MeshSpec(cp=2),
+                "model": tiny_spec(num_attention_heads=1, num_key_value_heads=1),
+            },
+            r"mesh.cp=2 does not divide the 1 attention heads \(o_proj\) of .* \[1\]",
+        ),
+        ({"precision": "bf16", "engine": DeepSpeedEngine(stage=0)}, r"engine.stage to 1, 2 or 3"),
         ({"precision": "fp64"}, r"trains in precision=fp32 or bf16"),
     ],
 )
 def test_runs_that_deepspeed_cannot_do_are_refused(
     cache: Path, changes: dict[str, Any], message: str
 ) -> None:
-    run = tiny_run(cache, engine=DeepSpeedEngine(), **changes)
+    run = tiny_run(cache, **{"engine": DeepSpeedEngine(), **changes})
     with pytest.raises(ValueError, match=message):
         run.check(2)
 

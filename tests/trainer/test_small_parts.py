@@ -15,6 +15,7 @@ from trainer.callbacks.ngrams import bigram_bits, pair_counts, unigram_bits
 from trainer.freeze import FreezeSpec
 from trainer.generation import sample
 from trainer.mesh import MeshSpec
+from trainer.pieces import Piece, Rows
 from trainer.progress import Progress
 from trainer.protocols import StepResult
 from trainer.schedule import Constant, Cosine, WarmupStableDecay
@@ -34,6 +35,18 @@ def test_wsd_has_a_plateau_and_a_linear_end() -> None:
     assert {schedule.factor(s, 100) for s in range(10, 81)} == {1.0}
     assert schedule.factor(90, 100) == pytest.approx(0.5)
     assert schedule.factor(100, 100) == pytest.approx(0.0)
+
+
+def test_own_elements_of_a_flat_part_are_those_of_own_rows() -> None:
+    """As ZeRO cuts: parts begin and end anywhere, and the last one is padded."""
+    rows = (Rows(start=4, stop=6), Rows(start=0, stop=1, is_own=False), Rows(start=8, stop=10))
+    values = torch.arange(15.0)
+    piece = Piece(local=values.view(5, 3), shape=(10, 6), rows=rows, columns=(3, 6))
+    padded = torch.cat((values, torch.full((2,), -1.0)))
+    for start in range(17):
+        for stop in range(start, 18):
+            found = [float(x) for own in piece.own_elements(padded[start:stop], start) for x in own]
+            assert found == [x for x in range(start, min(stop, 15)) if x // 3 != 2]
 
 
 def test_constant_stays_after_the_warm_up() -> None:

@@ -3,17 +3,22 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from models.layout import Layout
 from trainer.engines.deepspeed_config import check_settings, config_for
-from trainer.engines.deepspeed_state import initialize
+from trainer.engines.deepspeed_state import ShardedState, initialize
 from trainer.engines.deepspeed_trainer import DeepSpeedTrainer
 from trainer.engines.protocol import Surroundings
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.parallel.context_parallel import share_context
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.laid_out import LaidOut
-from trainer.pieces import Piece
+from trainer.parallel.legal import check_axes, check_exchange
+from trainer.parallel.pieces import Splits
+from trainer.parallel.tensor_parallel import split_tensors
+from trainer.parallel.ulysses import Ulysses
 from trainer.precision import PRECISIONS, Precision
 
 STAGES = (0, 1, 2, 3)
@@ -21,7 +26,7 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedEngine:
-    """Train with DeepSpeed over data-parallel ranks."""
+    """Train with DeepSpeed: ZeRO over the ranks that see different tokens, tensors split by us."""
 
     can_shard: ClassVar[bool] = False
     owns_sums: ClassVar[bool] = False
@@ -32,6 +37,8 @@ class DeepSpeedEngine:
     """Keep optimizer state on the CPU and update there (stages 1 to 3)."""
     offload_parameters: bool = False
     """Keep weights on the CPU (stage 3)."""
+    sequence_parallel: bool = True
+    """With mesh.tp: between its layers, ranks share the tokens instead of repeating them."""
     activation_checkpointing: ActivationCheckpointing = field(
         default_factory=ActivationCheckpointing
     )
@@ -64,12 +71,11 @@ class DeepSpeedEngine:
         precision: Precision,
     ) -> None:
         """Raise ValueError for a mesh or a precision that is not DeepSpeed's here."""
-        for axis in ("pp", "cp", "tp"):
-            if axes[axis] > 1:
-                raise ValueError(
-                    f"mesh.{axis}={axes[axis]} is not for engine=deepspeed; "
-                    f"use engine=native, or mesh.{axis}=1"
-                )
+        if axes["pp"] > 1:
+            raise ValueError(
+                f"mesh.pp={axes['pp']} is not for engine=deepspeed, whose pipelines need a model "
+                "of their own kind; set mesh.pp=1, or use engine=native"
+            )
         if axes["dp_shard"] > 1:
             raise ValueError(
                 f"mesh.dp_shard={axes['dp_shard']} has no effect with engine=deepspeed, whose "
@@ -80,25 +86,43 @@ class DeepSpeedEngine:
                 "engine=deepspeed trains in precision=fp32 or bf16; set one of them, or use "
                 "engine=native"
             )
+        if precision.compute == torch.bfloat16 and self.stage == 0:
+            raise ValueError(
+                "engine.stage=0 keeps no fp32 weights beside those of precision=bf16 that a "
+                "checkpoint could hold; set engine.stage to 1, 2 or 3"
+            )
+        check_axes(
+            model, layout, axes, sequence=self.sequence_parallel, chunks=1,
+            row_tokens=row_tokens, micro_batches=micro_batches,
+        )  # fmt: skip
+        check_exchange(model, layout, axes["cp"], axes["tp"])
 
     def lay_out(self, model: nn.Module, around: Surroundings) -> LaidOut:
-        """Prepare the meta model in place: recompute. DeepSpeed shards what is materialised."""
-        blocks = [block for _, block in named_blocks(model, around.layout)]
-        self.activation_checkpointing.apply(blocks)
-        return LaidOut([model], [{}], None)
+        """Prepare the meta model in place: split, recompute. DeepSpeed shards what is filled."""
+        layout, mesh = around.layout, around.mesh
+        splits: Splits = {}
+        if mesh.size("tp") > 1:
+            splits = split_tensors(model, layout, mesh, sequence=self.sequence_parallel)
+        if mesh.size("cp") > 1:
+            share_context(model, mesh.group("cp"), Ulysses)
+        self.activation_checkpointing.apply([block for _, block in named_blocks(model, layout)])
+        return LaidOut([model], [splits], None)
 
     def build(self, laid_out: LaidOut, around: Surroundings) -> DeepSpeedTrainer:
         """Return the engine over a materialised model."""
         (model,) = laid_out.parts
-        pieces = {
-            name: Piece.of(parameter)
-            for name, parameter in laid_out.parameters().items()
+        pieces, parameters = laid_out.pieces(), laid_out.parameters()
+        trained = {
+            name: pieces[name].like(parameter)
+            for name, parameter in parameters.items()
             if parameter.requires_grad
         }
-        optimizer = around.optim.build(pieces=pieces, no_decay=around.no_decay)
+        optimizer = around.optim.build(pieces=trained, no_decay=around.no_decay)
         lrs = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # stage 3 takes a step over zero gradients when it is built
-        masters = {n: p.detach().clone() for n, p in laid_out.parameters().items()}
-        engine = initialize(model, optimizer, config_for(self, around), around.device)
-        return DeepSpeedTrainer(engine, self.stage, lrs, masters, around)
+        masters = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        config = config_for(self, around)
+        engine = initialize(model, optimizer, config, around.mesh, around.device)
+        state = ShardedState(engine, self.stage, around.mesh, masters, pieces)
+        return DeepSpeedTrainer(state, lrs, around)

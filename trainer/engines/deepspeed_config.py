@@ -72,7 +72,8 @@ def config_for(spec: "DeepSpeedEngine", around: Surroundings) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": around.optim.max_grad_norm or 0.0,
+        # Stage 0 clips by a norm of its own, which counts what tensor-parallel ranks share twice.
+        "gradient_clipping": (around.optim.max_grad_norm or 0.0) if spec.stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

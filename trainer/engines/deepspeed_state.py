@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.mesh import Mesh
-from trainer.pieces import Piece, Rows
+from trainer.parallel.pieces import narrowed
+from trainer.pieces import Piece
 
 STEP = "step"
 
@@ -41,8 +42,25 @@ def import_deepspeed(device_type: str) -> None:
     backend.build_shm_op = lambda: None
 
 
+class _Groups:
+    """The mesh as DeepSpeed asks for it: ranks that share out a model's state, and its tensors."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        data, model = mesh.token_group, mesh.group("tp")
+        self.get_data_parallel_group = lambda: data
+        self.get_data_parallel_rank = data.rank
+        self.get_data_parallel_world_size = data.size
+        self.get_model_parallel_group = lambda: model
+        self.get_model_parallel_rank = model.rank
+        self.get_model_parallel_world_size = model.size
+
+
 def initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    mesh: Mesh,
+    device: torch.device,
 ) -> Any:
     """Return DeepSpeed's engine over a materialised model. Collective."""
     import_deepspeed(device.type)
@@ -51,8 +69,9 @@ def initialize(
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists
     with redirect_stdout(sys.stderr):  # it prints which of its extensions it loaded
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
+            model=model, optimizer=optimizer, config=config, mpu=_Groups(mesh),
+            dist_init_required=False,
+        )  # fmt: skip
     return engine
 
 
@@ -62,13 +81,22 @@ class ShardedState:
     What leaves and enters is each rank's share of the rows of every weight.
     """
 
-    def __init__(self, engine: Any, stage: int, mesh: Mesh, masters: dict[str, Tensor]) -> None:
-        """`masters`: the fp32 values that the weights start from. Collective."""
-        self.engine, self.stage, self.mesh = engine, stage, mesh
+    def __init__(
+        self,
+        engine: Any,
+        stage: int,
+        mesh: Mesh,
+        masters: dict[str, Tensor],
+        pieces: dict[str, Piece],
+    ) -> None:
+        """`masters`: the fp32 values that the weights start from, cut as `pieces`. Collective."""
+        self.engine, self.stage, self.mesh, self.pieces = engine, stage, mesh, pieces
         self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.frozen = {
-            name: self._share(value) for name, value in masters.items() if name not in self.trained
+            name: self._share(name, value)
+            for name, value in masters.items()
+            if name not in self.trained
         }
         """In fp32 here, whatever DeepSpeed computes with."""
         self.shares: dict[str, Piece] = {}
@@ -80,18 +108,19 @@ class ShardedState:
         """Return this rank's rows of every weight, in fp32. Collective."""
         for name in self.parameters:
             frozen = self.frozen.get(name)
-            self.shares[name] = frozen or self._share(self._get(name, None))
+            self.shares[name] = frozen or self._share(name, self._get(name, None))
         return {name: self.shares[name] for name in self.parameters}
 
     def optimizer_state(self) -> dict[str, Piece]:
         """Return this rank's rows of what the optimizer keeps. Collective."""
+        is_first = self.mesh.is_first_copy and self.mesh.is_first_holder
         state = {}
         for name in self.trained:
             for kind in self._kinds:
                 state[f"{kind}/{name}"] = (
-                    Piece.of(self._step_count().clone(), is_own=self.mesh.dp_rank == 0)
+                    Piece.of(self._step_count().clone(), is_own=is_first)
                     if kind == STEP
-                    else self._share(self._get(name, kind))
+                    else self._share(name, self._get(name, kind))
                 )
         self.shares |= state
         return state
@@ -104,9 +133,9 @@ class ShardedState:
                 if kind == STEP:
                     self._set_step_count(self.shares[key].local)
                 else:
-                    self._set(name, kind, self._whole(self.shares[key]))
+                    self._set(name, kind, self._whole(name, self.shares[key]))
         for name, share in self.frozen.items():
-            self._set(name, None, self._whole(share))
+            self._set(name, None, self._whole(name, share))
         self.shares = {}
 
     @property
@@ -190,32 +219,28 @@ class ShardedState:
 
     def _partition(self, value: Tensor) -> Tensor:
         """Return this rank's part of a weight as stage 3 cuts it: flat, padded to equal parts."""
-        size = self.mesh.dp_size
+        size = self.mesh.token_size
         flat = F.pad(value.flatten(), (0, -value.numel() % size))
-        return flat.chunk(size)[self.mesh.dp_rank]
+        return flat.chunk(size)[self.mesh.token_rank]
 
-    def _share(self, value: Tensor) -> Piece:
-        """Return a copy of this rank's rows of a whole tensor."""
-        whole = Piece.of(value)
-        count = len(whole.rows[0])
-        rows = torch.arange(count).tensor_split(self.mesh.dp_size)[self.mesh.dp_rank].tolist()
-        start, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
-        own = value[start:stop].clone() if value.ndim else value.clone()
-        return Piece(
-            local=own,
-            shape=whole.shape,
-            rows=(Rows(start=start, stop=stop),),
-            columns=whole.columns,
-        )
+    def _counts(self, name: str) -> list[int]:
+        """Return how many of the weight's rows that are here each data rank has."""
+        count = sum(map(len, self.pieces[name].rows))
+        return [len(part) for part in torch.arange(count).tensor_split(self.mesh.token_size)]
 
-    def _whole(self, share: Piece) -> Tensor:
-        """Return the whole tensor of the ranks' rows. Collective."""
-        if self.mesh.dp_size == 1:
+    def _share(self, name: str, value: Tensor) -> Piece:
+        """Return a copy of this rank's rows of a tensor that lies as the weight."""
+        counts, rank = self._counts(name), self.mesh.token_rank
+        start = sum(counts[:rank])
+        stop = start + counts[rank]
+        return narrowed(self.pieces[name], value[start:stop].clone(), start, stop)
+
+    def _whole(self, name: str, share: Piece) -> Tensor:
+        """Return the tensor of the data ranks' rows. Collective."""
+        if self.mesh.token_size == 1:
             return share.local
-        parts_of_rows = torch.arange(share.shape[0]).tensor_split(self.mesh.dp_size)
-        counts = [len(part) for part in parts_of_rows]
-        widest = max(counts)
-        padded = share.local.new_zeros((widest, *share.shape[1:]))
+        counts = self._counts(name)
+        padded = share.local.new_zeros((max(counts), *share.local.shape[1:]))
         padded[: len(share.local)] = share.local
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=self.mesh.token_group)

@@ -168,17 +168,12 @@ class NativeTrainer:
     def logits(self, batch: Batch) -> Tensor:
         self._set_training(False)
         length = batch.input_ids.shape[1]
-        batch = batch.padded(-length % self.multiple).to(self.device)
+        batch = batch.padded(-length % self.mesh.row_multiple).to(self.device)
         return self.passes.logits(batch)[:, :length]
 
     def _set_training(self, mode: bool) -> None:
         for part in self.parts:
             part.train(mode)
-
-    @property
-    def multiple(self) -> int:
-        """What the length of a row must divide by."""
-        return 2 * self.mesh.size("cp") * self.mesh.size("tp")
 
     def weights(self) -> dict[str, Piece]:
         return self.update.pieces

@@ -47,6 +47,12 @@ def scattered_sum(x: Tensor, group: Group) -> Tensor:
     return result
 
 
+def exchanged(x: Tensor, group: Group, give: int, take: int) -> Tensor:
+    """Return this rank's share of dimension `give`, of all ranks' `x` end to end along `take`."""
+    result: Tensor = _Exchanged.apply(x, group, give, take)
+    return result
+
+
 def own_tokens(x: Tensor, group: Group) -> Tensor:
     """Return this rank's tokens of `x`, for what has no gradient."""
     return x.chunk(group.size(), TOKENS)[group.rank()]
@@ -106,6 +112,17 @@ class _ScatteredSum(torch.autograd.Function):
         return _all_gather(grad, ctx.group), None
 
 
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, give: int, take: int) -> Tensor:
+        ctx.way_back = group, take, give
+        return _all_to_all(x, group, give, take)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, *ctx.way_back), None, None, None
+
+
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
 
@@ -118,6 +135,12 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     parts = x.unflatten(TOKENS, (group.size(), -1)).movedim(TOKENS, 0).contiguous()
     own = _REDUCE_SCATTER(parts.flatten(0, 1), "sum", 0, group)
     return functional.wait_tensor(own)
+
+
+def _all_to_all(x: Tensor, group: Group, give: int, take: int) -> Tensor:
+    sent = torch.stack(x.chunk(group.size(), give))
+    received = functional.wait_tensor(functional.all_to_all_single(sent, None, None, group))
+    return torch.cat(received.unbind(), take)
 
 
 def stacked(x: Tensor, group: Group) -> Tensor:

@@ -5,6 +5,7 @@ every rank has the same work. Keys and values are gathered, which grouped heads 
 Grattafiori et al. 2024 (Llama 3), section 3.3.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,12 @@ def in_order(x: Tensor, size: int) -> Tensor:
     return torch.cat((*chunks[0::2], *reversed(chunks[1::2])), TOKENS)
 
 
+def as_held(x: Tensor, size: int) -> Tensor:
+    """Return the tokens of a row as the ranks hold them, end to end: undoes `in_order`."""
+    chunks = x.chunk(2 * size, TOKENS)
+    return torch.cat([chunks[i] for rank in range(size) for i in (rank, -1 - rank)], TOKENS)
+
+
 def all_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the whole row of (B, t, ..); gradients of a token add up over the ranks."""
     return in_order(gathered(x, group), group.size())
@@ -48,18 +55,6 @@ def share(batch: Batch, group: dist.ProcessGroup) -> Batch:
         segment_ids=own_tokens(batch.segment_ids, group),
         image_attention_mask=None if images is None else own_tokens(images, group),
     )
-
-
-def share_context(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Let self-attention see the keys of all ranks, in place; the rest works token by token."""
-    shared: dict[int, ContextParallel] = {}
-    for module in model.modules():
-        backend = getattr(module, "backend", None)
-        if backend is not None:
-            own = shared.setdefault(id(backend), ContextParallel(backend, group))
-            setattr(module, "backend", own)  # noqa: B010  no field that types know
-        if isinstance(module, SequenceClassifier):
-            module.forward = _whole_rows(module, group)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -114,6 +109,25 @@ class ContextParallel:
             for query, stop, own in zip(query_BNTH.chunk(2, 2), mask.stops, mask.masks, strict=True)
         ]
         return torch.cat(parts, 2)
+
+
+def share_context(
+    model: nn.Module,
+    group: dist.ProcessGroup,
+    attention: Callable[[Backend, dist.ProcessGroup], Backend] = ContextParallel,
+) -> None:
+    """Let self-attention see the keys of all ranks, in place; the rest works token by token.
+
+    `attention` is what is put over each back-end.
+    """
+    shared: dict[int, Backend] = {}
+    for module in model.modules():
+        backend = getattr(module, "backend", None)
+        if backend is not None:
+            own = shared.setdefault(id(backend), attention(backend, group))
+            setattr(module, "backend", own)  # noqa: B010  no field that types know
+        if isinstance(module, SequenceClassifier):
+            module.forward = _whole_rows(module, group)  # type: ignore[method-assign]
 
 
 def _whole_rows(head: SequenceClassifier, group: dist.ProcessGroup) -> Any:

@@ -8,6 +8,7 @@ from models.layout import HeadRows, Layout
 from trainer.parallel.data_parallel import named_blocks
 
 LARGEST = 64  # of the choices that a refusal lists
+ATTENTION = "attention heads"
 
 
 def check_axes(
@@ -35,6 +36,21 @@ def check_axes(
         _check_heads(model, layout, axes["tp"])
     _check_tokens(axes["cp"], axes["tp"] if sequence else 1, row_tokens)
     _check_stages(model, layout, axes["pp"], chunks, micro_batches)
+
+
+def check_exchange(model: nn.Module, layout: Layout, cp: int, tp: int) -> None:
+    """Raise ValueError where `cp` ranks cannot exchange tokens for heads, of which each has some.
+
+    Key heads may be fewer: they are repeated.
+    """
+    for name, count, _ in set(_shared_out(model, layout)):
+        heads = count // tp
+        if name.startswith(ATTENTION) and heads % cp:
+            legal = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"mesh.cp={cp} does not divide the {heads} {name} of each tensor-parallel rank, "
+                f"which Ulysses shares out; set it to one of {legal}, or use engine=native"
+            )
 
 
 def _check_heads(model: nn.Module, layout: Layout, tp: int) -> None:
@@ -78,7 +94,7 @@ def _shared_out(model: nn.Module, layout: Layout) -> Iterator[tuple[str, int, bo
                 yield f"heads of {own}", count, True
             elif path in layout.rowwise and by_head:
                 size = int(getattr(parent, "head_dim", 1))
-                yield f"attention heads ({own})", linear.in_features // size, False
+                yield f"{ATTENTION} ({own})", linear.in_features // size, False
             elif path in layout.rowwise:
                 yield f"features of {own}", linear.in_features, False
 

@@ -24,14 +24,13 @@ def piece_of(tensor: Tensor, split: Piece | None = None) -> Piece:
     base = split or Piece.of(tensor)
     if not isinstance(tensor, DTensor):
         return base.like(tensor.detach())
-    first, last = _row_range(tensor)
-    return Piece(
-        local=local_tensor(tensor),
-        shape=base.shape,
-        rows=tuple(_intersect(base.rows, first, last)) or (Rows(start=0, stop=0),),
-        columns=base.columns,
-        column_group=base.column_group,
-    )
+    return narrowed(base, local_tensor(tensor), *_row_range(tensor))
+
+
+def narrowed(base: Piece, local: Tensor, first: int, last: int) -> Piece:
+    """Return rows [first, last) of those that `base` holds, in order; `local` are their values."""
+    rows = tuple(_intersect(base.rows, first, last)) or (Rows(start=0, stop=0),)
+    return replace(base, local=local, rows=rows)
 
 
 def _row_range(tensor: DTensor) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from trainer.mesh import MeshSpec
 from trainer.run import Run
 
 NATIVE = NativeEngine()
+_COPIES = MeshSpec(dp_replicate=2)
+_TENSORS = MeshSpec(dp_replicate=2, tp=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,9 @@ def _layout(name: str, *, engine: NativeEngine = NATIVE, **axes: int) -> NamedLa
     return NamedLayout(name=name, mesh=MeshSpec(**axes), engine=engine)
 
 
-def _zero(engine: DeepSpeedEngine) -> NamedLayout:
-    name = f"zero{engine.stage}" + ("_offload" if engine.offload_optimizer else "")
-    return NamedLayout(name=name, mesh=MeshSpec(dp_replicate=2), engine=engine, precision="fp32")
+def _zero(engine: DeepSpeedEngine, mesh: MeshSpec = _COPIES, suffix: str = "") -> NamedLayout:
+    name = f"zero{engine.stage}{suffix}" + ("_offload" if engine.offload_optimizer else "")
+    return NamedLayout(name=name, mesh=mesh, engine=engine, precision="fp32")
 
 
 _NO_SP = NativeEngine(sequence_parallel=False)
@@ -70,6 +72,8 @@ LAYOUTS = {
         *(_zero(DeepSpeedEngine(stage=stage)) for stage in STAGES),
         _zero(DeepSpeedEngine(stage=2, offload_optimizer=True)),
         _zero(DeepSpeedEngine(stage=3, offload_optimizer=True, offload_parameters=True)),
+        *(_zero(DeepSpeedEngine(stage=stage), _TENSORS, "_tp") for stage in (1, 2, 3)),
+        *(_zero(DeepSpeedEngine(stage=stage), MeshSpec(cp=2), "_ulysses") for stage in (2, 3)),
     )
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
+from trainer.verify.measure import ADAM_EPS
 from trainer.verify.rows import MadeRows
 
 HEAD_DIM, LAYERS, VOCABULARY, TOKENS, IMAGE = 8, 4, 257, 32, 12
@@ -40,14 +41,21 @@ def shrink(run: Run) -> Small:
     if getattr(engine, "compile", False):
         notes.append("engine.compile=false")
         engine = replace(engine, compile=False)
+    optim: Any = run.optim
+    if hasattr(optim, "eps"):
+        notes.append(
+            f"optim.eps={ADAM_EPS}, so that gradients of nothing but rounding move nothing"
+        )
+        optim = replace(optim, eps=ADAM_EPS)
     rows = MadeRows(
         vocab_size=small.vocab_size + getattr(small, "additional_vocab_size", 0),
         tokens=TOKENS,
         images=(2, 3, IMAGE) if hasattr(small, "vision_config") else None,
     )
     changed = replace(
-        run, model=small, engine=engine, precision="fp64", weights=RANDOM, tokenizer="byte",
-        freeze=FreezeSpec(frozen=frozen), data=replace(run.data, micro_rows=rows.micro_rows),
+        run, model=small, engine=engine, optim=optim, precision="fp64", weights=RANDOM,
+        tokenizer="byte", freeze=FreezeSpec(frozen=frozen),
+        data=replace(run.data, micro_rows=rows.micro_rows),
     )  # fmt: skip
     return Small(run=changed, rows=rows, notes=tuple(notes))
 
