@@ -73,19 +73,19 @@ class _Asked:
     def one_step(self) -> dict[str, Tensors]:
         """Loss, gradients and norm of the first step; weights after an SGD and an AdamW update."""
         # Without momentum, Adam's first moment is the gradient itself, on every engine.
-        probe = self._engine(AdamW(lr=1e-3, betas=(0.0, 0.95), max_grad_norm=None))
-        result = self._step(probe, 1)
-        state = probe.optimizer_state()
+        adam = self._engine(AdamW(lr=1e-3, betas=(0.0, 0.95), eps=ADAM_EPS, max_grad_norm=None))
+        result = self._step(adam, 1)
+        state = adam.optimizer_state()
         moments = {n.partition("/")[2]: p for n, p in state.items() if n.startswith("exp_avg/")}
-        kinds = {"loss": _loss(result), "gradients": self._whole(moments), "norm": _norm(result)}
-        updates: dict[str, OptimSpec] = {
-            "SGD": SGD(lr=0.1, max_grad_norm=CLIP),
-            "AdamW": AdamW(lr=1e-3, eps=ADAM_EPS),
+        sgd = self._engine(SGD(lr=0.1, max_grad_norm=CLIP))
+        self._step(sgd, 1)
+        kinds = {
+            "loss": _loss(result),
+            "gradients": self._whole(moments),
+            "norm": _norm(result),
+            "SGD": self._whole(sgd.weights()),
+            "AdamW": self._whole(adam.weights()),
         }
-        for kind, optim in updates.items():
-            engine = self._engine(optim)
-            self._step(engine, 1)
-            kinds[kind] = self._whole(engine.weights())
         return {kind: tensors for kind, tensors in kinds.items() if tensors is not None}
 
     def curve(self) -> dict[str, Tensors]:

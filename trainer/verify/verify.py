@@ -19,6 +19,7 @@ from trainer.verify.faults import FAULTS
 from trainer.verify.forked import RankFailedError, run_ranks
 from trainer.verify.layouts import NamedLayout
 from trainer.verify.measure import Answer, Question, answer
+from trainer.verify.rows import MadeRows
 from trainer.verify.shrink import Small
 
 LIMIT_SECONDS = 180.0
@@ -113,9 +114,19 @@ def _verdicts(
 
 
 def _question(layout: NamedLayout, small: Small, folder: Path, steps: int) -> Question:
+    run = layout.of(small.run)
     return Question(
-        run=layout.of(small.run), rows=small.rows, steps=steps, folder=folder / layout.name
+        run=run, rows=_rows(run, small, layout), steps=steps, folder=folder / layout.name
     )
+
+
+def _rows(run: Run, small: Small, layout: NamedLayout) -> MadeRows:
+    """Return the rows in two micro-batches for each data rank: how they are cut is no maths."""
+    if run.is_topology_free:
+        return small.rows
+    axes = run.mesh.axes(layout.processes)
+    data_ranks = axes["dp_replicate"] * axes["dp_shard"]
+    return replace(small.rows, micro_rows=small.rows.rows // (2 * data_ranks))
 
 
 def _ask(question: Question, processes: int) -> Answer:
@@ -128,12 +139,13 @@ def _impossible(run: Run, small: Small, layout: NamedLayout, inject: str | None)
     if inject and not isinstance(run.engine, NativeEngine):
         return "faults are put into the native engine"
     axes = run.mesh.axes(layout.processes)
-    per_step = small.rows.rows // (axes["dp_replicate"] * axes["dp_shard"] * small.rows.micro_rows)
+    data_ranks = axes["dp_replicate"] * axes["dp_shard"]
+    rows = _rows(run, small, layout)
     try:
         run.check_sums(axes)
         run.engine.check(
             run.plan_model(), run.model.layout, axes,
-            row_tokens=small.rows.tokens, micro_batches=per_step,
+            row_tokens=rows.tokens, micro_batches=rows.rows // (data_ranks * rows.micro_rows),
             precision=PRECISIONS[run.precision],
         )  # fmt: skip
     except ValueError as error:
