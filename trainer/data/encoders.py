@@ -52,22 +52,26 @@ class Encoders:
     def __enter__(self) -> "Encoders":
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        context = mp.get_context("spawn")
-        # Inherited: Ctrl-C reaches the whole group, and only this process decides what it means.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(self.workers if self.workers > 1 else 0):
-                mine, theirs = context.Pipe()
-                process = context.Process(
-                    target=_work, args=(theirs, self.tokenizer, self.dtype), daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._pipes.append(mine)
-                self._processes.append(process)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self.workers > 1:
+            # Ctrl-C reaches the whole group, and only this process decides what it means. Workers
+            # inherit that it is ignored; a mask would not do: multiprocessing unblocks it.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                for _ in range(self.workers):
+                    self._start()
+            finally:
+                signal.signal(signal.SIGINT, before)
         return self
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        mine, theirs = context.Pipe()
+        arguments = (theirs, self.tokenizer, self.dtype)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self._pipes.append(mine)
+        self._processes.append(process)
 
     def __exit__(
         self,

@@ -70,9 +70,9 @@ class FolderWriter:
         self._writers.clear()
 
     def _close(self, name: str) -> None:
-        writer = self._writers.pop(name)
-        footer = writer.close()
-        self.stores[name].append(Entry.of(writer.path, footer))
+        writer = self._writers[name]  # until it is closed, an interruption has to abort it
+        self.stores[name].append(Entry.of(writer.path, writer.close()))
+        del self._writers[name]
 
     def _stores_of(self, name: str) -> list[Entry]:
         return self.stores.setdefault(name, [])

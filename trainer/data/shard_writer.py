@@ -89,7 +89,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Remove what was written."""
         self._file.close()
-        self.temporary.unlink()
+        self.temporary.unlink(missing_ok=True)
 
     def _write(self, name: str, values: np.ndarray) -> Section:
         self._body.align()
