@@ -64,10 +64,12 @@ class FolderWriter:
         return index
 
     def abort(self) -> None:
-        """Leave finished shards only."""
+        """Leave finished shards only. An interruption may have come while a file was opened."""
         for writer in self._writers.values():
             writer.abort()
         self._writers.clear()
+        for path in self.folder.glob(f".*{SUFFIX}.tmp"):
+            path.unlink()
 
     def _close(self, name: str) -> None:
         writer = self._writers[name]  # until it is closed, an interruption has to abort it
