@@ -17,6 +17,10 @@ COMMANDS = {
         "launch.verify",
         "show that every layout computes the same: tessera verify experiment=demo",
     ),
+    "tokenize": (
+        "launch.tokenize",
+        "texts to shards of tokens: tessera tokenize data.path=DIR output=DIR tokenizer=...",
+    ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }

@@ -10,7 +10,7 @@ PREEMPTED = 75
 
 MEANINGS = {
     FINISHED: "finished; the last step is committed",
-    CHECK_FAILED: "a check failed: tessera verify",
+    CHECK_FAILED: "a check failed: tessera verify, tessera tokenize check=DIR",
     BAD_CONFIG: "bad config, illegal number of processes, or the run directory is in use",
     DATA: "the data cannot be read or used",
     INTERNAL: "internal error, out of memory, or too many non-finite steps",

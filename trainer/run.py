@@ -10,7 +10,8 @@ from models.heads import CausalLMSpec
 from models.nn.init import SkipInit
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
-from trainer.data.pretraining import PretrainingData
+from trainer.data.protocol import DataSpec
+from trainer.data.tokenizers import BPE
 from trainer.engines.protocol import EngineSpec, Surroundings
 from trainer.engines.topology_free import check_topology_free
 from trainer.freeze import FreezeSpec
@@ -22,7 +23,7 @@ from trainer.schedule import Schedule
 from trainer.tasks.causal_lm import CausalLMTask
 from trainer.weights import WeightSource, match_weights
 
-AUTO, RANDOM, BPE = "auto", "random", "bpe"
+AUTO, RANDOM = "auto", "random"
 OFF, TOPOLOGY_FREE = "off", "topology_free"
 DETERMINISTIC = (OFF, TOPOLOGY_FREE)
 
@@ -33,7 +34,7 @@ class Run:
 
     model: CausalLMSpec
     task: CausalLMTask
-    data: PretrainingData
+    data: DataSpec
     engine: EngineSpec
     mesh: MeshSpec
     optim: OptimSpec
@@ -60,7 +61,7 @@ class Run:
     """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
     tokenizer: str
     """`byte`, `bpe` (trained on the data, cached), a folder with tokenizer.json, or `auto`: that
-    of model.path, where the model has one, else bpe."""
+    of model.path, where the model has one, else that of data=tokens, else bpe."""
     weights: str
     """`random`, a folder with safetensors files in Hugging Face layout, or `auto`: those of
     model.path, where the model has one, else random."""
@@ -103,13 +104,13 @@ class Run:
                 f"max_position_embeddings={self.model.max_position_embeddings}; "
                 "lower data.row_tokens"
             )
-        if self.eval_every and not self.data.eval_path and not self.data.eval_fraction:
+        self.data.check()
+        if self.eval_every and not self.data.holds_out():
             raise ValueError(
                 f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
-                "data.eval_fraction, or eval_every=null"
+                "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
         self._check_vocabulary()
-        self.data.check()
         model = self.plan_model()
         self.freeze.apply(model)
         self.engine.check(
@@ -174,7 +175,9 @@ class Run:
     @property
     def tokenizer_setting(self) -> str:
         """`byte`, `bpe` or a folder: what `tokenizer` comes to."""
-        return self.tokenizer if self.tokenizer != AUTO else self._model_path or BPE
+        if self.tokenizer != AUTO:
+            return self.tokenizer
+        return self._model_path or self.data.own_tokenizer
 
     @property
     def _model_path(self) -> str | None:

@@ -204,7 +204,7 @@ def test_nested_settings_bind_with_their_own_target_too(tree: dict[str, Any]) ->
         ("schedule", SGD, {"lr": 0.1}, "Schedule"),
         ("model", "trainer.mesh.MeshSpec", {}, "CausalLMSpec"),
         ("engine", "trainer.mesh.MeshSpec", {}, "EngineSpec"),
-        ("data", "models.nn.rope.RopeParameters", {}, "PretrainingData"),
+        ("data", "models.nn.rope.RopeParameters", {}, "DataSpec"),
         ("model.rope_parameters", SGD, {"lr": 0.1}, "RopeParameters"),
         ("callbacks.console", "trainer.schedule.Constant", {}, "CallbackSpec"),
         # These have a `build` as well, which wants other things than a listener's.

@@ -10,13 +10,16 @@ import yaml
 from launch.binding import bind
 from launch.compose import compose
 from launch.menu import config_folder, groups
+from tests.token_folders import write_folder
 from trainer.parallel.pieces import unique_parameters
 from trainer.run import Run
 
 # What a choice leaves for the user to say.
 MANDATORY = {
     "data=text": ["data.path=stdlib"],
+    "data=tokens": ["data.path={tokens}"],
     "experiment=pretrain_text": ["data.path=stdlib"],
+    "experiment=pretrain_tokens": ["data.path={tokens}", "eval_every=null"],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],
@@ -65,8 +68,10 @@ def test_every_file_is_a_choice_of_the_menu() -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_fits_a_run_and_plans_its_model(experiment: str) -> None:
-    run = bound(experiment, *MANDATORY.get(experiment, []))
+def test_every_experiment_fits_a_run_and_plans_its_model(experiment: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "tokens", [50, 20], shard_tokens=30, name="train")
+    needed = [option.format(tokens=tmp_path / "tokens") for option in MANDATORY.get(experiment, [])]
+    run = bound(experiment, *needed)
     run.check(world_size=1)
     model = run.plan_model()
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -77,7 +82,8 @@ def test_every_experiment_fits_a_run_and_plans_its_model(experiment: str) -> Non
 def test_every_choice_of_every_group_fits_the_demo_and_plans_its_model(
     choice: str, model_folder: Path
 ) -> None:
-    needed = [option.format(folder=model_folder) for option in MANDATORY.get(choice, [])]
+    places = {"folder": model_folder, "tokens": "tokens"}
+    needed = [option.format(**places) for option in MANDATORY.get(choice, [])]
     tree = compose(["experiment=demo", choice, *needed]).tree
     group, _, name = choice.partition("=")
     file = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())

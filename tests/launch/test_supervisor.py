@@ -370,7 +370,7 @@ def test_data_error_of_a_worker_ends_the_run_with_its_code(
     assert whole  # it has filled the cache
     torn = tmp_path / "cache"
     shutil.copytree(cache, torn)
-    (tokens,) = torn.glob("tokens/*/train.bin")
+    (tokens,) = torn.glob("tokens/*/train-*.shard")
     os.truncate(tokens, tokens.stat().st_size - 2)
     with started(tmp_path, torn, *steps_of(2)) as command:
         assert command.wait() == DATA, command.text

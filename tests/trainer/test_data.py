@@ -11,28 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.nn.head import IGNORED
+from tests.token_folders import store_of
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.pretraining import PretrainingData
 from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource
+from trainer.data.tokenise import eval_rank
 from trainer.data.tokenizers import ByteTokenizer
-from trainer.data.tokens import Document, TokenStore, build_stores, eval_rank
 from trainer.errors import DataError
 
 
-def store_of(folder: Path, lengths: list[int]) -> TokenStore:
-    """Return a store of documents with these numbers of bytes; document k is made of the byte k."""
-    documents = [Document(id=str(k), text=chr(k % 100) * n) for k, n in enumerate(lengths)]
-    build_stores(folder, lambda: documents, ByteTokenizer(), lambda _: "train")
-    return TokenStore(folder, "train")
-
-
-def reference_rows(lengths: list[int], row_tokens: int) -> list[dict[str, list[int]]]:
+def reference_rows(
+    lengths: list[int], row_tokens: int, shard_tokens: int
+) -> list[dict[str, list[int]]]:
     """Cut the rows token by token: slow and obvious."""
-    stream: list[tuple[int, int]] = []  # (token, document)
+    rows, stream = [], []  # the stream of a shard: (token, document)
     for k, length in enumerate(lengths):
-        tokens = [256, *([k % 100] * length), 257]
-        stream += [(token, k) for token in tokens]
+        stream += [(token, k) for token in [256, *([k % 100] * length), 257]]
+        if len(stream) >= shard_tokens or k == len(lengths) - 1:
+            rows += rows_of_stream(stream, row_tokens)
+            stream = []
+    return rows
+
+
+def rows_of_stream(stream: list[tuple[int, int]], row_tokens: int) -> list[dict[str, list[int]]]:
     rows = []
     for start in range(0, len(stream), row_tokens):
         part = stream[start : start + row_tokens]
@@ -57,12 +59,20 @@ def reference_rows(lengths: list[int], row_tokens: int) -> list[dict[str, list[i
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12), row_tokens=st.integers(1, 17))
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12),
+    row_tokens=st.integers(1, 17),
+    shard_tokens=st.sampled_from([1, 10, 30, 1000]),
+)
 def test_rows_equal_a_cut_made_token_by_token(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], row_tokens: int
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    row_tokens: int,
+    shard_tokens: int,
 ) -> None:
-    rows = PackedRows(store_of(tmp_path_factory.mktemp("store"), lengths), row_tokens)
-    expected = reference_rows(lengths, row_tokens)
+    store = store_of(tmp_path_factory.mktemp("store"), lengths, shard_tokens)
+    rows = PackedRows(store, row_tokens)
+    expected = reference_rows(lengths, row_tokens, shard_tokens)
     assert rows.num_rows == len(expected)
     batch = rows.batch(list(range(len(expected))), len(expected))
     for name in ("input_ids", "labels", "position_ids", "segment_ids"):
@@ -254,6 +264,21 @@ def test_a_changed_file_is_tokenised_anew(tmp_path: Path) -> None:
     assert before.fingerprint != after.fingerprint
 
 
+def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("Gr\u00fc\u00dfe " * number)
+    path = tmp_path / "1.txt"
+    path.write_bytes(b"x" * ((1 << 20) - 1) + "\u00fc".encode() + b"gr\xfc\xdfe")
+    with pytest.raises(DataError, match=rf"{path} is not UTF-8 at byte {(1 << 20) + 3}; convert"):
+        list(TextSource(str(tmp_path), "text").documents())
+
+
+def test_a_wrong_column_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"texts": "x", "id": 1}\n')
+    with pytest.raises(ValueError, match=r"no column 'text', only id, texts; .* to texts, which"):
+        TextSource(str(tmp_path), "text").peek()
+
+
 def test_a_row_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"text": null}\n')
@@ -261,14 +286,6 @@ def test_a_row_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
         list(TextSource(str(path), "text").documents())
     with pytest.raises(ValueError, match=r"no column 'body', only text; set data\.column"):
         list(TextSource(str(path), "body").documents())
-
-
-def test_a_truncated_token_file_is_refused(tmp_path: Path) -> None:
-    store_of(tmp_path, [10, 20])
-    path = tmp_path / "train.bin"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"train\.bin has \d+ bytes, its index says"):
-        TokenStore(tmp_path, "train")
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:

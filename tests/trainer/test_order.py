@@ -2,9 +2,10 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from trainer.data.order import permute, round_keys
+from trainer.data.order import permute, permute_all, round_keys
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 255, 256, 257, 1000, 4099])
@@ -12,6 +13,14 @@ def test_every_index_is_hit_exactly_once(count: int) -> None:
     for seed in range(3):
         keys = round_keys("rows", seed, 0)
         assert sorted(permute(i, count, keys) for i in range(count)) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 17, 1000, 4099, 2 * 10**12, 2**62 + 1])
+def test_all_at_once_are_permuted_as_one_by_one(count: int) -> None:
+    keys = round_keys("rows", 3, 1)
+    indices = np.unique(np.linspace(0, count - 1, 200).astype(np.int64).clip(0, count - 1))
+    expected = [permute(int(index), count, keys) for index in indices]
+    assert permute_all(indices, count, keys).tolist() == expected
 
 
 def test_seed_and_epoch_change_the_order() -> None:

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
+import numpy as np
+
 from trainer.batch import Batch
-from trainer.data.order import permute, round_keys
+from trainer.data.order import permute, permute_all, round_keys
+from trainer.data.prefetch import ahead
 from trainer.data.rows import PackedRows
 
 VERSION = 1  # of the order: raise it when the same state would give other batches
@@ -47,10 +51,8 @@ class StepLoader:
     """A step, and the global sample that it begins with."""
 
     def steps(self, first: int) -> Iterator[Step]:
-        """Yield the steps from number `first` (0 is the run's first) without end."""
-        while True:
-            yield self.step(first)
-            first += 1
+        """Yield the steps from number `first` (0 is the run's first) without end, read ahead."""
+        return ahead(self.step(number) for number in count(first))
 
     def ranges(self, number: int) -> list[tuple[int, int]]:
         """Return the global samples [first, last) of each micro-batch of step `number` (from 0)."""
@@ -61,8 +63,10 @@ class StepLoader:
 
     def step(self, number: int) -> Step:
         ranges = self.ranges(number)
+        rows = self.rows_of(np.array([n for r in ranges for n in range(*r)], np.int64))
         batches = [
-            self.rows.batch([self.row_of(n) for n in range(*r)], self.micro_rows) for r in ranges
+            self.rows.batch(rows[place : place + self.micro_rows], self.micro_rows)
+            for place in range(0, len(rows), self.micro_rows)
         ]
         num_tokens = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
         return Step(micro_batches=batches, ranges=ranges, num_tokens=num_tokens)
@@ -76,6 +80,17 @@ class StepLoader:
         """Return the row that stands at place `sample` of the run."""
         epoch, index = divmod(sample, self.rows.num_rows)
         return permute(index, self.rows.num_rows, round_keys("rows", self.seed, epoch))
+
+    def rows_of(self, samples: np.ndarray) -> list[int]:
+        """Return `row_of` of all samples of a step."""
+        epochs, indices = np.divmod(samples, self.rows.num_rows)
+        rows = np.empty_like(indices)
+        for epoch in np.unique(epochs):
+            keys = round_keys("rows", self.seed, epoch)
+            is_here = epochs == epoch
+            rows[is_here] = permute_all(indices[is_here], self.rows.num_rows, keys)
+        found: list[int] = rows.tolist()
+        return found
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what says where the data stands after `step` steps: no world size in it."""

@@ -1,15 +1,18 @@
 """Pretraining data: any folder of text, tokenised once, concatenated and split into packed rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
+from trainer.data.batching import check_sizes, loaders, rows_per_micro_batch
 from trainer.data.loader import EvalLoader, StepLoader
-from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource
-from trainer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
-from trainer.data.tokens import VERSION, Document, TokenStore, build_stores, eval_rank
+from trainer.data.tokenise import build_folder, eval_rank, tokens_of
+from trainer.data.tokenise_progress import TokeniseProgress
+from trainer.data.tokenizers import BPE, FileTokenizer, Tokenizer, given_tokenizer, train_bpe
+from trainer.data.tokens import EVAL, TRAIN, VERSION, Index, TokenStore
 from trainer.errors import DataError
 from trainer.files import exclusive
 
@@ -36,32 +39,22 @@ class PretrainingData:
     """Folder for tokenised data and trained tokenizers."""
 
     def __post_init__(self) -> None:
-        for name in ("row_tokens", "global_rows", "micro_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name}={value} is not positive; set it to 1 or more")
+        check_sizes(
+            row_tokens=self.row_tokens, global_rows=self.global_rows, micro_rows=self.micro_rows
+        )
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ValueError(
                 f"data.eval_fraction={self.eval_fraction} is no share below 1; "
                 "set it to 0 or more and less than 1"
             )
 
+    @property
+    def own_tokenizer(self) -> str:
+        return BPE
+
     def rows_per_micro_batch(self, num_ranks: int) -> int:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
-        if self.global_rows % num_ranks:
-            raise ValueError(
-                f"data.global_rows={self.global_rows} is not divisible by {num_ranks} "
-                f"data-parallel ranks; run on {_divisors(self.global_rows)} ranks or set "
-                f"data.global_rows to a multiple of {num_ranks}"
-            )
-        rank_rows = self.global_rows // num_ranks
-        micro_rows = self.micro_rows or rank_rows
-        if rank_rows % micro_rows:
-            raise ValueError(
-                f"data.micro_rows={micro_rows} does not divide the {rank_rows} rows of each of "
-                f"{num_ranks} ranks; set it to one of {_divisors(rank_rows)}"
-            )
-        return micro_rows
+        return rows_per_micro_batch(self.global_rows, self.micro_rows, num_ranks)
 
     def check(self) -> None:
         """Raise ValueError where the files cannot serve; reads names and the first row only."""
@@ -69,49 +62,58 @@ class PretrainingData:
         if self.eval_path is not None:
             TextSource(self.eval_path, self.column, "data.eval_path").peek()
 
+    def holds_out(self) -> bool:
+        return bool(self.eval_path or self.eval_fraction)
+
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
         """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
-        if setting == "byte":
-            return ByteTokenizer()
-        if setting != "bpe":
-            return FileTokenizer(Path(setting).expanduser())
+        if setting != BPE:
+            return given_tokenizer(setting)
         source = TextSource(self.path, self.column)
-        folder = self._cache_folder("bpe", source.key(), vocab_size)
-        if not (folder / "tokenizer.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with exclusive(folder / "lock"):
-                if not (folder / "tokenizer.json").exists():
-                    texts = (document.text for document in source.documents())
-                    train_bpe(folder, texts, vocab_size)
-        return FileTokenizer(folder)
+        return trained_bpe(source, vocab_size, self._cache_folder("bpe", source.key(), vocab_size))
 
     def stores(self, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore | None]:
         """Tokenise what is not cached yet, and open the training and the evaluation tokens."""
         source = TextSource(self.path, self.column)
         fraction = 0.0 if self.eval_path else self.eval_fraction
-
-        def route(document: Document) -> str:
-            return "eval" if eval_rank(document.id) < fraction else "train"
-
-        folder = self._cache_folder("tokens", source.key(), tokenizer.fingerprint, fraction)
-        build_stores(folder, source.documents, tokenizer, route)
-        is_split = not fraction or (folder / "eval.json").exists()
-        if not is_split and TokenStore(folder, "train").num_documents > 1:
+        folder, index = self._tokens(source, tokenizer, fraction, hold_out(fraction))
+        if fraction and EVAL not in index.stores and TokenStore(folder, TRAIN).num_documents > 1:
             # A small corpus: its first document by hash is held out, so that there is one.
             first = min(source.documents(), key=lambda d: eval_rank(d.id)).id
-            folder = self._cache_folder("tokens", source.key(), tokenizer.fingerprint, "one")
-            build_stores(
-                folder, source.documents, tokenizer, lambda d: "eval" if d.id == first else "train"
+            folder, index = self._tokens(
+                source, tokenizer, "one", lambda name: EVAL if name == first else TRAIN
             )
-        if not (folder / "train.json").exists():
+        if TRAIN not in index.stores:
             raise DataError(f"data.path={self.path} left no training document; add documents")
         evaluation = folder
         if self.eval_path is not None:
             source = TextSource(self.eval_path, self.column)
-            evaluation = self._cache_folder("tokens", source.key(), tokenizer.fingerprint, "eval")
-            build_stores(evaluation, source.documents, tokenizer, lambda _: "eval")
-        has_eval = (evaluation / "eval.json").exists()
-        return TokenStore(folder, "train"), TokenStore(evaluation, "eval") if has_eval else None
+            evaluation, index = self._tokens(source, tokenizer, EVAL, lambda _: EVAL)
+        has_eval = EVAL in index.stores
+        return TokenStore(folder, TRAIN), TokenStore(evaluation, EVAL) if has_eval else None
+
+    def _tokens(
+        self,
+        source: TextSource,
+        tokenizer: Tokenizer,
+        split: object,
+        route: Callable[[str], str],
+    ) -> tuple[Path, Index]:
+        """Make or find the folder of this source, tokenizer and split in the cache.
+
+        One process: ranks wait for it, and fast tokenizers have threads of their own.
+        """
+        recipe = {"files": source.key(), "tokenizer": tokenizer.fingerprint, "split": split}
+        folder = self._cache_folder("tokens", *recipe.values())
+        progress = TokeniseProgress(source.path, source.num_bytes())
+        index = build_folder(
+            folder,
+            recipe,
+            lambda writer: tokens_of(source, tokenizer, route, writer),
+            tokenizer,
+            progress,
+        )
+        return folder, index
 
     def _cache_folder(self, kind: str, *parts: object) -> Path:
         key = xxhash.xxh3_128_hexdigest("/".join(map(str, (VERSION, *parts))).encode())
@@ -122,20 +124,29 @@ class PretrainingData:
     ) -> tuple[StepLoader, EvalLoader | None]:
         """Return the loaders of one data-parallel rank."""
         train, evaluation = self.stores(tokenizer)
-        micro_rows = self.rows_per_micro_batch(num_ranks)
-        loader = StepLoader(
-            rows=PackedRows(train, self.row_tokens),
-            seed=seed,
+        return loaders(
+            train,
+            evaluation,
+            row_tokens=self.row_tokens,
             global_rows=self.global_rows,
-            micro_rows=micro_rows,
+            micro_rows=self.rows_per_micro_batch(num_ranks),
+            seed=seed,
             rank=rank,
             num_ranks=num_ranks,
         )
-        if evaluation is None:
-            return loader, None
-        rows = PackedRows(evaluation, self.row_tokens)
-        return loader, EvalLoader(rows=rows, micro_rows=micro_rows, rank=rank, num_ranks=num_ranks)
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def hold_out(fraction: float) -> Callable[[str], str]:
+    """Return which store a document of an id belongs to: this share is held out, by its hash."""
+    return lambda document_id: EVAL if eval_rank(document_id) < fraction else TRAIN
+
+
+def trained_bpe(source: TextSource, vocab_size: int, folder: Path) -> Tokenizer:
+    """Return the BPE of a corpus; it is trained into `folder` once, by one process."""
+    if not (folder / "tokenizer.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / "lock"):
+            if not (folder / "tokenizer.json").exists():
+                texts = (document.text for document in source.documents())
+                train_bpe(folder, texts, vocab_size)
+    return FileTokenizer(folder)

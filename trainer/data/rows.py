@@ -1,4 +1,7 @@
-"""Concat-and-split: cut one long token stream into rows that know their document borders."""
+"""Concat-and-split: cut token streams into rows that know their document borders."""
+
+from bisect import bisect_right
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -7,52 +10,50 @@ from models.nn.head import IGNORED
 from trainer.batch import Batch
 from trainer.data.tokens import TokenStore
 
+COLUMNS = ("input_ids", "labels", "position_ids", "segment_ids")
+
 
 class PackedRows:
-    """The rows of a token store: row i is tokens [i*T, (i+1)*T) of the stream; the last is padded.
+    """The rows of a token store: row i of a shard is its tokens [i*T, (i+1)*T); its last is padded.
 
-    A document cut by a row border goes on in the next row as a segment of its own. Every token that
-    has a predecessor in its document is a target exactly once.
+    Rows are counted through all shards; none crosses from one shard to the next. A document cut by
+    a row border goes on in the next row as a segment of its own. Every token that has a predecessor
+    in its document is a target exactly once.
     """
 
     def __init__(self, store: TokenStore, row_tokens: int) -> None:
         self.store, self.row_tokens = store, row_tokens
-        self.num_rows = -(-store.num_tokens // row_tokens)
+        counts = (-(-entry.num_tokens // row_tokens) for entry in store.entries)
+        self._first_rows = [0, *accumulate(counts)]
+        self.num_rows = self._first_rows[-1]
 
     def batch(self, rows: list[int], num_rows: int) -> Batch:
         """Return `rows` as one Batch of `num_rows` rows; missing ones are padding."""
-        length = self.row_tokens
-        columns = {
-            "input_ids": np.zeros((num_rows, length), np.int64),
-            "labels": np.full((num_rows, length), IGNORED, np.int64),
-            "position_ids": np.zeros((num_rows, length), np.int64),
-            "segment_ids": np.zeros((num_rows, length), np.int64),
-        }
-        provenance = []
-        for place, row in enumerate(rows):
-            values, documents = self._row(row)
-            for name, value in values.items():
-                columns[name][place, : len(value)] = value
-            provenance.append(f"{self.store.name}[{documents[0]}:{documents[-1] + 1}]")
+        columns = {name: np.zeros((num_rows, self.row_tokens), np.int64) for name in COLUMNS}
+        columns["labels"].fill(IGNORED)
+        provenance = [
+            self._fill({name: column[place] for name, column in columns.items()}, row)
+            for place, row in enumerate(rows)
+        ]
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         return Batch(**tensors, provenance=tuple(provenance))
 
-    def _row(self, row: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        start = row * self.row_tokens
-        stop = min(start + self.row_tokens, self.store.num_tokens)
-        places = np.arange(start, stop)
-        starts = self.store.document_starts
-        documents = np.searchsorted(starts, places, side="right") - 1
-        tokens = self.store.read(start, min(stop + 1, self.store.num_tokens))
-        targets = np.full(stop - start, IGNORED, np.int64)
-        targets[: len(tokens) - 1] = tokens[1:]
+    def _fill(self, columns: dict[str, np.ndarray], row: int) -> str:
+        """Write one row into its place of the batch; return which documents it comes from."""
+        number = bisect_right(self._first_rows, row) - 1
+        shard = self.store.shard(number)
+        start = (row - self._first_rows[number]) * self.row_tokens
+        stop = min(start + self.row_tokens, shard.footer.num_tokens)
+        length = stop - start
+        tokens = shard.tokens(start, stop + 1)  # the one behind is the last target
+        document, starts = shard.documents(start, stop)
+        edges = np.unique(np.clip(starts - start, 0, length))  # an empty document has no segment
+        sizes = np.diff(edges)
+        columns["input_ids"][:length] = tokens[:length]
+        columns["labels"][: len(tokens) - 1] = tokens[1:]
         # Nothing predicts across a border: the last token of a document has no target.
-        is_last = np.isin(places + 1, starts[documents[0] : documents[-1] + 2])
-        targets[is_last] = IGNORED
-        values = {
-            "input_ids": tokens[: stop - start],
-            "labels": targets,
-            "position_ids": places - np.maximum(starts[documents], start),
-            "segment_ids": documents - documents[0] + 1,
-        }
-        return values, documents
+        columns["labels"][starts[1:][starts[1:] <= stop] - start - 1] = IGNORED
+        columns["position_ids"][:length] = np.arange(length) - np.repeat(edges[:-1], sizes)
+        columns["segment_ids"][:length] = np.repeat(np.arange(1, len(edges)), sizes)
+        first = self.store.first_documents[number] + document
+        return f"{self.store.name}[{first}:{first + len(starts) - 1}]"

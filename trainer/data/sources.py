@@ -2,12 +2,14 @@
 
 import os
 import sysconfig
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import xxhash
 
-from trainer.data.tokens import Document
 from trainer.errors import DataError
 
 STANDARD_LIBRARY = "stdlib"
@@ -16,6 +18,14 @@ _FORMATS = {
     ".txt": "text", ".md": "text", ".py": "text", ".rst": "text",
     ".jsonl": "json", ".json": "json", ".parquet": "parquet",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text of the corpus, with an id that does not depend on the order of reading."""
+
+    id: str
+    text: str
 
 
 def _standard_library_files(root: Path) -> Iterator[Path]:
@@ -79,6 +89,12 @@ class TextSource:
             hasher.update(f"{file}/{info.st_size}/{info.st_mtime_ns}\n".encode())
         return hasher.hexdigest()
 
+    def num_bytes(self) -> int | None:
+        """Return about how many bytes of text there are, markup included; None: compressed."""
+        if self.format == "parquet":
+            return None
+        return sum(file.stat().st_size for file in self.files)
+
     def documents(self) -> Iterator[Document]:
         """Yield every text with an id that is stable while the files stay the same."""
         if self.is_standard_library:
@@ -102,9 +118,11 @@ class TextSource:
 
     def _text(self, row: dict[str, object], number: int) -> str:
         if self.column not in row:
+            near = get_close_matches(self.column, row, n=1)
             raise ValueError(
                 f"{self.name}={self.path} has no column {self.column!r}, only "
-                f"{', '.join(sorted(row))}; set data.column to one of them"
+                f"{', '.join(sorted(row))}; set data.column to "
+                f"{f'{near[0]}, which is near' if near else 'one of them'}"
             )
         text = row[self.column]
         if not isinstance(text, str):
@@ -127,5 +145,23 @@ class TextSource:
             )
         except StopIteration:  # datasets' way to say that a JSON file is empty
             return
+        except UnicodeDecodeError as error:
+            raise DataError(self._not_utf8(error)) from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{self.name}={self.path} cannot be read: {error}") from error
+
+    def _not_utf8(self, error: UnicodeDecodeError) -> str:
+        """Say which file it is: `datasets` does not. Reads all files up to that one."""
+        for file in self.files:
+            decoder, start = getincrementaldecoder("utf-8")(), 0
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    kept = len(decoder.getstate()[0])  # of a letter that the last block cut
+                    try:
+                        decoder.decode(block)
+                    except UnicodeDecodeError as found:
+                        return (
+                            f"{file} is not UTF-8 at byte {start - kept + found.start}; convert it"
+                        )
+                    start += len(block)
+        return f"{self.name}={self.path} is not UTF-8: {error}; convert it"

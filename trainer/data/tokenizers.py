@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import xxhash
 
 from trainer.files import write_json, write_text
 
+BYTE, BPE = "byte", "bpe"  # values of `tokenizer=` that name no folder
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
@@ -50,7 +52,11 @@ class ByteTokenizer:
 
     vocab_size = 258
     bos_token_id, eos_token_id = 256, 257
-    fingerprint = "byte-1"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal to that of the saved folder, which gives the same ids."""
+        return _fingerprint(self._json(), self.bos_token_id, self.eos_token_id)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         return [self._document(text) for text in texts]
@@ -67,6 +73,10 @@ class ByteTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, for Hugging Face readers."""
+        write_text(folder / "tokenizer.json", self._json())
+        _write_config(folder, BOS, EOS)
+
+    def _json(self) -> str:
         letters = _byte_letters()
         vocab = {letters[byte]: byte for byte in range(256)}
         model: dict[str, object] = {
@@ -92,8 +102,12 @@ class ByteTokenizer:
             "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
             "decoder": byte_level, "model": model,
         }  # fmt: skip
-        write_json(folder / "tokenizer.json", tokenizer)
-        _write_config(folder, BOS, EOS)
+        return json.dumps(tokenizer, indent=1) + "\n"
+
+
+def _fingerprint(tokenizer_json: str, bos_token_id: int | None, eos_token_id: int | None) -> str:
+    specials = f"{bos_token_id}/{eos_token_id}"
+    return xxhash.xxh3_128_hexdigest((tokenizer_json + specials).encode())
 
 
 def _byte_letters() -> list[str]:
@@ -124,8 +138,7 @@ class FileTokenizer:
         self._config = json.loads(config_path.read_text()) if config_path.is_file() else {}
         self.bos_token_id, self.eos_token_id = self._special("bos"), self._special("eos")
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        specials = f"{self.bos_token_id}/{self.eos_token_id}"
-        self.fingerprint = xxhash.xxh3_128_hexdigest((self._json + specials).encode())
+        self.fingerprint = _fingerprint(self._json, self.bos_token_id, self.eos_token_id)
 
     def _special(self, kind: str) -> int | None:
         token: Any = self._config.get(f"{kind}_token")
@@ -155,6 +168,11 @@ class FileTokenizer:
     def save(self, folder: Path) -> None:
         write_text(folder / "tokenizer.json", self._json)
         write_json(folder / "tokenizer_config.json", self._config)
+
+
+def given_tokenizer(setting: str) -> ByteTokenizer | FileTokenizer:
+    """Return the tokenizer of a `tokenizer=` setting that needs no training: byte or a folder."""
+    return ByteTokenizer() if setting == BYTE else FileTokenizer(Path(setting).expanduser())
 
 
 def train_bpe(folder: Path, texts: Iterable[str], vocab_size: int) -> None:

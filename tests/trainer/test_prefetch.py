@@ -1,0 +1,63 @@
+"""Reading ahead: the same items, errors in their place, no thread left."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.token_folders import store_of
+from trainer.data.loader import StepLoader
+from trainer.data.prefetch import ahead
+from trainer.data.rows import PackedRows
+
+
+def threads() -> int:
+    return sum(thread.name == "read ahead" for thread in threading.enumerate())
+
+
+def test_items_come_in_order_and_the_thread_ends_with_them() -> None:
+    assert list(ahead(iter(range(50)))) == list(range(50))
+    assert threads() == 0
+
+
+def test_an_error_is_raised_in_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("the third")
+
+    reader = ahead(items())
+    assert [next(reader), next(reader)] == [1, 2]
+    with pytest.raises(ValueError, match="the third"):
+        next(reader)
+    assert threads() == 0
+
+
+def test_whoever_stops_early_leaves_no_thread() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            made.append(number)
+            yield number
+
+    reader = ahead(items(), depth=2)
+    assert next(reader) == 0
+    time.sleep(0.1)
+    assert len(made) <= 4  # one taken, two ready, one in the hand
+    reader.close()
+    assert threads() == 0
+
+
+def test_steps_read_ahead_are_the_steps_by_number(tmp_path_factory: pytest.TempPathFactory) -> None:
+    rows = PackedRows(store_of(tmp_path_factory.mktemp("s"), [40] * 30, shard_tokens=200), 16)
+    loader = StepLoader(rows=rows, seed=1, global_rows=8, micro_rows=2, rank=1, num_ranks=2)
+    steps = loader.steps(3)
+    for number in range(3, 30):
+        found, expected = next(steps), loader.step(number)
+        assert found.ranges == expected.ranges
+        for mine, other in zip(found.micro_batches, expected.micro_batches, strict=True):
+            assert mine.input_ids.equal(other.input_ids)
+            assert mine.provenance == other.provenance
+    steps.close()  # type: ignore[attr-defined]

@@ -1,0 +1,57 @@
+"""What the settings of a data pipeline must offer."""
+
+from dataclasses import Field
+from typing import Any, ClassVar, Protocol
+
+from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.tokenizers import Tokenizer
+
+
+class DataSpec(Protocol):
+    """Where rows come from, and how many make a step. Reads `data.*` of the config."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # a dataclass: `replace` takes it
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def row_tokens(self) -> int:
+        """Length of a row, in tokens."""
+        ...
+
+    @property
+    def global_rows(self) -> int:
+        """Rows of one optimizer step over all ranks."""
+        ...
+
+    @property
+    def micro_rows(self) -> int | None:
+        """Rows of one forward pass of one rank; None: all rows of a rank at once."""
+        ...
+
+    @property
+    def own_tokenizer(self) -> str:
+        """What `tokenizer=auto` comes to where the model brings none."""
+        ...
+
+    def rows_per_micro_batch(self, num_ranks: int) -> int:
+        """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
+        ...
+
+    def check(self) -> None:
+        """Raise ValueError or DataError where the files cannot serve, before any process starts."""
+        ...
+
+    def holds_out(self) -> bool:
+        """Whether there is something to evaluate on; call it after `check`."""
+        ...
+
+    def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
+        """Return the tokenizer of a `tokenizer=` setting."""
+        ...
+
+    def build(
+        self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
+    ) -> tuple[StepLoader, EvalLoader | None]:
+        """Return the loaders of one data-parallel rank."""
+        ...

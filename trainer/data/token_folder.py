@@ -1,0 +1,123 @@
+"""Pretraining from shards that `tessera tokenize` made: nothing is tokenised, nothing is copied."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.data.batching import check_sizes, loaders, rows_per_micro_batch
+from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.tokenizers import BPE, Tokenizer, given_tokenizer
+from trainer.data.tokens import EVAL, INDEX, TRAIN, Index, TokenStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFolder:
+    """Rows of `row_tokens` tokens for causal language modelling."""
+
+    path: str
+    """Folder that `tessera tokenize` filled."""
+    eval_path: str | None = None
+    """Folder to evaluate on; None: what was held out of `path` when it was tokenised."""
+    row_tokens: int
+    """Length of a row, in tokens."""
+    global_rows: int
+    """Rows of one optimizer step over all ranks: the maths."""
+    micro_rows: int | None = None
+    """Rows of one forward pass of one rank: the execution. None: all rows of a rank at once."""
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            row_tokens=self.row_tokens, global_rows=self.global_rows, micro_rows=self.micro_rows
+        )
+
+    @property
+    def own_tokenizer(self) -> str:
+        return self.path
+
+    def rows_per_micro_batch(self, num_ranks: int) -> int:
+        """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
+        return rows_per_micro_batch(self.global_rows, self.micro_rows, num_ranks)
+
+    def check(self) -> None:
+        """Raise ValueError or DataError where shards are missing, cut, or of two tokenizers."""
+        train, evaluation = self.stores()
+        train.check()
+        if evaluation is not None:
+            evaluation.check()
+        if self.eval_path is not None:
+            vocabulary = _opened("data.path", self.path).vocabulary
+            other = _opened("data.eval_path", self.eval_path).vocabulary
+            if vocabulary.tokenizer != other.tokenizer:
+                raise ValueError(
+                    f"data.eval_path={self.eval_path} was made with another tokenizer than "
+                    f"data.path={self.path}; tokenise it with tokenizer={self.path}"
+                )
+
+    def holds_out(self) -> bool:
+        return self.stores()[1] is not None
+
+    def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
+        """Return the tokenizer of a `tokenizer=` setting; ValueError: the shards have another."""
+        if setting == BPE:
+            raise ValueError(
+                f"tokenizer=bpe is trained on text, and data.path={self.path} holds tokens; "
+                "set tokenizer=auto"
+            )
+        found = given_tokenizer(setting)
+        vocabulary = _opened("data.path", self.path).vocabulary
+        if found.fingerprint != vocabulary.tokenizer:
+            raise ValueError(
+                f"tokenizer={setting} has fingerprint {found.fingerprint}, the shards of "
+                f"data.path={self.path} were made with {vocabulary.tokenizer}; "
+                f"set tokenizer={self.path}, or tokenise the text again"
+            )
+        return found
+
+    def stores(self) -> tuple[TokenStore, TokenStore | None]:
+        """Return the training tokens, and those to evaluate on; opens no shard."""
+        index = _opened("data.path", self.path)
+        train = TokenStore(_folder(self.path), TRAIN)
+        if self.eval_path is None:
+            return train, TokenStore(train.folder, EVAL) if EVAL in index.stores else None
+        index = _opened("data.eval_path", self.eval_path)
+        # A folder of its own, all of which is to evaluate on, or one with a held-out part.
+        name = EVAL if EVAL in index.stores else TRAIN
+        return train, TokenStore(_folder(self.eval_path), name)
+
+    def build(
+        self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
+    ) -> tuple[StepLoader, EvalLoader | None]:
+        """Return the loaders of one data-parallel rank."""
+        train, evaluation = self.stores()
+        return loaders(
+            train,
+            evaluation,
+            row_tokens=self.row_tokens,
+            global_rows=self.global_rows,
+            micro_rows=self.rows_per_micro_batch(num_ranks),
+            seed=seed,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
+
+
+def _folder(path: str) -> Path:
+    return Path(path).expanduser()
+
+
+def _opened(key: str, path: str) -> Index:
+    """Read the index of a folder; ValueError if it has none or no training tokens."""
+    folder = _folder(path)
+    if not folder.is_dir():
+        raise ValueError(f"{key}={path} is no folder; give one that tessera tokenize made")
+    if not (folder / INDEX).exists():
+        is_begun = any(folder.glob("*.shard"))
+        raise ValueError(
+            f"{key}={path} is unfinished; start its tessera tokenize again"
+            if is_begun
+            else f"{key}={path} holds no shard; make some: tessera tokenize data.path=TEXT "
+            "tokenizer=... output=DIR"
+        )
+    index = Index.read(folder)
+    if TRAIN not in index.stores:
+        raise ValueError(f"{key}={path} holds no training document; tokenise more text")
+    return index
