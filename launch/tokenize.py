@@ -79,10 +79,10 @@ def _run(job: Any) -> int:
 
     configure_logging(rank=0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if job.num_workers > 1:
+    try:
+        job.prepare()
         # One process is one core: threads of fast tokenizers would fight over them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
         index, progress = job.run()
     except KeyboardInterrupt:
         show_cursor()

@@ -90,11 +90,16 @@ class TokeniseJob:
         refuse_other(self.folder, self._recipe())
         return work
 
+    def prepare(self) -> None:
+        """Begin the folder, and train the tokenizer where that is asked for, with all cores."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        claim(self.folder, self._recipe())
+        self._tokenizer()
+
     def run(self) -> tuple[Index, TokeniseProgress]:
         """Do it, or what is left of it; return the index, and what this call did."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.prepare()
         recipe = self._recipe()
-        claim(self.folder, recipe)
         tokenizer = self._tokenizer()
         route = hold_out(self.data.eval_fraction)
         if self.megatron:
