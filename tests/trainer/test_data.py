@@ -123,6 +123,12 @@ def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(rows: Packe
     assert first != second
 
 
+def test_rows_of_a_step_are_found_at_once_as_one_by_one(rows: PackedRows) -> None:
+    loader = loader_of(rows, 8, 8, 0, 1)
+    samples = np.arange(rows.num_rows - 20, 2 * rows.num_rows + 20)  # of three epochs
+    assert loader.rows_of(samples) == [loader.row_of(int(sample)) for sample in samples]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_stops_and_other_world_sizes_lose_and_double_nothing(

@@ -193,14 +193,21 @@ def test_ranks_build_a_cache_once_and_the_others_wait(corpus: Path, tmp_path: Pa
     log = tmp_path / "log"
 
     def rank() -> None:
-        add = FolderWriter.add
+        begin, add = FolderWriter.__init__, FolderWriter.add
 
-        def noted(self: FolderWriter, name: str, tokens: np.ndarray, num_bytes: int) -> None:
+        def note(what: str) -> None:
             with open(log, "a") as file:
-                file.write(f"{os.getpid()}\n")
-            add(self, name, tokens, num_bytes)
+                file.write(f"{what} {os.getpid()}\n")
 
-        FolderWriter.add = noted  # type: ignore[method-assign]
+        def noted_begin(self: FolderWriter, *arguments: Any) -> None:
+            note("begins")
+            begin(self, *arguments)
+
+        def noted_add(self: FolderWriter, *arguments: Any) -> None:
+            note("adds")
+            add(self, *arguments)
+
+        FolderWriter.__init__, FolderWriter.add = noted_begin, noted_add  # type: ignore[method-assign]
         data = PretrainingData(
             path=str(corpus), row_tokens=16, global_rows=4, cache=str(tmp_path / "cache")
         )
@@ -214,8 +221,8 @@ def test_ranks_build_a_cache_once_and_the_others_wait(corpus: Path, tmp_path: Pa
         process.join(LIMIT_SECONDS)
     assert [process.exitcode for process in processes] == [0] * 4
     lines = log.read_text().splitlines()
-    assert len(lines) == 300
-    assert len(set(lines)) == 1
+    assert [line.split()[0] for line in lines] == ["begins", *["adds"] * 300]
+    assert len({line.split()[1] for line in lines}) == 1
 
 
 def test_a_folder_begun_from_something_else_is_refused(corpus: Path, tmp_path: Path) -> None:
