@@ -13,6 +13,7 @@ import numpy as np
 from models.nn.head import IGNORED
 from trainer.data.examples import BadRowError, Example, Note
 from trainer.data.labels import check_labels, column_of, label_index
+from trainer.data.spans import tokens_between
 from trainer.data.tokenizers import Tokenizer, surround
 
 
@@ -88,19 +89,13 @@ class TokenEncoder:
 
 
 def word_tokens(words: list[str], places: np.ndarray) -> list[tuple[int, int] | None]:
-    """Return the first and the last token of each word that is joined by spaces; None for none.
-
-    `places` are the characters (n, 2) of the tokens, in order.
-    """
+    """Return the first and the last token of each word that is joined by spaces; None for none."""
     found: list[tuple[int, int] | None] = []
     start = 0
     for word in words:
-        stop = start + len(word)
-        # Starts and stops never decrease: the tokens with a character of the word are neighbours.
-        first = int(np.searchsorted(places[:, 1], start, side="right"))
-        last = int(np.searchsorted(places[:, 0], stop, side="left")) - 1
-        found.append((first, last) if first <= last and stop > start else None)
-        start = stop + 1
+        first, last = tokens_between(places, start, start + len(word))
+        found.append((first, last) if first <= last and word else None)
+        start += len(word) + 1
     return found
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from trainer.data.chat_template import Rendered, marks_generation, render
 from trainer.data.examples import BadRowError
 from trainer.data.shapes import Conversation
+from trainer.data.spans import tokens_between
 from trainer.data.tokenizers import Tokenizer
 
 
@@ -85,18 +86,9 @@ def turn_tokens(
     White space behind that token is the template's, not the model's. A mark may leave the token
     out: then it is the special token that follows.
     """
-    tokens = np.flatnonzero(_overlap(places, start, stop))
-    if not len(tokens):
-        raise BadRowError(f"no token covers the assistant's {text[start:stop]!r}; drop the row")
-    first, last = int(tokens[0]), int(tokens[-1])
-    ends = tokens[is_end[tokens]]
+    first, last = tokens_between(places, start, stop)
+    ends = first + np.flatnonzero(is_end[first : last + 1])
     if len(ends) and not text[places[ends[-1], 1] : stop].strip():
         return first, int(ends[-1])
     follows = last + 1 < len(places) and is_end[last + 1]
     return first, last + int(follows)
-
-
-def _overlap(places: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Whether each token has a character in [start, stop); one without any counts for the next."""
-    stops = np.maximum(places[:, 1], places[:, 0] + 1)
-    return (places[:, 0] < stop) & (stops > start)
