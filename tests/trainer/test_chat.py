@@ -21,6 +21,7 @@ from tests.chat_templates import (
     assistant,
     system,
     tokenizer,
+    tokenizer_folder,
     user,
 )
 from trainer.data.chat import ChatEncoder
@@ -137,6 +138,16 @@ def test_without_a_special_terminator_the_line_break_ends_the_turn(make: Make) -
     tokens = make("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
     example = ChatEncoder().encode({"messages": TURNS[:2]}, tokens)
     assert trained(example, tokens) == ["assistant: Hello!\n"]
+
+
+def test_bos_ends_a_turn_only_where_it_is_eos_too(make: Make, tmp_path: Path) -> None:
+    headed = make("{% for m in messages %}{{ bos_token + m.role + m.content }}{% endfor %}")
+    example = ChatEncoder().encode({"messages": TURNS[:3]}, headed)
+    assert trained(example, headed) == ["<s>assistantHello!"]
+    template = "{% for m in messages %}{{ m.content + eos_token + '\n' }}{% endfor %}"
+    both = FileTokenizer(tokenizer_folder(tmp_path, bos_token="</s>"), template)
+    example = ChatEncoder().encode({"messages": TURNS[:3]}, both)
+    assert trained(example, both) == ["Hello!</s>"]
 
 
 def test_eos_is_trained_when_padding_has_the_same_id(make: Make) -> None:

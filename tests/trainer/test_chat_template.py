@@ -61,7 +61,7 @@ FEATURES = """\
   {% for message in messages %}
     {% if loop.index > 2 %}{% break %}{% endif %}
     {% if message.tool_calls is defined %}{{ message.tool_calls | tojson }}{% continue %}{% endif %}
-{{ message.reasoning_content }}/{{ message.content }}
+{{ message.reasoning_content }}/{{ message.thinking }}/{{ message.content }}
   {% endfor %}
 {{ strftime_now('%Y') }}{{ dict(a=1) }}{% set ns = namespace(x=1) %}{% set ns.x = 2 %}{{ ns.x }}
 """
@@ -73,13 +73,13 @@ def test_what_templates_may_use_works_as_in_transformers(
 ) -> None:
     reference = theirs(tokenizer_folder(tmp_path), FEATURES)
     messages: list[dict[str, Any]] = [
-        {**user("a"), "thinking": "hmm"},
+        {**user("a"), "reasoning": "hmm"},
         {"role": "assistant", "tool_calls": [{"name": "<f>", "arguments": {"x": "ü"}}]},
         user("not shown"),
     ]
     expected = reference.apply_chat_template(messages, tools=tools, tokenize=False)
     assert render(FEATURES, messages, NAMES, tools=tools).text == expected
-    assert "hmm/a" in expected
+    assert "hmm/hmm/a" in expected
 
 
 def test_marks_are_those_of_transformers(tmp_path: Path) -> None:
