@@ -9,10 +9,11 @@ import pytest
 
 from tests.runs import tiny_run, train
 from tests.token_folders import write_folder
+from trainer.data.bpe import train_bpe
 from trainer.data.pretraining import PretrainingData
 from trainer.data.token_folder import TokenFolder
 from trainer.data.tokenise_job import Texts, TokeniseJob
-from trainer.data.tokenizers import ByteTokenizer, train_bpe
+from trainer.data.tokenizers import ByteTokenizer
 from trainer.distributed import Placement
 from trainer.errors import DataError
 

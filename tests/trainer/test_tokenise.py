@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from trainer.data import tokenise
+from trainer.data.bpe import train_bpe
 from trainer.data.encoders import Encoders
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.pretraining import PretrainingData, hold_out
@@ -20,7 +21,7 @@ from trainer.data.sources import TextSource
 from trainer.data.tokenise import build_folder, tokens_of
 from trainer.data.tokenise_job import Texts, TokeniseJob
 from trainer.data.tokenise_progress import TokeniseProgress
-from trainer.data.tokenizers import ByteTokenizer, train_bpe
+from trainer.data.tokenizers import ByteTokenizer
 from trainer.data.tokens import EVAL, INDEX, TRAIN, Index
 from trainer.errors import DataError
 

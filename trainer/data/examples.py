@@ -1,12 +1,21 @@
 """One document as a model sees it, and what makes documents of raw rows."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.data.tokenizers import Tokenizer
+
+
+class Note(NamedTuple):
+    """What an encoder had to do to a row that is worth counting over the data set."""
+
+    kind: str
+    """What is counted, in words: the same for all rows."""
+    detail: str
+    """What it was in this row."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,6 +31,7 @@ class Example:
     """Of the whole document: () int64, or (num_labels,) float64; -100 or NaN: none."""
     num_bytes: int = 0
     """UTF-8 bytes of the text that is learnt, for bits per byte."""
+    notes: tuple[Note, ...] = ()
 
     @property
     def num_targets(self) -> int:

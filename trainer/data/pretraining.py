@@ -7,11 +7,12 @@ from pathlib import Path
 import xxhash
 
 from trainer.data.batching import check_sizes, loaders, rows_per_micro_batch
+from trainer.data.bpe import train_bpe
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.sources import TextSource
 from trainer.data.tokenise import build_folder, eval_rank, tokens_of
 from trainer.data.tokenise_progress import TokeniseProgress
-from trainer.data.tokenizers import BPE, FileTokenizer, Tokenizer, given_tokenizer, train_bpe
+from trainer.data.tokenizers import BPE, FileTokenizer, Tokenizer, given_tokenizer
 from trainer.data.tokens import EVAL, TRAIN, VERSION, Index, TokenStore
 from trainer.errors import DataError
 from trainer.files import exclusive

@@ -1,7 +1,8 @@
 """Text to token ids: bytes, a Hugging Face tokenizer.json, or a BPE trained on the corpus."""
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,10 +10,15 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from trainer.data.byte_level import byte_level_json
 from trainer.files import write_json, write_text
 
 BYTE, BPE = "byte", "bpe"  # values of `tokenizer=` that name no folder
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS = tuple(
+    f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
 
 
 class Tokenizer(Protocol):
@@ -28,8 +34,23 @@ class Tokenizer(Protocol):
     @property
     def eos_token_id(self) -> int | None: ...
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """Text of the special tokens that have a name: bos_token, eos_token, ..."""
+        ...
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids that stand for no text."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """How a conversation is written, in Jinja; None: the tokenizer knows no conversations."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides how text becomes ids."""
+        """Hash of everything that decides how text and conversations become ids."""
         ...
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
@@ -40,11 +61,25 @@ class Tokenizer(Protocol):
         """Return the ids of `text` alone, without special tokens."""
         ...
 
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids (n,) and the characters [start, stop) of each, (n, 2); none are added.
+
+        Special tokens that are written in the text become their ids.
+        """
+        ...
+
     def decode(self, ids: list[int]) -> str: ...
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
+        """Write tokenizer.json, tokenizer_config.json and the chat template."""
         ...
+
+
+def surround(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Return a document: `ids` with one BOS before and one EOS behind where they exist."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    behind = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return np.concatenate((before, ids, behind), dtype=np.int64, casting="unsafe")
 
 
 class ByteTokenizer:
@@ -53,20 +88,30 @@ class ByteTokenizer:
     vocab_size = 258
     bos_token_id, eos_token_id = 256, 257
 
+    def __init__(self, chat_template: str | None = None) -> None:
+        self.chat_template, self.special_ids = chat_template, {256, 257}
+        self.special_tokens = {"bos_token": BOS, "eos_token": EOS}
+
     @cached_property
     def fingerprint(self) -> str:
         """Equal to that of the saved folder, which gives the same ids."""
-        return _fingerprint(self._json(), self.bos_token_id, self.eos_token_id)
+        return _fingerprint(self._json(), self)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        return [self._document(text) for text in texts]
-
-    def _document(self, text: str) -> np.ndarray:
-        data = np.frombuffer(text.encode(), np.uint8)
-        return np.concatenate(([self.bos_token_id], data, [self.eos_token_id]))
+        return [surround(np.frombuffer(text.encode(), np.uint8), self) for text in texts]
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        special = {BOS: [self.bos_token_id], EOS: [self.eos_token_id]}
+        for match in re.finditer(f"{re.escape(BOS)}|{re.escape(EOS)}|.", text, re.DOTALL):
+            found = special.get(match[0], list(match[0].encode()))
+            ids += found
+            spans += [match.span()] * len(found)
+        return np.array(ids, np.int64), np.array(spans, np.int64).reshape(-1, 2)
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -74,53 +119,20 @@ class ByteTokenizer:
     def save(self, folder: Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, for Hugging Face readers."""
         write_text(folder / "tokenizer.json", self._json())
-        _write_config(folder, BOS, EOS)
+        write_config(folder, BOS, EOS)
+        if self.chat_template is not None:
+            write_text(folder / TEMPLATE_FILE, self.chat_template)
 
     def _json(self) -> str:
-        letters = _byte_letters()
-        vocab = {letters[byte]: byte for byte in range(256)}
-        model: dict[str, object] = {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": vocab, "merges": [],
-        }  # fmt: skip
-        byte_level = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": False,
-        }
-        added = [
-            {
-                "id": number, "content": token, "single_word": False, "lstrip": False,
-                "rstrip": False, "normalized": False, "special": True,
-            }
-            for number, token in ((self.bos_token_id, BOS), (self.eos_token_id, EOS))
-        ]  # fmt: skip
-        tokenizer = {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
-            "decoder": byte_level, "model": model,
-        }  # fmt: skip
-        return json.dumps(tokenizer, indent=1) + "\n"
-
-
-def _fingerprint(tokenizer_json: str, bos_token_id: int | None, eos_token_id: int | None) -> str:
-    specials = f"{bos_token_id}/{eos_token_id}"
-    return xxhash.xxh3_128_hexdigest((tokenizer_json + specials).encode())
-
-
-def _byte_letters() -> list[str]:
-    """Return byte-level BPE's printable stand-in of each byte. Source: Radford 2019 (GPT-2)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+        tree = byte_level_json({BOS: self.bos_token_id, EOS: self.eos_token_id})
+        return json.dumps(tree, indent=1) + "\n"
 
 
 class FileTokenizer:
     """A Hugging Face fast tokenizer: a folder with tokenizer.json, BOS/EOS by name beside it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
+        """Read `folder`; a `chat_template` that is given stands in for the folder's own."""
         from tokenizers import Tokenizer as Fast
 
         path = folder / "tokenizer.json"
@@ -134,15 +146,26 @@ class FileTokenizer:
             self._fast = Fast.from_str(self._json)
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{path} is no tokenizer: {error}; give another folder") from None
+        # The file may say that texts are cut or padded, which is for the data pipeline to decide;
+        # a post-processor would add special tokens, and takes spaces out of the spans of tokens.
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._fast.post_processor = None
         config_path = folder / "tokenizer_config.json"
-        self._config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        self._config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+        self.chat_template = chat_template or _stored_template(folder, self._config)
+        self.special_tokens = {
+            name: text for name in SPECIAL_TOKENS if (text := _content(self._config.get(name)))
+        }
         self.bos_token_id, self.eos_token_id = self._special("bos"), self._special("eos")
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint = _fingerprint(self._json, self.bos_token_id, self.eos_token_id)
+        added = self._fast.get_added_tokens_decoder().items()
+        ends = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
+        self.special_ids = ends.union(i for i, token in added if token.special)
+        self.fingerprint = _fingerprint(self._json, self)
 
     def _special(self, kind: str) -> int | None:
-        token: Any = self._config.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        token = self.special_tokens.get(f"{kind}_token")
         if token is None:
             return None
         number = self._fast.token_to_id(token)
@@ -154,13 +177,16 @@ class FileTokenizer:
         return number
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        before = [] if self.bos_token_id is None else [self.bos_token_id]
-        behind = [] if self.eos_token_id is None else [self.eos_token_id]
         encoded = self._fast.encode_batch(texts, add_special_tokens=False)
-        return [np.array([*before, *encoding.ids, *behind], np.int64) for encoding in encoded]
+        return [surround(encoding.ids, self) for encoding in encoded]
 
     def encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, np.int64), spans
 
     def decode(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=True)
@@ -168,6 +194,35 @@ class FileTokenizer:
     def save(self, folder: Path) -> None:
         write_text(folder / "tokenizer.json", self._json)
         write_json(folder / "tokenizer_config.json", self._config)
+        if self.chat_template and self.chat_template != _configured_template(self._config):
+            write_text(folder / TEMPLATE_FILE, self.chat_template)
+
+
+def _fingerprint(tokenizer_json: str, tokenizer: Tokenizer) -> str:
+    """Hash what decides how text and conversations become ids."""
+    template = tokenizer.chat_template
+    rendered = "" if template is None else f"{tokenizer.special_tokens}{template}"
+    ends = f"{tokenizer.bos_token_id}/{tokenizer.eos_token_id}"
+    return xxhash.xxh3_128_hexdigest(f"{tokenizer_json}{ends}{rendered}".encode())
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token, which tokenizer_config.json may describe by an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _stored_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Return a folder's chat template: as in transformers, a file of its own comes first."""
+    path = folder / TEMPLATE_FILE
+    return path.read_text("utf-8") if path.is_file() else _configured_template(config)
+
+
+def _configured_template(config: dict[str, Any]) -> str | None:
+    """Return the template of tokenizer_config.json; of several with names, the default."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
 
 
 def given_tokenizer(setting: str) -> ByteTokenizer | FileTokenizer:
@@ -175,31 +230,8 @@ def given_tokenizer(setting: str) -> ByteTokenizer | FileTokenizer:
     return ByteTokenizer() if setting == BYTE else FileTokenizer(Path(setting).expanduser())
 
 
-def train_bpe(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
-    """Train a byte-level BPE with BOS and EOS on `texts`, and save it to `folder`."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(_nonempty(texts), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_config(folder, BOS, EOS)
-    write_text(folder / "tokenizer.json", fast.to_str(pretty=False))
-
-
-def _nonempty(texts: Iterable[str]) -> Iterator[str]:
-    return (text for text in texts if text)
-
-
-def _write_config(folder: Path, bos: str, eos: str) -> None:
+def write_config(folder: Path, bos: str, eos: str) -> None:
+    """Write the tokenizer_config.json of a tokenizer that we made."""
     config = {
         "bos_token": bos,
         "eos_token": eos,

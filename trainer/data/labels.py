@@ -1,0 +1,78 @@
+"""Label names and their indices, for sequences and for tokens."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from trainer.data.examples import BadRowError
+
+
+def found_labels(rows: Iterable[dict[str, Any]], column: str) -> tuple[str, ...]:
+    """Return the labels that occur in `column`, alone or in lists: integers by size, else sorted.
+
+    Of vectors (lists of 0 and 1) the places are the labels: ask for those only by name.
+    """
+    values: set[Any] = set()
+    for row in rows:
+        value = row[column]
+        values.update(value if isinstance(value, list | tuple) else [value])
+    values.discard(None)
+    names = {_name(value) for value in values}
+    return tuple(sorted(names, key=int if all(map(_is_number, names)) else str))
+
+
+def label_index(value: Any, labels: tuple[str, ...]) -> int:
+    """Return the index of a name, or of an integer; BadRowError for none of `labels`.
+
+    Where all names are integers, an integer is a name; otherwise it is an index already.
+    """
+    name = _name(value)
+    if name in labels:
+        return labels.index(name)
+    is_index = _is_number(name) and not isinstance(value, str) and not all(map(_is_number, labels))
+    if is_index and 0 <= int(name) < len(labels):
+        return int(name)
+    near = get_close_matches(name, labels, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise BadRowError(f"label {value!r} is unknown; {hint}Known: {', '.join(labels)}")
+
+
+def config_labels(labels: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Return what config.json says of the labels."""
+    return {
+        "id2label": {str(index): name for index, name in enumerate(labels)},
+        "label2id": {name: index for index, name in enumerate(labels)},
+    }
+
+
+def check_labels(labels: tuple[str, ...] | None, minimum: int) -> None:
+    """Raise ValueError for names that occur twice, or too few of them."""
+    if labels is None:
+        return
+    if len(set(labels)) < len(labels):
+        twice = next(name for name in labels if labels.count(name) > 1)
+        raise ValueError(f"labels holds {twice!r} twice; name each label once")
+    if len(labels) < minimum:
+        raise ValueError(f"labels has {len(labels)} names; needed {minimum} or more")
+
+
+def column_of(row: dict[str, Any], column: str, setting: str, where: str) -> Any:
+    """Return the value of a first row's column; ValueError where there is none."""
+    if column in row:
+        return row[column]
+    near = get_close_matches(column, row, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(
+        f"{where} has no column {column!r}, only {', '.join(sorted(row))}; {hint}"
+        f"Set data.{setting} to one of them"
+    )
+
+
+def _name(value: Any) -> str:
+    """Return a label's name; 1.0, which tables with gaps make of 1, is 1."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if is_whole else str(value)
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
