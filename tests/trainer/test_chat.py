@@ -242,6 +242,24 @@ def test_a_prompt_that_ends_in_a_space_loses_no_token_of_the_answer(tmp_path: Pa
     assert alone.notes == ()
 
 
+def test_a_reply_whose_first_token_reaches_into_its_header_is_trained_and_counted(
+    tmp_path: Path,
+) -> None:
+    train_bpe(tmp_path, ["assistant\n\n\nyes"] * 50, 300)
+    template = (
+        "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    tokens = FileTokenizer(tmp_path, template)
+    row = {"messages": [user("a"), assistant("\n\nyes")]}
+    example = ChatEncoder().encode(row, tokens)
+    assert trained(example, tokens) == ["\n\n\nyes<|end_of_text|>"]
+    assert [note.detail for note in example.notes] == ["\n\nyes"]
+    plain = ChatEncoder().encode({"messages": [user("a"), assistant("yes")]}, tokens)
+    assert trained(plain, tokens) == ["yes<|end_of_text|>"]
+    assert plain.notes == ()
+
+
 def test_a_text_is_trained_as_a_pretraining_document(make: Make) -> None:
     tokens = make(CHATML)
     example = ChatEncoder().encode({"text": "abc"}, tokens)

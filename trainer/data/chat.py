@@ -79,11 +79,16 @@ class ChatEncoder:
             raise BadRowError("the chat template writes BOS twice; take one out of the template")
         is_special = np.isin(ids, list(tokenizer.special_ids))
         is_end = is_special & ((ids != tokenizer.bos_token_id) | (ids == tokenizer.eos_token_id))
-        is_trained = np.zeros(len(ids), bool)
+        is_trained, notes = np.zeros(len(ids), bool), []
         for start, stop in spans:
             first, last = turn_tokens(start, stop, text, places, is_end)
             is_trained[first : last + 1] = True
-        return _example(ids, is_trained, _num_bytes(text, places[is_trained & ~is_special]))
+            if first <= last and places[first, 0] < start:
+                notes.append(
+                    Note("replies that share a token with their header", text[start : start + 5])
+                )
+        num_bytes = _num_bytes(text, places[is_trained & ~is_special])
+        return _example(ids, is_trained, num_bytes, tuple(notes))
 
 
 def _read_first(row: dict[str, Any], columns: dict[str, str], where: str) -> Any:
