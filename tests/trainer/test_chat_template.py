@@ -183,7 +183,7 @@ def test_a_given_template_stands_in_for_the_folders_own_and_is_saved(tmp_path: P
     assert FileTokenizer(tmp_path).chat_template == "new"
     ByteTokenizer("{{ eos_token }}").save(tmp_path)
     assert FileTokenizer(tmp_path).chat_template == "{{ eos_token }}"
-    assert ByteTokenizer("x").fingerprint != ByteTokenizer().fingerprint == "byte-1"
+    assert ByteTokenizer("x").fingerprint != ByteTokenizer().fingerprint
 
 
 def test_a_tokenizer_file_that_cuts_pads_and_trims_does_none_of_it_here(tmp_path: Path) -> None:
