@@ -107,7 +107,7 @@ def _write_virtual(folder: Path) -> None:
 def _loader(folder: Path, row_tokens: int, global_rows: int, micro_rows: int) -> StepLoader:
     rows = PackedRows(TokenStore(folder, "train"), row_tokens)
     return StepLoader(
-        rows=rows, seed=0, global_rows=global_rows, micro_rows=micro_rows, rank=0, num_ranks=1
+        rows=rows, seed=0, global_samples=global_rows, micro_rows=micro_rows, rank=0, num_ranks=1
     )
 
 

@@ -36,6 +36,7 @@ def prepare(
         "path": str(documents),
         "row_tokens": row_tokens,
         "global_rows": rows,
+        "micro_rows": rows,
         "eval_fraction": 0.0,
         "cache": str(folder / "cache"),
     }

@@ -120,7 +120,7 @@ def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
     assert isinstance(run.optim, AdamW)
     arguments = TrainingArguments(
         output_dir=str(output), max_steps=run.max_steps, logging_steps=1, disable_tqdm=True,
-        per_device_train_batch_size=run.data.global_rows, train_sampling_strategy="sequential",
+        per_device_train_batch_size=run.data.micro_rows, train_sampling_strategy="sequential",
         bf16=run.precision == "bf16", use_cpu=not torch.cuda.is_available(), use_cache=False,
         dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(),
         max_grad_norm=run.optim.max_grad_norm or 0.0, logging_nan_inf_filter=False,

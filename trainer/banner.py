@@ -37,9 +37,7 @@ def describe(
 ) -> dict[str, str]:
     """Return one line each on model, layout, batch, data and the FLOP formula."""
     chosen = f" (mesh=auto: {reason})" if reason else ""
-    micro = loader.global_rows // (loader.num_ranks * loader.micro_rows)
-    tokens = loader.global_rows * loader.rows.row_tokens
-    store = loader.rows.store
+    store, unit = loader.rows.store, loader.rows.unit
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     return {
         "model": model_line,
@@ -49,10 +47,11 @@ def describe(
             if run.is_topology_free
             else ""
         ),
-        "batch": f"{loader.global_rows} rows x {loader.rows.row_tokens} tokens = {tokens:,} "
-        f"per step: {loader.num_ranks} ranks x {micro} micro-batches x {loader.micro_rows} rows",
+        "batch": f"{loader.global_samples} {unit} per step, in rows of {loader.rows.row_tokens} "
+        f"tokens: {loader.num_ranks} ranks x micro-batches of {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
-        f"{run.max_steps * tokens / store.num_tokens:.2f} epochs; {held_out} documents held out",
+        f"{run.max_steps * loader.global_samples / loader.rows.num_samples:.2f} epochs; "
+        f"{held_out} documents held out",
         "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
         "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal, one segment)",
     }

@@ -7,11 +7,11 @@ from typing import Any
 _RECORDED = (
     "max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row", "name", "runs",
     "resume", "resume_step", "resume_allow", "timeout_seconds", "optim.", "schedule.", "mesh.",
-    "engine.", "checkpoint.", "callbacks.", "launch.", "data.micro_rows", "data.cache",
-    "data.eval_path", "data.eval_fraction",
+    "engine.", "checkpoint.", "callbacks.", "launch.", "data.micro_rows",
+    "data.packing", "data.cache", "data.eval_path", "data.eval_fraction",
     "data.path",  # a moved folder is no other data: the fingerprint of the tokens decides
 )  # fmt: skip
-_EXPLICIT = ("data.global_rows",)
+_EXPLICIT = ("data.global_rows", "data.global_documents")
 MISSING = "(absent)"
 
 

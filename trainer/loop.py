@@ -67,7 +67,8 @@ class Loop:
         progress.stopwatch.start()
         while progress.step < plan.max_steps and not is_stopping:
             number = progress.step + 1
-            self.whereabouts.enter("data", number, self.loader.ranges(progress.step))
+            samples = self.loader.samples(progress.step)
+            self.whereabouts.enter("data", number, [(samples.start, samples.stop)])
             with progress.stopwatch.waiting_for_data():
                 step = next(steps)
             self.record.consumes(number, step.ranges)

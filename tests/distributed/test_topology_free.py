@@ -32,6 +32,12 @@ LAYOUTS = [(2, DDP), (2, FSDP), (4, DDP), (4, FSDP), (4, HSDP)]
 DROPOUT = tiny_spec(attention_dropout=0.2, num_key_value_heads=1, head_dim=2)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token cache apart: other tests look into the common one."""
+    return tmp_path_factory.mktemp("tokens")
+
+
 def free_run(cache: Path, **changes: Any) -> Run:
     """Twelve micro-batches in a step: three rounds on 4 ranks, which fill no binary tree."""
     settings = {

@@ -16,9 +16,11 @@ from trainer.run import Run
 
 # What a choice leaves for the user to say.
 MANDATORY = {
+    "data=chat": ["data.path=rows.jsonl"],
     "data=text": ["data.path=stdlib"],
     "data=tokens": ["data.path={tokens}"],
     "experiment=pretrain_text": ["data.path=stdlib"],
+    "experiment=sft": ["data.path={rows}", "model.path={folder}", "data.row_tokens=64"],
     "experiment=pretrain_tokens": ["data.path={tokens}", "eval_every=null"],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
     "model=pretrained": ["model.path={folder}"],
@@ -68,9 +70,17 @@ def test_every_file_is_a_choice_of_the_menu() -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_fits_a_run_and_plans_its_model(experiment: str, tmp_path: Path) -> None:
+def test_every_experiment_fits_a_run_and_plans_its_model(
+    experiment: str, tmp_path: Path, model_folder: Path
+) -> None:
     write_folder(tmp_path / "tokens", [50, 20], shard_tokens=30, name="train")
-    needed = [option.format(tokens=tmp_path / "tokens") for option in MANDATORY.get(experiment, [])]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n')
+    places = {
+        "tokens": tmp_path / "tokens",
+        "rows": tmp_path / "rows.jsonl",
+        "folder": model_folder,
+    }
+    needed = [option.format(**places) for option in MANDATORY.get(experiment, [])]
     run = bound(experiment, *needed)
     run.check(world_size=1)
     model = run.plan_model()

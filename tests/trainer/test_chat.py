@@ -299,7 +299,7 @@ def test_the_byte_tokenizer_takes_conversations_too() -> None:
     [
         ({}, {"a": "x"}, r"data.jsonl: columns a are of no known shape"),
         ({"columns": {"text": "body"}}, {"a": "x"}, "no column 'body', only a"),
-        ({"system": "s"}, {"text": "x"}, "no conversations, so data.system"),
+        ({"system": "s"}, {"text": "x"}, "no conversations, so data.encoder.system"),
         ({"train_on": "last"}, {"prompt": "x", "completion": "y"}, "no conversations"),
         ({}, {"messages": "x"}, "first row of data.jsonl: column messages holds no list"),
     ],

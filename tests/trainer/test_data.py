@@ -1,5 +1,6 @@
 """From text to steps: borders, targets, order, elasticity, sources."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def loader_of(
     return StepLoader(
         rows=rows,
         seed=5,
-        global_rows=global_rows,
+        global_samples=global_rows,
         micro_rows=micro_rows,
         rank=rank,
         num_ranks=ranks,
@@ -207,15 +208,20 @@ def write_corpus(folder: Path, kind: str) -> Path:
     elif kind == "jsonl":
         lines = [json.dumps({"text": text, "n": n}) for n, text in enumerate(texts)]
         (folder / "all.jsonl").write_text("\n".join(lines) + "\n")
+    elif kind == "csv":
+        with open(folder / "all.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["text", "n"], *([text, n] for n, text in enumerate(texts))])
     else:
         import pyarrow as pa
-        from pyarrow import parquet
+        from pyarrow import feather, parquet
 
-        parquet.write_table(pa.table({"text": texts}), folder / "all.parquet")
+        write = {"parquet": parquet.write_table, "arrow": feather.write_feather}[kind]
+        write(pa.table({"text": texts}), folder / f"all.{kind}")
     return folder
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet", "arrow"])
 def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
     source = TextSource(str(write_corpus(tmp_path / "in", kind)), "text")
     found = [document.text for document in source.documents()]

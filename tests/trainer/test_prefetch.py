@@ -52,7 +52,7 @@ def test_whoever_stops_early_leaves_no_thread() -> None:
 
 def test_steps_read_ahead_are_the_steps_by_number(tmp_path_factory: pytest.TempPathFactory) -> None:
     rows = PackedRows(store_of(tmp_path_factory.mktemp("s"), [40] * 30, shard_tokens=200), 16)
-    loader = StepLoader(rows=rows, seed=1, global_rows=8, micro_rows=2, rank=1, num_ranks=2)
+    loader = StepLoader(rows=rows, seed=1, global_samples=8, micro_rows=2, rank=1, num_ranks=2)
     steps = loader.steps(3)
     for number in range(3, 30):
         found, expected = next(steps), loader.step(number)

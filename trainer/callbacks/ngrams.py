@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,13 +57,11 @@ class NgramCallback(Callback):
     def _baselines(self, num_steps: int) -> tuple[float, float]:
         loader, evaluation = self.view.loader, self.view.eval_loader
         assert evaluation is not None
-        rows = (loader.row_of(n) for n in range(loader.first_sample(num_steps)))
-        counts = pair_counts(
-            (loader.rows.batch([row], 1) for row in rows), self.view.tokenizer.vocab_size
-        )
+        alone = replace(loader, rank=0, num_ranks=1)
+        trained = (b for number in range(num_steps) for b in alone.step(number).micro_batches)
+        counts = pair_counts(trained, self.view.tokenizer.vocab_size)
         held_out = pair_counts(
-            (evaluation.rows.batch([row], 1) for row in range(evaluation.rows.num_rows)),
-            self.view.tokenizer.vocab_size,
+            replace(evaluation, rank=0, num_ranks=1).batches(), self.view.tokenizer.vocab_size
         )
         num_bytes = evaluation.rows.store.num_bytes
         return unigram_bits(counts, held_out) / num_bytes, bigram_bits(counts, held_out) / num_bytes

@@ -49,7 +49,7 @@ def loaders(
     loader = StepLoader(
         rows=PackedRows(train, row_tokens),
         seed=seed,
-        global_rows=global_rows,
+        global_samples=global_rows,
         micro_rows=micro_rows,
         rank=rank,
         num_ranks=num_ranks,

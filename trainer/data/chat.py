@@ -44,7 +44,7 @@ class ChatEncoder:
         if absent:
             raise ValueError(
                 f"{where} has no column {absent[0]!r}, only {', '.join(sorted(row))}; "
-                "correct data.columns"
+                "correct data.encoder.columns"
             )
         if find_shape(row, self.columns) is None:
             raise ValueError(f"{where}: {explain(row, self.columns)}")
@@ -52,8 +52,8 @@ class ChatEncoder:
         has_effect = isinstance(content, Conversation)
         if not has_effect and (self.system is not None or self.train_on != "all"):
             raise ValueError(
-                f"{where} holds no conversations, so data.system and data.train_on have no effect; "
-                "leave them out"
+                f"{where} holds no conversations, so data.encoder.system and "
+                "data.encoder.train_on have no effect; leave them out"
             )
 
     def encode(self, row: dict[str, Any], tokenizer: Tokenizer) -> Example:

@@ -1,11 +1,12 @@
 """Filling a folder with shards: what is finished is kept, the rest is made, then the index."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.data.shard_writer import ShardWriter
+from trainer.data.shard_writer import NOTHING, ShardWriter
 from trainer.data.shards import SUFFIX, Shard, Vocabulary
 from trainer.data.tokens import INDEX, Entry, Index
 from trainer.files import read_json, write_json
@@ -43,14 +44,20 @@ class FolderWriter:
         self._kept[name] -= 1
         return False
 
-    def add(self, name: str, tokens: np.ndarray, num_bytes: int) -> None:
+    def add(
+        self,
+        name: str,
+        tokens: np.ndarray,
+        num_bytes: int,
+        extra: Mapping[str, np.ndarray] = NOTHING,
+    ) -> None:
         """Append a wanted document to store `name`."""
         writer = self._writers.get(name)
         if writer is None:
             number = len(self._stores_of(name))
             path = self.folder / f"{name}-{number:05d}{SUFFIX}"
             writer = self._writers[name] = ShardWriter(path, self.vocabulary)
-        writer.add(tokens, num_bytes)
+        writer.add(tokens, num_bytes, extra)
         if writer.num_tokens >= self.shard_tokens:
             self._close(name)
 

@@ -1,18 +1,19 @@
 """Which rows each rank trains on at each step: a pure function of (step, rank), stateless."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from trainer.batch import Batch
 from trainer.data.order import permute, permute_all, round_keys
 from trainer.data.prefetch import ahead
-from trainer.data.rows import PackedRows
+from trainer.data.tokens import TokenStore
 
 VERSION = 1  # of the order: raise it when the same state would give other batches
+EVAL_BLOCK = 512  # samples that are dealt together in an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Step:
 
     micro_batches: list[Batch]
     ranges: list[tuple[int, int]]
-    """Global sample numbers [first, last) of each micro-batch: what the ledger records."""
+    """Global sample numbers [first, last) that this rank trains on: what the ledger records."""
     num_tokens: int
     """Tokens of this rank's rows, padding left out."""
 
@@ -31,19 +32,43 @@ class Step:
         return [source for batch in self.micro_batches for source in batch.provenance]
 
 
+Locate = Callable[[np.ndarray], list[int]]
+"""Returns which row or document each global sample is."""
+Dealt = list[tuple[Batch, list[tuple[int, int]]]]
+"""A rank's micro-batches, each with the ranges [first, last) of samples that it holds."""
+
+
+class Rows(Protocol):
+    """Rows of a fixed length that samples fill: one each, or several documents in one."""
+
+    store: TokenStore
+    row_tokens: int
+    unit: str
+    """What a sample is, in the plural: `rows` or `documents`."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def deal(
+        self, samples: range, locate: Locate, *, micro_rows: int, rank: int, num_ranks: int
+    ) -> Dealt:
+        """Return one rank's share of some samples; every rank gets as many micro-batches."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepLoader:
     """Yields whole steps of this rank.
 
-    Step s (from 0) holds G = global_rows global samples: [s*G, (s+1)*G) in a run whose G never
-    changed. They are cut into micro-batches of micro_rows; micro-batch number t*w + r goes to rank
-    r of w as its t-th. A sample's row is permute(sample mod rows, key(seed, epoch)): the same for
-    every world size.
+    Step s (from 0) holds G = global_samples samples: [s*G, (s+1)*G) in a run whose G never changed.
+    They fill rows, which are cut into micro-batches of micro_rows; micro-batch number t*w + r goes
+    to rank r of w as its t-th. A sample's row or document is permute(sample mod all, key(seed,
+    epoch)): the same for every world size.
     """
 
-    rows: PackedRows
+    rows: Rows
     seed: int
-    global_rows: int
+    global_samples: int
     micro_rows: int
     rank: int
     num_ranks: int
@@ -54,41 +79,40 @@ class StepLoader:
         """Yield the steps from number `first` (0 is the run's first) without end, read ahead."""
         return ahead(self.step(number) for number in count(first))
 
-    def ranges(self, number: int) -> list[tuple[int, int]]:
-        """Return the global samples [first, last) of each micro-batch of step `number` (from 0)."""
-        stride = self.num_ranks * self.micro_rows
+    def samples(self, number: int) -> range:
+        """Return the samples of step `number` (from 0), over all ranks."""
         first = self.first_sample(number)
-        starts = range(first + self.rank * self.micro_rows, first + self.global_rows, stride)
-        return [(start, start + self.micro_rows) for start in starts]
+        return range(first, first + self.global_samples)
 
     def step(self, number: int) -> Step:
-        ranges = self.ranges(number)
-        rows = self.rows_of(np.array([n for r in ranges for n in range(*r)], np.int64))
-        batches = [
-            self.rows.batch(rows[place : place + self.micro_rows], self.micro_rows)
-            for place in range(0, len(rows), self.micro_rows)
-        ]
-        num_tokens = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
-        return Step(micro_batches=batches, ranges=ranges, num_tokens=num_tokens)
+        dealt = self.rows.deal(
+            self.samples(number), self.rows_of,
+            micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
+        )  # fmt: skip
+        return Step(
+            micro_batches=[batch for batch, _ in dealt],
+            ranges=[one for _, ranges in dealt for one in ranges],
+            num_tokens=sum(int((batch.segment_ids > 0).sum()) for batch, _ in dealt),
+        )
 
     def first_sample(self, step: int) -> int:
         """Return the global sample that step number `step` (from 0) begins with."""
         anchor_step, anchor_sample = self.anchor
-        return anchor_sample + (step - anchor_step) * self.global_rows
+        return anchor_sample + (step - anchor_step) * self.global_samples
 
     def row_of(self, sample: int) -> int:
-        """Return the row that stands at place `sample` of the run."""
-        epoch, index = divmod(sample, self.rows.num_rows)
-        return permute(index, self.rows.num_rows, round_keys("rows", self.seed, epoch))
+        """Return the row or document that stands at place `sample` of the run."""
+        epoch, index = divmod(sample, self.rows.num_samples)
+        return permute(index, self.rows.num_samples, round_keys("rows", self.seed, epoch))
 
     def rows_of(self, samples: np.ndarray) -> list[int]:
         """Return `row_of` of all samples of a step."""
-        epochs, indices = np.divmod(samples, self.rows.num_rows)
+        epochs, indices = np.divmod(samples, self.rows.num_samples)
         rows = np.empty_like(indices)
         for epoch in np.unique(epochs):
             keys = round_keys("rows", self.seed, epoch)
             is_here = epochs == epoch
-            rows[is_here] = permute_all(indices[is_here], self.rows.num_rows, keys)
+            rows[is_here] = permute_all(indices[is_here], self.rows.num_samples, keys)
         found: list[int] = rows.tolist()
         return found
 
@@ -99,14 +123,17 @@ class StepLoader:
             "version": VERSION,
             "fingerprint": self.rows.store.fingerprint,
             "seed": self.seed,
-            "schedule": {"global_rows": self.global_rows, "row_tokens": self.rows.row_tokens},
+            "schedule": {
+                f"global_{self.rows.unit}": self.global_samples,
+                "row_tokens": self.rows.row_tokens,
+            },
             "global_sample": sample,
-            "epoch": sample // self.rows.num_rows,
+            "epoch": sample // self.rows.num_samples,
         }
 
     def position(self, step: int) -> str:
         """Return where the data stands after `step` steps, for people: epoch and its share done."""
-        return f"{self.first_sample(step) / self.rows.num_rows:.3f} epochs"
+        return f"{self.first_sample(step) / self.rows.num_samples:.3f} epochs"
 
     def resumed(self, step: int, state: dict[str, Any]) -> "StepLoader":
         """Return the loader that goes on after `step` steps; ValueError where the data differs."""
@@ -122,16 +149,19 @@ class StepLoader:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalLoader:
-    """Yields every row of a store exactly once over all ranks, equally many batches on each."""
+    """Yields every sample of a store exactly once over all ranks, equally many batches on each."""
 
-    rows: PackedRows
+    rows: Rows
     micro_rows: int
     rank: int
     num_ranks: int
 
     def batches(self) -> Iterator[Batch]:
-        stride = self.num_ranks * self.micro_rows
-        for start in range(0, self.rows.num_rows, stride):
-            first = min(start + self.rank * self.micro_rows, self.rows.num_rows)
-            last = min(first + self.micro_rows, self.rows.num_rows)
-            yield self.rows.batch(list(range(first, last)), self.micro_rows)
+        block = max(EVAL_BLOCK, self.num_ranks * self.micro_rows)
+        for start in range(0, self.rows.num_samples, block):
+            samples = range(start, min(start + block, self.rows.num_samples))
+            dealt = self.rows.deal(
+                samples, np.ndarray.tolist,
+                micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
+            )  # fmt: skip
+            yield from (batch for batch, _ in dealt)

@@ -21,11 +21,11 @@ import numpy as np
 import xxhash
 
 from trainer.data.shards import Vocabulary
+from trainer.data.tokenise import Tokens, Written
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from trainer.data.folder_writer import FolderWriter
-    from trainer.data.tokenise import Tokens
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
@@ -69,7 +69,7 @@ class MegatronFiles:
             found[name] = token if is_full and (values == token).all() else None
         return Vocabulary(tokenizer=tokenizer.tokenizer, vocab_size=tokenizer.vocab_size, **found)
 
-    def documents(self, route: Callable[[str], str], writer: "FolderWriter") -> "Tokens":
+    def documents(self, route: Callable[[str], str], writer: "FolderWriter") -> Tokens:
         """Yield the wanted documents; `route` takes an id by content. DataError: a foreign id."""
         tokens = np.memmap(self.path, self.dtype, "r")
         vocab_size = writer.vocabulary.vocab_size
@@ -84,7 +84,7 @@ class MegatronFiles:
                 )
             name = route(xxhash.xxh3_128_hexdigest(document.tobytes()))
             if writer.wants(name):
-                yield name, document, 0
+                yield Written(name, document, 0)
 
 
 def open_megatron(prefix: str) -> MegatronFiles:

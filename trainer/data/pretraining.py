@@ -57,6 +57,10 @@ class PretrainingData:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
         return rows_per_micro_batch(self.global_rows, self.micro_rows, num_ranks)
 
+    def micro_batches(self, num_ranks: int) -> int:
+        """Return how many micro-batches a rank has in every step."""
+        return self.global_rows // (num_ranks * self.rows_per_micro_batch(num_ranks))
+
     def check(self) -> None:
         """Raise ValueError where the files cannot serve; reads names and the first row only."""
         TextSource(self.path, self.column).peek()

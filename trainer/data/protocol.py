@@ -20,11 +20,6 @@ class DataSpec(Protocol):
         ...
 
     @property
-    def global_rows(self) -> int:
-        """Rows of one optimizer step over all ranks."""
-        ...
-
-    @property
     def micro_rows(self) -> int | None:
         """Rows of one forward pass of one rank; None: all rows of a rank at once."""
         ...
@@ -36,6 +31,10 @@ class DataSpec(Protocol):
 
     def rows_per_micro_batch(self, num_ranks: int) -> int:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
+        ...
+
+    def micro_batches(self, num_ranks: int) -> int:
+        """Return how many micro-batches a rank has in every step, at least."""
         ...
 
     def check(self) -> None:

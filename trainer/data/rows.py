@@ -1,13 +1,14 @@
 """Concat-and-split: cut token streams into rows that know their document borders."""
 
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
 
 from models.nn.head import IGNORED
 from trainer.batch import Batch
+from trainer.data.loader import Dealt, Locate
 from trainer.data.tokens import TokenStore
 
 COLUMNS = ("input_ids", "labels", "position_ids", "segment_ids")
@@ -21,11 +22,32 @@ class PackedRows:
     in its document is a target exactly once.
     """
 
+    unit = "rows"
+
     def __init__(self, store: TokenStore, row_tokens: int) -> None:
         self.store, self.row_tokens = store, row_tokens
         counts = (-(-entry.num_tokens // row_tokens) for entry in store.entries)
         self._first_rows = [0, *accumulate(counts)]
         self.num_rows = self._first_rows[-1]
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_rows
+
+    def deal(
+        self, samples: range, locate: Locate, *, micro_rows: int, rank: int, num_ranks: int
+    ) -> Dealt:
+        """Return one rank's micro-batches: sample i is row locate(i), and each has micro_rows."""
+        stride = num_ranks * micro_rows
+        own = [
+            samples[first + rank * micro_rows : first + (rank + 1) * micro_rows]
+            for first in range(0, len(samples), stride)
+        ]
+        rows = iter(locate(np.array([sample for part in own for sample in part], np.int64)))
+        return [
+            (self.batch(list(islice(rows, len(part))), micro_rows), [(part.start, part.stop)])
+            for part in own
+        ]
 
     def batch(self, rows: list[int], num_rows: int) -> Batch:
         """Return `rows` as one Batch of `num_rows` rows; missing ones are padding."""

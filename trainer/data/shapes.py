@@ -77,7 +77,7 @@ def explain(row: dict[str, Any], columns: dict[str, str]) -> str:
     settings = ", ".join(f"{name}: COLUMN" for name in missing)
     return (
         f"columns {', '.join(present)} are of no known shape ({known}); the nearest is "
-        f"{' + '.join(nearest)}: set data.columns={{{settings}}}"
+        f"{' + '.join(nearest)}: set data.encoder.columns={{{settings}}}"
     )
 
 

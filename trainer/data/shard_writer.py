@@ -26,7 +26,7 @@ from trainer.data.shards import (
 )
 from trainer.files import fsync_folder
 
-_NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
+NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class ShardWriter:
@@ -50,7 +50,7 @@ class ShardWriter:
         return self._starts[-1]
 
     def add(
-        self, tokens: np.ndarray, num_bytes: int, extra: Mapping[str, np.ndarray] = _NOTHING
+        self, tokens: np.ndarray, num_bytes: int, extra: Mapping[str, np.ndarray] = NOTHING
     ) -> None:
         """Add a document of `num_bytes` bytes of text, and its part of sections by other names."""
         self._body.write(tokens.astype(self.vocabulary.dtype).tobytes())

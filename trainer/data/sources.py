@@ -16,7 +16,7 @@ STANDARD_LIBRARY = "stdlib"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _FORMATS = {
     ".txt": "text", ".md": "text", ".py": "text", ".rst": "text",
-    ".jsonl": "json", ".json": "json", ".parquet": "parquet",
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ class TextSource:
 
     def num_bytes(self) -> int | None:
         """Return about how many bytes of text there are, markup included; None: compressed."""
-        if self.format == "parquet":
+        if self.format in ("parquet", "arrow"):
             return None
         return sum(file.stat().st_size for file in self.files)
 
@@ -103,7 +103,7 @@ class TextSource:
                 text = file.read_text(encoding="utf-8", errors="replace")
                 yield Document(id=str(file.relative_to(self.root)), text=text)
             return
-        for number, row in enumerate(self._rows()):
+        for number, row in enumerate(self.rows()):
             text = self._text(row, number)
             # By content: the hold-out stays the same when files are moved, renamed or added.
             yield Document(id=xxhash.xxh3_128_hexdigest(text.encode()), text=text)
@@ -111,7 +111,7 @@ class TextSource:
     def peek(self) -> None:
         """Read the first row: a wrong column or an unreadable file is found before training."""
         if not self.is_standard_library:
-            for row in self._rows():
+            for row in self.rows():
                 self._text(row, 0)
                 return
             raise ValueError(f"{self.name}={self.path} holds no rows; give a file that has some")
@@ -132,7 +132,8 @@ class TextSource:
             )
         return text
 
-    def _rows(self) -> Iterator[dict[str, object]]:
+    def rows(self) -> Iterator[dict[str, object]]:
+        """Yield every row as a dict of its columns."""
         import datasets
 
         names = [str(file) for file in self.files]

@@ -37,6 +37,10 @@ class TokenFolder:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
         return rows_per_micro_batch(self.global_rows, self.micro_rows, num_ranks)
 
+    def micro_batches(self, num_ranks: int) -> int:
+        """Return how many micro-batches a rank has in every step."""
+        return self.global_rows // (num_ranks * self.rows_per_micro_batch(num_ranks))
+
     def check(self) -> None:
         """Raise ValueError or DataError where shards are missing, cut, or of two tokenizers."""
         train, evaluation = self.stores()

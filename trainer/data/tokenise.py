@@ -1,15 +1,16 @@
 """From texts to a folder of shards: the work of `tessera tokenize` and of a run's own cache."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from trainer.data.encoders import Encoders
 from trainer.data.folder_writer import FolderWriter, claim, is_complete
+from trainer.data.shard_writer import NOTHING
 from trainer.data.shards import Vocabulary
 from trainer.data.sources import TextSource
 from trainer.data.tokenise_progress import TokeniseProgress
@@ -21,8 +22,19 @@ log = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 28  # 0.5 or 1 GB: what a kill can cost, against the number of files
 _CHUNK_BYTES, _CHUNK_DOCUMENTS = 1 << 20, 1024  # of text, in one message to a worker
 
-Tokens = Iterator[tuple[str, np.ndarray, int]]
-"""Documents in order: name of the store, ids, bytes of text."""
+
+class Written(NamedTuple):
+    """One document on its way into a folder."""
+
+    store: str
+    tokens: np.ndarray
+    num_bytes: int
+    """UTF-8 bytes of its text; 0: unknown."""
+    extra: Mapping[str, np.ndarray] = NOTHING
+    """Its part of sections by other names."""
+
+
+Tokens = Iterator[Written]
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
@@ -72,9 +84,9 @@ def build_folder(
         writer = FolderWriter(folder, vocabulary or vocabulary_of(tokenizer), shard_tokens)
         try:
             with progress:
-                for name, tokens, num_bytes in documents(writer):
-                    writer.add(name, tokens, num_bytes)
-                    progress.advance(len(tokens), num_bytes)
+                for document in documents(writer):
+                    writer.add(*document)
+                    progress.advance(len(document.tokens), document.num_bytes)
         except BaseException:
             writer.abort()
             raise
@@ -101,7 +113,7 @@ def tokens_of(
         for names, encoded in encoders.encode(_chunks(wanted())):
             stops = np.cumsum(encoded.lengths)
             parts = np.split(encoded.tokens, stops[:-1])
-            yield from zip(names, parts, encoded.num_bytes.tolist(), strict=True)
+            yield from map(Written, names, parts, encoded.num_bytes.tolist())
 
 
 def _chunks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:

@@ -68,7 +68,7 @@ def _span_by_prefix(
     if not text.startswith(so_far):
         raise BadRowError(
             f"the chat template writes turn {turn} otherwise once others follow; mark in the "
-            "template by {% generation %} what is trained, or set data.train_on=last"
+            "template by {% generation %} what is trained, or set data.encoder.train_on=last"
         )
     if not so_far.startswith(prompt):
         raise BadRowError(
