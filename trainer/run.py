@@ -96,7 +96,7 @@ class Run:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
         axes = self.chosen_mesh(world_size)[0].axes(world_size)
         dp_size = axes["dp_replicate"] * axes["dp_shard"]
-        self.data.rows_per_micro_batch(dp_size)
+        micro_batches = self.data.micro_batches(dp_size)
         self.check_sums(axes)
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(
@@ -115,8 +115,7 @@ class Run:
         self.freeze.apply(model)
         self.engine.check(
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
-            micro_batches=self.data.micro_batches(dp_size),
-            precision=PRECISIONS[self.precision],
+            micro_batches=micro_batches, precision=PRECISIONS[self.precision],
         )  # fmt: skip
         self.weight_source(model)
 

@@ -7,8 +7,8 @@ Deviations are those of `tessera verify experiment=demo`, messages `benchmarks.c
 Costs: the demo's model (3 M parameters, fp32), 8 rows x 256 tokens a step in micro-batches of 2. In
 each round all variants run in turn, each in fresh processes; a variant's figure is the median step
 of a round, then the median over rounds; its ratio to the plain step is taken within each round. All
-ranks share this machine's cores, so 1.0 is the best that a layout can reach: the ratio is what its
-messages and its repeated work cost. Memory is rank 0's peak above what it held before the model.
+ranks share this machine's cores, so work that is only shared out stays near 1.0: the rest of a
+ratio is what messages and repeated work cost. Memory is rank 0's peak above what it held before the model.
 """
 
 import json

@@ -70,9 +70,6 @@ class DocumentData:
     def own_tokenizer(self) -> str:
         return BYTE
 
-    def rows_per_micro_batch(self, num_ranks: int) -> int:
-        return self.micro_rows
-
     def micro_batches(self, num_ranks: int) -> int:
         """Return how many micro-batches a rank has in every step, at least."""
         return 1

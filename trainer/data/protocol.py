@@ -29,12 +29,11 @@ class DataSpec(Protocol):
         """What `tokenizer=auto` comes to where the model brings none."""
         ...
 
-    def rows_per_micro_batch(self, num_ranks: int) -> int:
-        """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
-        ...
-
     def micro_batches(self, num_ranks: int) -> int:
-        """Return how many micro-batches a rank has in every step, at least."""
+        """Return how many micro-batches a rank has in every step, at least.
+
+        ValueError lists what is legal on this many data-parallel ranks.
+        """
         ...
 
     def check(self) -> None:

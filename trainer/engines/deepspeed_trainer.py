@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from models.nn.head import Loss
@@ -38,8 +37,6 @@ class DeepSpeedTrainer:
         scale = self.mesh.token_size / counts[0].clamp(min=1).double()
         self.engine.train()
         loss_sum = self.passes.train(step, micro_batches, scale)
-        if self.mesh.token_size > 1:
-            dist.all_reduce(loss_sum, group=self.mesh.token_group)
         factor = self.schedule.factor(step, self.max_steps)
         for group, lr in zip(self.state.base.param_groups, self.lrs, strict=True):
             group["lr"] = lr * factor
@@ -109,4 +106,4 @@ class _DeepSpeedPasses(PlainPasses):
             loss = self._loss(batch, scale)
             self.engine.backward(loss.objective, scale_wrt_gas=False)
             loss_sum += loss.sum
-        return loss_sum
+        return self.mesh.sum_over_tokens(loss_sum)
