@@ -8,7 +8,8 @@ Costs: the demo's model (3 M parameters, fp32), 8 rows x 256 tokens a step in mi
 each round all variants run in turn, each in fresh processes; a variant's figure is the median step
 of a round, then the median over rounds; its ratio to the plain step is taken within each round. All
 ranks share this machine's cores, so work that is only shared out stays near 1.0: the rest of a
-ratio is what messages and repeated work cost. Memory is rank 0's peak above what it held before the model.
+ratio is what messages and repeated work cost. Memory is rank 0's peak above what it held before the
+model.
 """
 
 import json
