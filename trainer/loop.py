@@ -67,8 +67,7 @@ class Loop:
         progress.stopwatch.start()
         while progress.step < plan.max_steps and not is_stopping:
             number = progress.step + 1
-            samples = self.loader.samples(progress.step)
-            self.whereabouts.enter("data", number, [(samples.start, samples.stop)])
+            self.whereabouts.enter("data", number, self.loader.ranges(progress.step))
             with progress.stopwatch.waiting_for_data():
                 step = next(steps)
             self.record.consumes(number, step.ranges)

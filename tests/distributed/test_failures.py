@@ -55,7 +55,7 @@ def test_error_of_a_single_process_is_told_with_its_step_and_samples(
 ) -> None:
     run_fault(tmp_path, cache, Fault(kind="error", phase="data", rank=0), ranks=1)
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("tessera: rank 0 of 1 failed in step 3 (data), samples [16:24]")
+    assert last.startswith("tessera: rank 0 of 1 failed in step 3 (data), samples [16:17] [17:18] ")
     assert last.endswith("ArithmeticError: broken on purpose")
 
 
@@ -77,7 +77,7 @@ def test_rank_that_is_stuck_in_its_data_longer_than_the_timeout_is_named(
     run_fault(tmp_path, cache, fault)
     assert re.search(
         r"tessera: rank 1 of 2 did not arrive: it (was|came too late) in step 3 \(data\), "
-        r"samples \[16:24\].*; "
+        r"samples \[17:18\] \[19:20\] \[21:22\] \[23:24\].*; "
         r"rank 0 waited [23] s in step 3 \(train_step\) for all_reduce of ",
         capfd.readouterr().err,
     )

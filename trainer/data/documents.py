@@ -65,6 +65,10 @@ class PackedDocuments:
     def num_samples(self) -> int:
         return self.store.num_documents
 
+    def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
+        """Return all samples: which are whose is known when their lengths have been read."""
+        return [samples]
+
     def deal(
         self, samples: range, locate: Locate, *, micro_rows: int, rank: int, num_ranks: int
     ) -> Dealt:

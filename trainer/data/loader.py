@@ -49,6 +49,10 @@ class Rows(Protocol):
     @property
     def num_samples(self) -> int: ...
 
+    def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
+        """Return what is known of one rank's share before anything is read."""
+        ...
+
     def deal(
         self, samples: range, locate: Locate, *, micro_rows: int, rank: int, num_ranks: int
     ) -> Dealt:
@@ -83,6 +87,14 @@ class StepLoader:
         """Return the samples of step `number` (from 0), over all ranks."""
         first = self.first_sample(number)
         return range(first, first + self.global_samples)
+
+    def ranges(self, number: int) -> list[tuple[int, int]]:
+        """Return the samples [first, last) of this rank in a step, before anything is read."""
+        shared = self.rows.share(
+            self.samples(number),
+            micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
+        )  # fmt: skip
+        return [(part.start, part.stop) for part in shared]
 
     def step(self, number: int) -> Step:
         dealt = self.rows.deal(

@@ -34,15 +34,18 @@ class PackedRows:
     def num_samples(self) -> int:
         return self.num_rows
 
+    def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
+        """Return one rank's samples, one range for each micro-batch."""
+        return [
+            samples[first + rank * micro_rows : first + (rank + 1) * micro_rows]
+            for first in range(0, len(samples), num_ranks * micro_rows)
+        ]
+
     def deal(
         self, samples: range, locate: Locate, *, micro_rows: int, rank: int, num_ranks: int
     ) -> Dealt:
         """Return one rank's micro-batches: sample i is row locate(i), and each has micro_rows."""
-        stride = num_ranks * micro_rows
-        own = [
-            samples[first + rank * micro_rows : first + (rank + 1) * micro_rows]
-            for first in range(0, len(samples), stride)
-        ]
+        own = self.share(samples, micro_rows=micro_rows, rank=rank, num_ranks=num_ranks)
         rows = iter(locate(np.array([sample for part in own for sample in part], np.int64)))
         return [
             (self.batch(list(islice(rows, len(part))), micro_rows), [(part.start, part.stop)])
