@@ -120,8 +120,8 @@ def _check_kind(spec: Any, hint: Any, path: str) -> Any:
 def _has(spec: Any, protocol: type, name: str) -> bool:
     """Whether `spec` has what the protocol calls `name`; a method with the same parameters."""
     wanted, found = getattr(protocol, name), getattr(type(spec), name, None)
-    if not callable(wanted):
-        return hasattr(spec, name)
+    if not callable(wanted):  # a property is not read: it may look into files
+        return found is not None or name in {field.name for field in dataclasses.fields(spec)}
     return (
         callable(found)
         and signature(wanted).parameters.keys() == signature(found).parameters.keys()

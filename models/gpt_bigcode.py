@@ -134,7 +134,6 @@ class GPTBigCodeSpec:
             positions=("transformer.wpe",),
             embedding="transformer.wte",
             norm="transformer.ln_f",
-            head="lm_head",
         )
 
     def build_trunk(self) -> "GPTBigCode":

@@ -144,7 +144,6 @@ class IdeficsSpec:
             replicated=("model.vision_model", "model.perceiver_resampler"),
             embedding=DECODER.embedding,
             norm=DECODER.norm,
-            head=DECODER.head,
         )
 
     def build_trunk(self) -> VisionTextTrunk:

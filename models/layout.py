@@ -21,8 +21,6 @@ class Layout:
     """The token embedding."""
     norm: str = ""
     """The norm behind the last block; empty where no split of the model is known."""
-    head: str
-    """The language-model head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
+from trainer.data.labels import label_keys
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
@@ -80,9 +81,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     model = run.plan_model()
     run.freeze.apply(model)
     meter = Meter(
-        flops_per_token=run.model.flops_per_token(
-            num_matmul_weights(model, run.model.layout), run.data.row_tokens
-        ),
+        flops_per_token=run.model.flops_per_token(num_matmul_weights(model), run.data.row_tokens),
         world_size=start.placement.world_size,
         device=ranks.device,
         has_peak=PRECISIONS[run.precision].compute == torch.bfloat16
@@ -150,7 +149,8 @@ def _checkpoints(
     def write_model_files(target: Path) -> None:
         """Make `target` a complete Hugging Face model folder, but for the weights."""
         config = {
-            **run.model.hf_config(),
+            **run.model.hf_config(run.task.head),
+            **label_keys(run.data.labels, tokenizer),
             "dtype": str(PRECISIONS[run.precision].master).removeprefix("torch."),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

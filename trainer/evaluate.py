@@ -9,7 +9,7 @@ import torch
 from trainer.data.loader import EvalLoader
 from trainer.mesh import Mesh
 from trainer.protocols import Engine
-from trainer.tasks.causal_lm import CausalLMTask
+from trainer.tasks.protocol import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Evaluator:
     """Evaluates all rows of the held-out data."""
 
     loader: EvalLoader
-    task: CausalLMTask
+    task: Task
     mesh: Mesh
     device: torch.device
 

@@ -83,11 +83,9 @@ class HFAutoModel:
 
     @property
     def layout(self) -> Layout:
-        """Blocks, embedding and head by name; no split over tensor-parallel ranks is known."""
+        """Blocks and embedding by name; no split over tensor-parallel ranks is known."""
         _, blocks, embedding = self._names
-        return Layout(
-            blocks=(f"{blocks}.*",), colwise=(), rowwise=(), embedding=embedding, head="lm_head"
-        )
+        return Layout(blocks=(f"{blocks}.*",), colwise=(), rowwise=(), embedding=embedding)
 
     def build_causal_lm(self, *, chunk_tokens: int) -> "HFCausalLM":
         """Build the model; ValueError where it would mix the documents of a packed row."""

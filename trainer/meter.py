@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.layout import Layout
 from trainer.parallel.pieces import unique_parameters
 
 # Dense bf16 peak in FLOP/s by exact device name (vendors' data sheets): a prefix would match slower
@@ -19,10 +18,10 @@ PEAKS = {
 }
 
 
-def num_matmul_weights(model: nn.Module, layout: Layout) -> int:
+def num_matmul_weights(model: nn.Module) -> int:
     """Count weights that multiply activations: matrices, the head once, no table of embeddings."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_submodule(layout.head).get_parameter("weight")
+    head = model.get_submodule(str(model.head_name)).get_parameter("weight")
     matrices = (p for _, p in unique_parameters(model) if p.ndim >= 2)
     return sum(p.numel() for p in matrices if p is head or id(p) not in tables)
 

@@ -20,7 +20,7 @@ from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
-from trainer.tasks.causal_lm import CausalLMTask
+from trainer.tasks.protocol import Task
 from trainer.weights import WeightSource, match_weights
 
 AUTO, RANDOM = "auto", "random"
@@ -33,7 +33,7 @@ class Run:
     """Everything that `configs/train.yaml` says, checked."""
 
     model: CausalLMSpec
-    task: CausalLMTask
+    task: Task
     data: DataSpec
     engine: EngineSpec
     mesh: MeshSpec
@@ -94,6 +94,8 @@ class Run:
 
     def check(self, world_size: int) -> None:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
+        self.data.check()
+        self.task.check(self.model, self.data.labels)
         axes = self.chosen_mesh(world_size)[0].axes(world_size)
         dp_size = axes["dp_replicate"] * axes["dp_shard"]
         micro_batches = self.data.micro_batches(dp_size)
@@ -104,7 +106,6 @@ class Run:
                 f"max_position_embeddings={self.model.max_position_embeddings}; "
                 "lower data.row_tokens"
             )
-        self.data.check()
         if self.eval_every and not self.data.holds_out():
             raise ValueError(
                 f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
@@ -168,8 +169,10 @@ class Run:
 
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""
+        labels = self.data.labels  # reads files: not on the meta device
         with torch.device("meta"), SkipInit():
-            return self.task.build_model(self.model).to(PRECISIONS[self.precision].master)
+            model = self.task.build_model(self.model, labels)
+        return model.to(PRECISIONS[self.precision].master)
 
     @property
     def tokenizer_setting(self) -> str:
@@ -191,7 +194,7 @@ class Run:
             Path(folder).expanduser(),
             model,
             trunk_name=self.model.trunk_name,
-            head_name="lm_head",
+            head_name=str(model.head_name),
             ignored=self.model.ignored_weights,
         )
 

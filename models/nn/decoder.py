@@ -23,7 +23,6 @@ LAYOUT = Layout(
     rowwise=("self_attn.o_proj", "mlp.down_proj"),
     embedding="model.embed_tokens",
     norm="model.norm",
-    head="lm_head",
 )
 
 

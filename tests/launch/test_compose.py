@@ -17,14 +17,29 @@ from trainer.run import Run
 # What a choice leaves for the user to say.
 MANDATORY = {
     "data=chat": ["data.path=rows.jsonl"],
+    "data=sequence_labels": ["data.path={texts}", "task=sequence_classification"],
     "data=text": ["data.path=stdlib"],
+    "data=token_labels": ["data.path={words}", "task=token_classification"],
     "data=tokens": ["data.path={tokens}"],
     "experiment=pretrain_text": ["data.path=stdlib"],
+    "experiment=sequence_classification": [
+        "data.path={texts}", "model.path={folder}", "data.row_tokens=64",
+    ],
+    "experiment=token_classification": [
+        "data.path={words}", "model.path={folder}", "data.row_tokens=64",
+    ],
     "experiment=sft": ["data.path={rows}", "model.path={folder}", "data.row_tokens=64"],
     "experiment=pretrain_tokens": ["data.path={tokens}", "eval_every=null"],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],
+    "task=sequence_classification": ["data=sequence_labels", "data.path={texts}"],
+    "task=token_classification": ["data=token_labels", "data.path={words}"],
+}  # fmt: skip
+ROWS = {
+    "rows": '{"prompt": "1 + 1 = ", "completion": "2"}\n',
+    "texts": '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n',
+    "words": '{"tokens": ["a", "b"], "tags": ["X", "Y"]}\n',
 }
 CHOICES = [
     f"{group}={choice}"
@@ -46,6 +61,14 @@ def bound_tree(tree: dict[str, Any]) -> Run:
     run = bind({**settings, "name": "test"})
     assert isinstance(run, Run)
     return run
+
+
+def rows_in(folder: Path) -> dict[str, Path]:
+    """Write a small file of each kind of rows; return their paths by kind."""
+    paths = {name: folder / f"{name}.jsonl" for name in ROWS}
+    for name, path in paths.items():
+        path.write_text(ROWS[name])
+    return paths
 
 
 def num_parameters(model: torch.nn.Module) -> int:
@@ -74,12 +97,7 @@ def test_every_experiment_fits_a_run_and_plans_its_model(
     experiment: str, tmp_path: Path, model_folder: Path
 ) -> None:
     write_folder(tmp_path / "tokens", [50, 20], shard_tokens=30, name="train")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n')
-    places = {
-        "tokens": tmp_path / "tokens",
-        "rows": tmp_path / "rows.jsonl",
-        "folder": model_folder,
-    }
+    places = {"tokens": tmp_path / "tokens", "folder": model_folder, **rows_in(tmp_path)}
     needed = [option.format(**places) for option in MANDATORY.get(experiment, [])]
     run = bound(experiment, *needed)
     run.check(world_size=1)
@@ -90,9 +108,9 @@ def test_every_experiment_fits_a_run_and_plans_its_model(
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_fits_the_demo_and_plans_its_model(
-    choice: str, model_folder: Path
+    choice: str, tmp_path: Path, model_folder: Path
 ) -> None:
-    places = {"folder": model_folder, "tokens": "tokens"}
+    places = {"folder": model_folder, "tokens": "tokens", **rows_in(tmp_path)}
     needed = [option.format(**places) for option in MANDATORY.get(choice, [])]
     tree = compose(["experiment=demo", choice, *needed]).tree
     group, _, name = choice.partition("=")

@@ -211,7 +211,7 @@ def test_the_flop_formula_counts_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         scale = torch.ones(())
         model(ids, positions, segments, ids, scale).objective.backward()
-    weights = num_matmul_weights(model, spec.layout)
+    weights = num_matmul_weights(model)
     attention = 12 * 2 * 32 * length
     uncounted = 2 * 258 * 32
     assert counter.get_total_flops() / ids.numel() + uncounted == 6 * weights + attention

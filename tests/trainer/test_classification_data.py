@@ -10,8 +10,8 @@ import pytest
 from models.nn.head import IGNORED
 from tests.chat_templates import tokenizer_folder
 from trainer.data.classification import SequenceEncoder
-from trainer.data.examples import BadRowError
-from trainer.data.labels import config_labels, found_labels
+from trainer.data.examples import BadRowError, Labels
+from trainer.data.labels import found_labels, label_keys
 from trainer.data.tokenizers import ByteTokenizer, FileTokenizer
 
 MOODS = ("bad", "good", "so-so")
@@ -24,9 +24,9 @@ def classes(value: Any, **settings: Any) -> Any:
     return found
 
 
-def test_a_document_is_bos_text_eos_with_its_class() -> None:
+def test_a_document_is_its_text_with_its_class() -> None:
     example = SequenceEncoder(labels=MOODS).encode({"text": "abc", "label": "good"}, BYTES)
-    assert example.input_ids.tolist() == [256, *b"abc", 257]
+    assert example.input_ids.tolist() == [*b"abc"]
     assert example.labels is None
     assert example.classes is not None
     assert (example.classes.shape, example.classes.dtype, int(example.classes)) == ((), "int64", 1)
@@ -54,7 +54,7 @@ def test_names_and_integers_become_indices(labels: tuple[str, ...], value: Any, 
         (MOODS, "1", "label '1' is unknown"),
         (("1", "2", "3"), 0, "label 0 is unknown"),
         (MOODS, ["good"], "holds 1 labels, needed one"),
-        (MOODS, None, "is null; give a label, or set data.allow_missing"),
+        (MOODS, None, "is null; give a label, or set data.encoder.allow_missing"),
     ],
 )
 def test_a_label_that_is_none_of_the_names_is_refused(
@@ -114,15 +114,15 @@ def test_a_label_may_be_missing_where_that_is_said() -> None:
 def test_two_texts_are_joined_by_the_tokenizers_separator_or_a_new_line(tmp_path: Path) -> None:
     row = {"text": "ab", "other": "cd", "label": "bad"}
     encoder = SequenceEncoder(labels=MOODS, text_pair="other")
-    assert encoder.encode(row, BYTES).input_ids.tolist() == [256, *b"ab\ncd", 257]
+    assert encoder.encode(row, BYTES).input_ids.tolist() == [*b"ab\ncd"]
     tokenizer_folder(tmp_path, sep_token="<|user|>")
     tokens = FileTokenizer(tmp_path)
     special = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     (separator,) = (token["id"] for token in special if token["content"] == "<|user|>")
     ids = encoder.encode(row, tokens).input_ids.tolist()
-    assert ids[1:-1] == [*b"ab", separator, *b"cd"]
+    assert ids == [*b"ab", separator, *b"cd"]
     own = SequenceEncoder(labels=MOODS, text_pair="other", separator=" | ")
-    assert own.encode(row, BYTES).input_ids.tolist() == [256, *b"ab | cd", 257]
+    assert own.encode(row, BYTES).input_ids.tolist() == [*b"ab | cd"]
 
 
 def test_labels_are_found_in_the_data_by_name_or_by_size() -> None:
@@ -132,11 +132,51 @@ def test_labels_are_found_in_the_data_by_name_or_by_size() -> None:
     assert found_labels([{"y": "10"}, {"y": "9"}, {"y": "x"}], "y") == ("10", "9", "x")
 
 
+def test_what_is_no_label_is_not_found_as_one() -> None:
+    with pytest.raises(ValueError, match=r"holds 0.5, which is no label; set .*=regression"):
+        found_labels([{"y": 1}, {"y": 0.5}], "y")
+    with pytest.raises(ValueError, match="more than 1000 different values, such as 'text 0'"):
+        found_labels(({"y": f"text {n}"} for n in range(2000)), "y")
+    vectors = SequenceEncoder(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="holds vectors of 0 and 1"):
+        vectors.with_labels(lambda column: found_labels([{column: [0, 1]}], column))
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_a_text_has_the_special_tokens_that_transformers_gives_it(
+    tmp_path: Path, template: str
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    fast = word_level()
+    special = [(token, fast.token_to_id(token)) for token in ("<s>", "</s>")]
+    fast.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    example = SequenceEncoder(labels=MOODS).encode(
+        {"text": "a b", "label": "bad"}, FileTokenizer(tmp_path)
+    )
+    assert example.input_ids.tolist() == theirs("a b")["input_ids"]
+    assert len(example.input_ids) == len(template.split()) + 1
+
+
+def word_level() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    fast = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.add_special_tokens(["<s>", "</s>"])
+    return fast
+
+
 def test_config_json_names_the_labels_as_transformers_reads_them() -> None:
     from transformers import LlamaConfig
 
-    config = LlamaConfig(**json.loads(json.dumps(config_labels(MOODS))))
-    assert config.num_labels == 3
+    keys = label_keys(Labels(names=MOODS, problem_type="single_label_classification"), BYTES)
+    config = LlamaConfig(**json.loads(json.dumps(keys)))
+    assert (config.num_labels, config.pad_token_id) == (3, BYTES.pad_token_id)
+    assert config.problem_type == "single_label_classification"
     assert config.id2label == dict(enumerate(MOODS))
     assert config.label2id == {name: index for index, name in enumerate(MOODS)}
 
@@ -169,6 +209,6 @@ def test_a_first_row_that_cannot_serve_is_refused() -> None:
         encoder.check(row, "d.jsonl")
     with pytest.raises(ValueError, match="problem_type=multi_label"):
         SequenceEncoder(labels=MOODS).check(row | {"label": ["bad"]}, "d.jsonl")
-    with pytest.raises(ValueError, match=r"data\.labels is not known yet"):
+    with pytest.raises(ValueError, match=r"data\.encoder\.labels is not known yet"):
         SequenceEncoder().encode(row, BYTES)
     SequenceEncoder(labels=MOODS).check(row, "d.jsonl")

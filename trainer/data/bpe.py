@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.data.tokenizers import BOS, EOS, write_config
+from trainer.data.tokenizer_config import write_tokenizer_config
+from trainer.data.tokenizers import BOS, EOS
 from trainer.files import write_text
 
 
@@ -23,5 +24,5 @@ def train_bpe(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
     )
     fast.train_from_iterator((text for text in texts if text), trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, BOS, EOS)
+    write_tokenizer_config(folder, BOS, EOS)
     write_text(folder / "tokenizer.json", fast.to_str(pretty=False))

@@ -1,8 +1,9 @@
 """Chat and instruction rows to documents: which tokens the model learns to write."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -37,6 +38,13 @@ class ChatEncoder:
                 raise ValueError(
                     f"columns.{name} is unknown; {hint}Choose among {', '.join(COLUMNS)}"
                 )
+
+    @property
+    def outputs(self) -> None:
+        return None
+
+    def with_labels(self, find: Callable[[str], tuple[str, ...]]) -> Self:
+        return self
 
     def check(self, row: dict[str, Any], where: str) -> None:
         """Raise ValueError for a first row of no known shape, or a setting without effect."""

@@ -1,19 +1,20 @@
 """Texts with labels to documents: one text or two, and what the whole of it is."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from models.nn.head import IGNORED
-from trainer.data.examples import BadRowError, Example
+from trainer.data.examples import BadRowError, Example, Labels
 from trainer.data.labels import check_labels, column_of, label_index
-from trainer.data.tokenizers import Tokenizer
+from trainer.data.tokenizers import Tokenizer, with_ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceEncoder:
-    """BOS, the text, EOS, and the class or the numbers that belong to it."""
+    """The text as `tokenizer(text)` of transformers has it, and its class or numbers."""
 
     text: str = "text"
     """Column of the text."""
@@ -48,7 +49,23 @@ class SequenceEncoder:
             return self.labels
         if self.problem_type == "regression":
             return (self.label,)
-        raise ValueError("data.labels is not known yet; set it to the names of the labels")
+        raise ValueError("data.encoder.labels is not known yet; set it to the names of the labels")
+
+    @property
+    def outputs(self) -> Labels:
+        return Labels(names=self.names, problem_type=self.problem_type)
+
+    def with_labels(self, find: Callable[[str], tuple[str, ...]]) -> Self:
+        """Return the encoder with its labels; ValueError for vectors, which name none."""
+        if self.labels is not None or self.problem_type == "regression":
+            return self
+        found = find(self.label)
+        if self.problem_type == "multi_label_classification" and set(found) <= {"0", "1"}:
+            raise ValueError(
+                f"column {self.label!r} holds vectors of 0 and 1, which name no label; set "
+                "data.encoder.labels to their names, in the order of the vector"
+            )
+        return replace(self, labels=found)
 
     def check(self, row: dict[str, Any], where: str) -> None:
         """Raise ValueError where a column is missing or the first row is not of this problem."""
@@ -60,7 +77,7 @@ class SequenceEncoder:
         if is_single and isinstance(value, list):
             raise ValueError(
                 f"{where}: column {self.label!r} holds lists; set "
-                "data.problem_type=multi_label_classification"
+                "data.encoder.problem_type=multi_label_classification"
             )
 
     def encode(self, row: dict[str, Any], tokenizer: Tokenizer) -> Example:
@@ -70,13 +87,16 @@ class SequenceEncoder:
             separator = self.separator or tokenizer.special_tokens.get("sep_token", "\n")
             # One text, so that a separator that is a special token becomes its id.
             text = f"{text}{separator}{_text(row, self.text_pair)}"
-        (ids,) = tokenizer.encode_documents([text])
-        return Example(input_ids=ids.astype(np.int64), classes=self._classes(row.get(self.label)))
+        return Example(
+            input_ids=with_ends(tokenizer.encode(text), tokenizer),
+            classes=self._classes(row.get(self.label)),
+            num_bytes=len(text.encode()),
+        )
 
     def _classes(self, value: Any) -> np.ndarray:
         if value is None and not self.allow_missing:
             raise BadRowError(
-                f"column {self.label} is null; give a label, or set data.allow_missing"
+                f"column {self.label} is null; give a label, or set data.encoder.allow_missing"
             )
         if self.problem_type != "single_label_classification":
             return self._numbers(value)

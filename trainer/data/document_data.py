@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,11 @@ import xxhash
 
 from trainer.data.bad_rows import BadRows
 from trainer.data.batching import check_sizes
-from trainer.data.documents import LABELS, DocumentStore, PackedDocuments
-from trainer.data.examples import BadRowError, Encoder
+from trainer.data.document_store import DocumentStore, no_targets, sections
+from trainer.data.documents import PackedDocuments
+from trainer.data.examples import BadRowError, Encoder, Labels
 from trainer.data.folder_writer import FolderWriter
+from trainer.data.label_names import label_names
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.pretraining import hold_out
 from trainer.data.sources import STANDARD_LIBRARY, TextSource
@@ -31,7 +34,8 @@ BAD = np.empty(0, np.int64)
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentData:
-    """Documents that an encoder makes of rows: conversations, prompts with completions, texts."""
+    """Documents that an encoder makes of rows: conversations, prompts with completions, texts,
+    texts with classes, words with tags."""
 
     path: str
     """Folder or file with jsonl, csv, parquet or arrow."""
@@ -91,6 +95,21 @@ class DocumentData:
     def holds_out(self) -> bool:
         return bool(self.eval_path or self.eval_fraction)
 
+    @property
+    def labels(self) -> Labels | None:
+        return self._encoder.outputs
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """The encoder with its labels, which are looked up in the training data if need be."""
+        return self.encoder.with_labels(
+            lambda column: label_names(TextSource(self.path, ""), column, cache=self._cache)
+        )
+
+    @property
+    def _cache(self) -> Path:
+        return Path(self.cache).expanduser()
+
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
         """Return the tokenizer of a `tokenizer=` setting: byte or a folder."""
         if setting == BPE:
@@ -144,11 +163,11 @@ class DocumentData:
         recipe = {
             "files": source.key(),
             "tokenizer": tokenizer.fingerprint,
-            "encoder": f"{type(self.encoder).__name__}/{_settings(self.encoder)}",
+            "encoder": f"{type(self.encoder).__name__}/{_settings(self._encoder)}",
             "split": split,
         }
         key = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, recipe]).encode())
-        folder = Path(self.cache).expanduser() / "documents" / key
+        folder = self._cache / "documents" / key
         index = build_folder(
             folder, recipe, lambda writer: self._documents(source, tokenizer, route, writer),
             tokenizer, TokeniseProgress(path, source.num_bytes()), shard_tokens=SHARD_TOKENS,
@@ -162,19 +181,17 @@ class DocumentData:
         route: Callable[[str], str],
         writer: FolderWriter,
     ) -> Tokens:
-        bad_rows = BadRows(writer.folder, source.path)
+        bad_rows, encoder = BadRows(writer.folder, source.path), self._encoder
         for row in source.rows():
             name = route(xxhash.xxh3_128_hexdigest(json.dumps(row, default=str).encode()))
             try:
-                example = self.encoder.encode(row, tokenizer)
+                example = encoder.encode(row, tokenizer)
             except BadRowError as error:
                 bad_rows.bad(str(error))
-                document = Written(name, BAD, 0, {LABELS: BAD.astype("<i4")})
+                document = Written(name, BAD, 0, no_targets(encoder.outputs))
             else:
                 bad_rows.good(example.notes)
-                assert example.labels is not None
-                labels = {LABELS: example.labels.astype("<i4")}
-                document = Written(name, example.input_ids, example.num_bytes, labels)
+                document = Written(name, example.input_ids, example.num_bytes, sections(example))
             if writer.wants(name):
                 yield document
         bad_rows.finish()

@@ -4,51 +4,17 @@ Every rank knows the lengths of all documents of a step, so all come to the same
 reads those of its own micro-batches.
 """
 
-from bisect import bisect_right
-
 import numpy as np
 import torch
 
 from models.nn.head import IGNORED
 from trainer.batch import Batch
-from trainer.data.examples import Example
+from trainer.data.document_store import DocumentStore
 from trainer.data.loader import Dealt, Locate
 from trainer.data.packing import best_fit
 from trainer.data.rows import COLUMNS
-from trainer.data.shards import STARTS
 from trainer.data.tokens import TokenStore
 from trainer.errors import DataError
-
-LABELS = "labels"  # section of a shard: the target of each token, already shifted
-
-
-class DocumentStore(TokenStore):
-    """A store whose shards say what is to be learnt of each token."""
-
-    def lengths(self, documents: list[int]) -> np.ndarray:
-        """Return how many tokens each document has; 0: a bad row stood there."""
-        return np.array([stop - start for _, start, stop in map(self._place, documents)], np.int64)
-
-    def all_lengths(self) -> np.ndarray:
-        """Return the length of every document, in order."""
-        shards = map(self.shard, range(len(self.entries)))
-        starts = [shard.read(STARTS, 0, shard.footer.num_documents + 1) for shard in shards]
-        return np.concatenate([np.diff(one) for one in starts])
-
-    def example(self, document: int) -> Example:
-        number, start, stop = self._place(document)
-        shard = self.shard(number)
-        return Example(
-            input_ids=shard.tokens(start, stop).astype(np.int64),
-            labels=shard.read(LABELS, start, stop).astype(np.int64),
-        )
-
-    def _place(self, document: int) -> tuple[int, int, int]:
-        """Return the shard of a document and its tokens [start, stop) there."""
-        number = bisect_right(self.first_documents, document) - 1
-        local = document - self.first_documents[number]
-        start, stop = self.shard(number).read(STARTS, local, local + 2).tolist()
-        return number, start, stop
 
 
 class PackedDocuments:
@@ -80,10 +46,11 @@ class PackedDocuments:
         order = np.argsort(row_of, kind="stable")
         rows = np.split(order, np.cumsum(np.bincount(row_of))[:-1])
         stride = num_ranks * micro_rows
+        most = int(np.bincount(row_of).max())  # of the step: all its micro-batches have one shape
         dealt = []
         for first in range(rank * micro_rows, -(-len(rows) // stride) * stride, stride):
             own = [row.tolist() for row in rows[first : first + micro_rows]]
-            batch = self._batch([[found[place] for place in row] for row in own], micro_rows)
+            batch = self._batch([[found[place] for place in row] for row in own], micro_rows, most)
             numbers = sorted(samples[place] for row in own for place in row)
             dealt.append((batch, _ranges(numbers)))
         return dealt
@@ -97,25 +64,34 @@ class PackedDocuments:
             document = (document + 1) % count
         raise DataError(f"{self.store.folder} holds bad rows alone; correct the data")
 
-    def _batch(self, rows: list[list[int]], num_rows: int) -> Batch:
+    def _batch(self, rows: list[list[int]], num_rows: int, most: int) -> Batch:
+        """Return documents as a batch of `num_rows` rows, with classes for `most` in each row."""
         columns = {name: np.zeros((num_rows, self.row_tokens), np.int64) for name in COLUMNS}
         columns["labels"].fill(IGNORED)
-        provenance = []
+        none = self._documents.no_class
+        classes = None if none is None else np.tile(none, (num_rows, most, *([1] * none.ndim)))
         for place, documents in enumerate(rows):
             first = 0
-            for segment, document in enumerate(documents, start=1):
+            for number, document in enumerate(documents):
                 example = self._documents.example(document)
                 length = min(len(example.input_ids), self.row_tokens)
-                assert example.labels is not None
                 run = slice(first, first + length)
                 columns["input_ids"][place, run] = example.input_ids[:length]
-                columns["labels"][place, run] = example.labels[:length]
                 columns["position_ids"][place, run] = np.arange(length)
-                columns["segment_ids"][place, run] = segment
+                columns["segment_ids"][place, run] = number + 1
+                if example.labels is not None:
+                    columns["labels"][place, run] = example.labels[:length]
+                if classes is not None:
+                    classes[place, number] = example.classes
                 first += length
-            provenance.append(",".join(f"{self.store.name}[{n}:{n + 1}]" for n in documents))
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
-        return Batch(**tensors, provenance=tuple(provenance))
+        return Batch(
+            **tensors,
+            class_labels=None if classes is None else torch.from_numpy(classes),
+            provenance=tuple(
+                ",".join(f"{self.store.name}[{n}:{n + 1}]" for n in row) for row in rows
+            ),
+        )
 
 
 def _ranges(numbers: list[int]) -> list[tuple[int, int]]:

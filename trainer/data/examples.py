@@ -1,7 +1,8 @@
 """One document as a model sees it, and what makes documents of raw rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -30,23 +31,46 @@ class Example:
     classes: np.ndarray | None = None
     """Of the whole document: () int64, or (num_labels,) float64; -100 or NaN: none."""
     num_bytes: int = 0
-    """UTF-8 bytes of the text that is learnt, for bits per byte."""
+    """UTF-8 bytes of the text that is learnt or judged, for bits per byte."""
     notes: tuple[Note, ...] = ()
 
     @property
     def num_targets(self) -> int:
         targets = self.labels if self.classes is None else self.classes
         assert targets is not None
-        is_none = np.isnan(targets) if targets.dtype.kind == "f" else targets == IGNORED
-        return int((~is_none).sum())
+        return int((~is_none(targets)).sum())
+
+
+def is_none(targets: np.ndarray) -> np.ndarray:
+    """Return where there is no target."""
+    return np.isnan(targets) if targets.dtype.kind == "f" else targets == IGNORED
 
 
 class BadRowError(Exception):
     """A row that no document can be made of; the message says why, in words."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What a classification head answers."""
+
+    names: tuple[str, ...]
+    """In the order of its outputs."""
+    problem_type: str | None
+    """As in Hugging Face's config.json, of whole texts; None: every word has a label."""
+
+
 class Encoder(Protocol):
     """Makes documents of raw rows. Its settings are a frozen dataclass: part of the cache's key."""
+
+    @property
+    def outputs(self) -> Labels | None:
+        """What documents are labelled with; None: they are text to be learnt."""
+        ...
+
+    def with_labels(self, find: Callable[[str], tuple[str, ...]]) -> Self:
+        """Return the encoder that knows its labels, if need be found in a column of the data."""
+        ...
 
     def check(self, row: dict[str, Any], where: str) -> None:
         """Raise ValueError where the columns of a first row cannot serve, with a suggestion."""

@@ -4,20 +4,34 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from trainer.data.examples import BadRowError
+from trainer.data.examples import BadRowError, Labels
+from trainer.data.tokenizers import Tokenizer
+
+_MAX_FOUND = 1000  # more different values are no labels
 
 
 def found_labels(rows: Iterable[dict[str, Any]], column: str) -> tuple[str, ...]:
     """Return the labels that occur in `column`, alone or in lists: integers by size, else sorted.
 
-    Of vectors (lists of 0 and 1) the places are the labels: ask for those only by name.
+    Of vectors (lists of 0 and 1) the places are the labels: ask for those only by name. ValueError
+    for a column of something else: numbers that are not whole, or very many values.
     """
-    values: set[Any] = set()
+    names: set[str] = set()
     for row in rows:
-        value = row[column]
-        values.update(value if isinstance(value, list | tuple) else [value])
-    values.discard(None)
-    names = {_name(value) for value in values}
+        value = row.get(column)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, float) and not item.is_integer():
+                raise ValueError(
+                    f"column {column!r} holds {item}, which is no label; "
+                    "set data.encoder.problem_type=regression"
+                )
+            if item is not None:
+                names.add(_name(item))
+        if len(names) > _MAX_FOUND:
+            raise ValueError(
+                f"column {column!r} holds more than {_MAX_FOUND} different values, such as "
+                f"{min(names)!r}; set data.encoder.labels, or another column"
+            )
     return tuple(sorted(names, key=int if all(map(_is_number, names)) else str))
 
 
@@ -37,12 +51,21 @@ def label_index(value: Any, labels: tuple[str, ...]) -> int:
     raise BadRowError(f"label {value!r} is unknown; {hint}Known: {', '.join(labels)}")
 
 
-def config_labels(labels: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Return what config.json says of the labels."""
-    return {
-        "id2label": {str(index): name for index, name in enumerate(labels)},
-        "label2id": {name: index for index, name in enumerate(labels)},
+def label_keys(labels: Labels | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what config.json says of the labels, so that transformers answers with their names.
+
+    It finds the end of a text by the padding token: one that texts do not end with.
+    """
+    if labels is None:
+        return {}
+    keys: dict[str, Any] = {
+        "id2label": {str(index): name for index, name in enumerate(labels.names)},
+        "label2id": {name: index for index, name in enumerate(labels.names)},
     }
+    if labels.problem_type is not None:
+        keys["problem_type"] = labels.problem_type
+        keys["pad_token_id"] = tokenizer.pad_token_id
+    return keys
 
 
 def check_labels(labels: tuple[str, ...] | None, minimum: int) -> None:
@@ -64,7 +87,7 @@ def column_of(row: dict[str, Any], column: str, setting: str, where: str) -> Any
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(
         f"{where} has no column {column!r}, only {', '.join(sorted(row))}; {hint}"
-        f"Set data.{setting} to one of them"
+        f"Set data.encoder.{setting} to one of them"
     )
 
 

@@ -53,6 +53,10 @@ class PretrainingData:
     def own_tokenizer(self) -> str:
         return BPE
 
+    @property
+    def labels(self) -> None:
+        return None
+
     def rows_per_micro_batch(self, num_ranks: int) -> int:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
         return rows_per_micro_batch(self.global_rows, self.micro_rows, num_ranks)

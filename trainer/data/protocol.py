@@ -3,6 +3,7 @@
 from dataclasses import Field
 from typing import Any, ClassVar, Protocol
 
+from trainer.data.examples import Labels
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
 
@@ -27,6 +28,12 @@ class DataSpec(Protocol):
     @property
     def own_tokenizer(self) -> str:
         """What `tokenizer=auto` comes to where the model brings none."""
+        ...
+
+    @property
+    def labels(self) -> Labels | None:
+        """What a classification head answers; None: the data is text to be learnt. After `check`:
+        the files may have to be read."""
         ...
 
     def micro_batches(self, num_ranks: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -132,18 +133,36 @@ class TextSource:
             )
         return text
 
-    def rows(self) -> Iterator[dict[str, object]]:
-        """Yield every row as a dict of its columns."""
+    def class_names(self, column: str) -> list[str] | None:
+        """Return the names that the files give to the integers of a column; None: they give none.
+
+        Parquet and arrow files that `datasets` wrote have them.
+        """
+        import datasets
+
+        features = self._load().features or {}
+        feature = features.get(column)
+        while isinstance(feature, datasets.List | datasets.LargeList):
+            feature = feature.feature
+        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+    def _load(self) -> Any:
         import datasets
 
         names = [str(file) for file in self.files]
-        # Streaming: datasets' own cache would copy the corpus once more.
         options = {"sample_by": "document"} if self.format == "text" else {}
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says it all
+        # Streaming: datasets' own cache would copy the corpus once more.
+        return datasets.load_dataset(
+            self.format, data_files=names, split="train", streaming=True, **options
+        )
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield every row as a dict of its columns."""
+        import datasets
+
         try:
-            yield from datasets.load_dataset(
-                self.format, data_files=names, split="train", streaming=True, **options
-            )
+            yield from self._load()
         except StopIteration:  # datasets' way to say that a JSON file is empty
             return
         except UnicodeDecodeError as error:

@@ -5,21 +5,25 @@ pretraining; the characters of each token say whose it is. So it works alike whe
 to the next token (byte-level, SentencePiece) and where it belongs to none (WordPiece).
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from models.nn.head import IGNORED
-from trainer.data.examples import BadRowError, Example, Note
+from trainer.data.examples import BadRowError, Example, Labels, Note
 from trainer.data.labels import check_labels, column_of, label_index
 from trainer.data.spans import tokens_between
-from trainer.data.tokenizers import Tokenizer, surround
+from trainer.data.tokenizers import Tokenizer, with_ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEncoder:
-    """BOS, the words, EOS; every word's label stands on its last token, or on its first."""
+    """The words as one text, as `tokenizer(text)` of transformers has it.
+
+    Every word's label stands on its last token, or on its first.
+    """
 
     tokens: str = "tokens"
     """Column of the words: a list of text."""
@@ -39,8 +43,17 @@ class TokenEncoder:
     def names(self) -> tuple[str, ...]:
         """Names of the model's outputs; ValueError where they are not known yet."""
         if self.labels is None:
-            raise ValueError("data.labels is not known yet; set it to the names of the labels")
+            raise ValueError(
+                "data.encoder.labels is not known yet; set it to the names of the labels"
+            )
         return self.labels
+
+    @property
+    def outputs(self) -> Labels:
+        return Labels(names=self.names, problem_type=None)
+
+    def with_labels(self, find: Callable[[str], tuple[str, ...]]) -> Self:
+        return self if self.labels is not None else replace(self, labels=find(self.tags))
 
     def check(self, row: dict[str, Any], where: str) -> None:
         """Raise ValueError where a column is missing or holds no list."""
@@ -49,13 +62,14 @@ class TokenEncoder:
             if not isinstance(value, list):
                 raise ValueError(
                     f"{where}: column {column!r} holds {type(value).__name__}, needed a list; set "
-                    f"data.{setting} to a column of lists"
+                    f"data.encoder.{setting} to a column of lists"
                 )
 
     def encode(self, row: dict[str, Any], tokenizer: Tokenizer) -> Example:
         """Return the document with a label for each word."""
         words, classes = self._words(row)
-        ids, places = tokenizer.encode_with_spans(" ".join(words))
+        text = " ".join(words)
+        ids, places = tokenizer.encode_with_spans(text)
         labels = np.full(len(ids), IGNORED, np.int64)
         last, notes = -1, []
         for word, class_, tokens in zip(words, classes, word_tokens(words, places), strict=True):
@@ -69,8 +83,9 @@ class TokenEncoder:
         if not (labels != IGNORED).any():
             raise BadRowError("no word of the row has a label and a token; drop the row")
         return Example(
-            input_ids=surround(ids, tokenizer),
-            labels=_between_borders(labels, tokenizer),
+            input_ids=with_ends(ids, tokenizer),
+            labels=np.pad(labels, list(map(len, tokenizer.ends)), constant_values=IGNORED),
+            num_bytes=len(text.encode()),
             notes=tuple(notes),
         )
 
@@ -83,7 +98,8 @@ class TokenEncoder:
             raise BadRowError(f"the row has {len(words)} words and {found} tags; correct the row")
         if None in tags and not self.allow_missing:
             raise BadRowError(
-                f"column {self.tags} has a null; give every word a tag, or set data.allow_missing"
+                f"column {self.tags} has a null; give every word a tag, or set "
+                "data.encoder.allow_missing"
             )
         return words, [IGNORED if tag is None else label_index(tag, self.names) for tag in tags]
 
@@ -97,10 +113,3 @@ def word_tokens(words: list[str], places: np.ndarray) -> list[tuple[int, int] | 
         found.append((first, last) if first <= last and word else None)
         start += len(word) + 1
     return found
-
-
-def _between_borders(labels: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the labels of a whole document: BOS and EOS have none."""
-    before = int(tokenizer.bos_token_id is not None)
-    behind = int(tokenizer.eos_token_id is not None)
-    return np.pad(labels, (before, behind), constant_values=IGNORED)

@@ -33,6 +33,10 @@ class TokenFolder:
     def own_tokenizer(self) -> str:
         return self.path
 
+    @property
+    def labels(self) -> None:
+        return None
+
     def rows_per_micro_batch(self, num_ranks: int) -> int:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
         return rows_per_micro_batch(self.global_rows, self.micro_rows, num_ranks)

@@ -11,14 +11,19 @@ import numpy as np
 import xxhash
 
 from trainer.data.byte_level import byte_level_json
+from trainer.data.tokenizer_config import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    configured_template,
+    read_tokenizer_config,
+    special_tokens,
+    stored_template,
+    write_tokenizer_config,
+)
 from trainer.files import write_json, write_text
 
 BYTE, BPE = "byte", "bpe"  # values of `tokenizer=` that name no folder
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-TEMPLATE_FILE = "chat_template.jinja"
-SPECIAL_TOKENS = tuple(
-    f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
 
 
 class Tokenizer(Protocol):
@@ -33,6 +38,16 @@ class Tokenizer(Protocol):
     def bos_token_id(self) -> int | None: ...
     @property
     def eos_token_id(self) -> int | None: ...
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding token, or what stands in for it: EOS, else BOS."""
+        ...
+
+    @property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """Ids that `tokenizer(text)` of transformers puts before and behind a text."""
+        ...
+
     @property
     def special_tokens(self) -> dict[str, str]:
         """Text of the special tokens that have a name: bos_token, eos_token, ..."""
@@ -82,14 +97,21 @@ def surround(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarra
     return np.concatenate((before, ids, behind), dtype=np.int64, casting="unsafe")
 
 
+def with_ends(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Return a text that is judged: `ids` as transformers would hand them to the trained model."""
+    before, behind = tokenizer.ends
+    return np.concatenate((before, ids, behind), dtype=np.int64, casting="unsafe")
+
+
 class ByteTokenizer:
     """256 bytes, then BOS and EOS: needs no file, reads any text, and 1 token is 1 byte."""
 
     vocab_size = 258
-    bos_token_id, eos_token_id = 256, 257
+    bos_token_id, eos_token_id, pad_token_id = 256, 257, 257
 
     def __init__(self, chat_template: str | None = None) -> None:
         self.chat_template, self.special_ids = chat_template, {256, 257}
+        self.ends: tuple[list[int], list[int]] = ([], [])
         self.special_tokens = {"bos_token": BOS, "eos_token": EOS}
 
     @cached_property
@@ -119,7 +141,7 @@ class ByteTokenizer:
     def save(self, folder: Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, for Hugging Face readers."""
         write_text(folder / "tokenizer.json", self._json())
-        write_config(folder, BOS, EOS)
+        write_tokenizer_config(folder, BOS, EOS)
         if self.chat_template is not None:
             write_text(folder / TEMPLATE_FILE, self.chat_template)
 
@@ -150,14 +172,14 @@ class FileTokenizer:
         # a post-processor would add special tokens, and takes spaces out of the spans of tokens.
         self._fast.no_truncation()
         self._fast.no_padding()
+        self.ends = _ends(self._fast)
         self._fast.post_processor = None
-        config_path = folder / "tokenizer_config.json"
-        self._config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
-        self.chat_template = chat_template or _stored_template(folder, self._config)
-        self.special_tokens = {
-            name: text for name in SPECIAL_TOKENS if (text := _content(self._config.get(name)))
-        }
+        self._config = read_tokenizer_config(folder)
+        self.chat_template = chat_template or stored_template(folder, self._config)
+        self.special_tokens = special_tokens(self._config)
         self.bos_token_id, self.eos_token_id = self._special("bos"), self._special("eos")
+        known = (self._special("pad"), self.eos_token_id, self.bos_token_id)
+        self.pad_token_id = next((i for i in known if i is not None), None)
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         added = self._fast.get_added_tokens_decoder().items()
         ends = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
@@ -193,9 +215,16 @@ class FileTokenizer:
 
     def save(self, folder: Path) -> None:
         write_text(folder / "tokenizer.json", self._json)
-        write_json(folder / "tokenizer_config.json", self._config)
-        if self.chat_template and self.chat_template != _configured_template(self._config):
+        write_json(folder / CONFIG_FILE, self._config)
+        if self.chat_template and self.chat_template != configured_template(self._config):
             write_text(folder / TEMPLATE_FILE, self.chat_template)
+
+
+def _ends(fast: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that the post-processor puts before and behind a text."""
+    whole, bare = (fast.encode("a", add_special_tokens=adds).ids for adds in (True, False))
+    before = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return whole[:before], whole[before + len(bare) :]
 
 
 def _fingerprint(tokenizer_json: str, tokenizer: Tokenizer) -> str:
@@ -206,37 +235,6 @@ def _fingerprint(tokenizer_json: str, tokenizer: Tokenizer) -> str:
     return xxhash.xxh3_128_hexdigest(f"{tokenizer_json}{ends}{rendered}".encode())
 
 
-def _content(token: Any) -> str | None:
-    """Return the text of a token, which tokenizer_config.json may describe by an object."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _stored_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return a folder's chat template: as in transformers, a file of its own comes first."""
-    path = folder / TEMPLATE_FILE
-    return path.read_text("utf-8") if path.is_file() else _configured_template(config)
-
-
-def _configured_template(config: dict[str, Any]) -> str | None:
-    """Return the template of tokenizer_config.json; of several with names, the default."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
 def given_tokenizer(setting: str) -> ByteTokenizer | FileTokenizer:
     """Return the tokenizer of a `tokenizer=` setting that needs no training: byte or a folder."""
     return ByteTokenizer() if setting == BYTE else FileTokenizer(Path(setting).expanduser())
-
-
-def write_config(folder: Path, bos: str, eos: str) -> None:
-    """Write the tokenizer_config.json of a tokenizer that we made."""
-    config = {
-        "bos_token": bos,
-        "eos_token": eos,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 1_000_000_000,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json(folder / "tokenizer_config.json", config)

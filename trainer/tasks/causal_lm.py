@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from models.heads import CausalLMSpec
+from models.heads import CAUSAL_LM, CausalLMSpec
 from models.nn.model import DecoderModel
+from trainer.data.examples import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,20 @@ class CausalLMTask:
                 f"task.chunk_tokens={self.chunk_tokens} is not positive; set it to 1024"
             )
 
-    def build_model(self, spec: CausalLMSpec) -> DecoderModel:
+    @property
+    def head(self) -> str:
+        return CAUSAL_LM
+
+    def check(self, spec: CausalLMSpec, labels: Labels | None) -> None:
+        """Raise ValueError for data whose labels are no tokens."""
+        if labels is not None:
+            kind = "token" if labels.problem_type is None else "sequence"
+            raise ValueError(
+                "task=causal_lm learns to write text, and the data has labels "
+                f"({', '.join(labels.names[:3])}, ..); set task={kind}_classification"
+            )
+
+    def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         return spec.build_causal_lm(chunk_tokens=self.chunk_tokens)
 
     def eval_metrics(self, nll_sum: float, num_targets: int, num_bytes: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
+from trainer.verify.made_labels import MadeLabels
 from trainer.verify.measure import ADAM_EPS
 from trainer.verify.rows import MadeRows
 
@@ -47,13 +48,19 @@ def shrink(run: Run) -> Small:
             f"optim.eps={ADAM_EPS}, so that gradients of nothing but rounding move nothing"
         )
         optim = replace(optim, eps=ADAM_EPS)
+    labels = run.data.labels
+    task: Any = run.task
+    if hasattr(task, "dropout"):
+        notes.append("task.dropout=0")
+        task = replace(task, dropout=0.0)
     rows = MadeRows(
         vocab_size=small.vocab_size + getattr(small, "additional_vocab_size", 0),
         tokens=TOKENS,
+        relabel=MadeLabels(labels=labels) if labels else None,
         images=(2, 3, IMAGE) if hasattr(small, "vision_config") else None,
     )
     changed = replace(
-        run, model=small, engine=engine, optim=optim, precision="fp64", weights=RANDOM,
+        run, model=small, task=task, engine=engine, optim=optim, precision="fp64", weights=RANDOM,
         tokenizer="byte", freeze=FreezeSpec(frozen=frozen),
         data=replace(run.data, micro_rows=rows.micro_rows),
     )  # fmt: skip

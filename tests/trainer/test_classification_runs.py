@@ -1,0 +1,199 @@
+"""Classifiers are trained from rows: any ranks and packing, and transformers answers alike."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.runs import tiny_run, train
+from trainer.data.classification import SequenceEncoder
+from trainer.data.document_data import DocumentData
+from trainer.data.label_names import label_names
+from trainer.data.sources import TextSource
+from trainer.data.tagging import TokenEncoder
+from trainer.data.tokenizers import ByteTokenizer
+from trainer.mesh import MeshSpec
+from trainer.record import read_lines
+from trainer.tasks.causal_lm import CausalLMTask
+from trainer.tasks.classification import SequenceClassificationTask, TokenClassificationTask
+
+WORDS = ("red", "green", "a", "longer", "blue", "sky")
+TEXTS = [
+    {
+        "text": " ".join(WORDS[(n * k) % 6] for k in range(1, n % 5 + 2)),
+        "mood": ("bad", "good", "so-so")[n % 3],
+        "moods": [("bad", "good", "so-so")[k] for k in range(3) if n >> k & 1],
+        "score": n / 40,
+    }
+    for n in range(40)
+]
+TAGGED = [
+    {
+        "tokens": row["text"].split(),
+        "tags": [("O", "COLOUR")[word in WORDS[:2]] for word in row["text"].split()],
+    }
+    for row in TEXTS
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labels")
+    for name, rows in (("texts", TEXTS), ("tagged", TAGGED)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+def data(folder: Path, encoder: Any, **changes: Any) -> DocumentData:
+    name = "tagged" if isinstance(encoder, TokenEncoder) else "texts"
+    settings: dict[str, Any] = {
+        "path": str(folder / f"{name}.jsonl"), "eval_fraction": 0.2, "row_tokens": 64,
+        "global_documents": 8, "micro_rows": 2, "cache": str(folder / "cache"),
+    }  # fmt: skip
+    return DocumentData(encoder=encoder, **settings | changes)
+
+
+SEQUENCE, TOKEN = SequenceClassificationTask(), TokenClassificationTask(dropout=0.0)
+CASES = {
+    "single": (SEQUENCE, SequenceEncoder(label="mood")),
+    "multi": (
+        SEQUENCE,
+        SequenceEncoder(label="moods", problem_type="multi_label_classification"),
+    ),
+    "regression": (SEQUENCE, SequenceEncoder(label="score", problem_type="regression")),
+    "token": (TOKEN, TokenEncoder()),
+}
+
+
+def run_on(folder: Path, case: str, cache: Path, **changes: Any) -> Any:
+    task, encoder = CASES[case]
+    settings = {"precision": "fp64", "max_steps": 4, "eval_every": 4, "save_every": 4}
+    own = {k: changes.pop(k) for k in ("packing", "micro_rows") if k in changes}
+    run = tiny_run(cache, **settings | changes)
+    return replace(run, task=task, data=data(folder, encoder, **own))
+
+
+def numbers(folder: Path) -> list[tuple[Any, ...]]:
+    lines = read_lines(folder / "metrics.jsonl")
+    return [(line["step"], line["split"], line["num_targets"], line["loss"]) for line in lines]
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_losses_do_not_depend_on_packing_or_ranks(
+    folder: Path, tmp_path: Path, cache: Path, case: str
+) -> None:
+    run_ranks(1, train, tmp_path / "packed", run_on(folder, case, cache))
+    run = run_on(folder, case, cache, packing="off", micro_rows=1, mesh=MeshSpec(dp_shard=2))
+    run_ranks(2, train, tmp_path / "off", run)
+    packed, off = numbers(tmp_path / "packed"), numbers(tmp_path / "off")
+    assert [line[:3] for line in off] == [line[:3] for line in packed]
+    assert [n[-1] for n in off] == pytest.approx([n[-1] for n in packed], rel=1e-12)
+    targets = {"single": 8, "multi": 24, "regression": 8}
+    if case in targets:  # rows, or rows times labels
+        assert packed[0][2] == targets[case]
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_transformers_answers_as_the_trained_model_and_with_the_names_of_the_labels(
+    folder: Path, tmp_path: Path, cache: Path, case: str
+) -> None:
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
+
+    run = run_on(folder, case, cache)
+    run_ranks(1, train, tmp_path / "run", run)
+    model_folder = tmp_path / "run" / "checkpoints" / "step_00000004" / "model"
+    kind: Any = (
+        AutoModelForTokenClassification if case == "token" else AutoModelForSequenceClassification
+    )
+    theirs = kind.from_pretrained(model_folder).double().eval()
+    names = {"regression": ("score",), "token": ("COLOUR", "O")}.get(case, ("bad", "good", "so-so"))
+    assert tuple(theirs.config.id2label.values()) == names
+    if case != "token":
+        assert theirs.config.problem_type == run.data.labels.problem_type
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    _, loader = run.data.build(tokenizer=ByteTokenizer(), seed=0, rank=0, num_ranks=1)
+    total, count = 0.0, 0
+    for batch in loader.batches():
+        for row in range(batch.num_rows):
+            for segment in range(1, int(batch.segment_ids[row].max()) + 1):
+                is_in = batch.segment_ids[row] == segment
+                text = ByteTokenizer().decode(batch.input_ids[row][is_in].tolist())
+                both = tokenizer([text, text + " and more"], padding=True, return_tensors="pt")
+                with torch.no_grad():
+                    logits = theirs(**both).logits[0]
+                if case == "token":
+                    labels, logits = batch.labels[row][is_in], logits[: int(is_in.sum())]
+                else:
+                    labels = batch.class_labels[row, segment - 1]
+                total += loss_sum(case, logits, labels)
+                count += int((labels != -100).sum())
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (last["split"], last["num_targets"]) == ("eval", count)
+    # transformers computes the rotary tables in fp32.
+    assert last["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+def loss_sum(case: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the loss by its formula, for one document."""
+    if case == "regression":
+        return float((logits - labels).square().sum())
+    if case == "multi":
+        p = logits.sigmoid()
+        return float(-(labels * p.log() + (1 - labels) * (1 - p).log()).sum())
+    logits, labels = logits.view(-1, logits.shape[-1]), labels.view(-1)
+    picked = logits.log_softmax(-1)[labels != -100]
+    return -float(picked.gather(1, labels[labels != -100, None]).sum())
+
+
+def test_labels_are_read_once_and_parquet_files_may_name_them(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    features = Features(
+        {"y": ClassLabel(names=["no", "yes"]), "tags": List(ClassLabel(names=["O", "B"])),
+         "n": Value("int64")}
+    )  # fmt: skip
+    rows = [{"y": 1, "tags": [0, 1], "n": 3}, {"y": 1, "tags": [0], "n": 20}]
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    source = TextSource(str(path), "")
+    assert label_names(source, "y", cache=tmp_path) == ("no", "yes")
+    assert label_names(source, "tags", cache=tmp_path) == ("O", "B")
+    assert label_names(source, "n", cache=tmp_path) == ("3", "20")
+    source.rows = None  # type: ignore[method-assign, assignment]  read no more
+    assert label_names(source, "n", cache=tmp_path) == ("3", "20")
+
+
+def test_a_task_is_refused_on_data_of_another_kind(folder: Path, cache: Path) -> None:
+    for case, task, message in (
+        ("single", CausalLMTask(), r"labels \(bad, good, so-so, ..\); set task=sequence_class"),
+        ("single", TOKEN, "for every word, and the data has one for every text; set data=token"),
+        ("token", SEQUENCE, "for every text, and the data has one for every word; set data=seq"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(run_on(folder, case, cache), task=task).check(1)
+    with pytest.raises(ValueError, match="and the data has none; set data=sequence_labels"):
+        replace(tiny_run(cache), task=SEQUENCE).check(1)
+
+
+def test_data_without_labels_is_refused(folder: Path, tmp_path: Path, cache: Path) -> None:
+    run = run_on(folder, "single", cache)
+    for label, message in (("modo", "no column 'modo'.* did you mean mood"),):
+        other = replace(run, data=data(folder, SequenceEncoder(label=label)))
+        with pytest.raises(ValueError, match=message):
+            other.check(1)
+    (tmp_path / "one.jsonl").write_text('{"text": "a", "label": "x"}\n' * 3)
+    one = replace(
+        run, data=replace(data(folder, SequenceEncoder()), path=str(tmp_path / "one.jsonl"))
+    )
+    with pytest.raises(ValueError, match="column 'label' holds 1 different labels; needed 2"):
+        one.check(1)
