@@ -26,7 +26,7 @@ from trainer.data.prefetch import ahead
 from trainer.data.rows import PackedRows
 from trainer.data.shard_writer import seal
 from trainer.data.shards import BLOCK_BYTES, HEADER, Section, Shard, Vocabulary
-from trainer.data.tokens import Entry, Index, TokenStore
+from trainer.data.tokens import Entry, Index, Part, TokenStore
 
 RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
 TARGET_RATE = 4e6  # tokens per second of one node
@@ -105,7 +105,7 @@ def _write_virtual(folder: Path) -> None:
 
 
 def _loader(folder: Path, row_tokens: int, global_rows: int, micro_rows: int) -> StepLoader:
-    rows = PackedRows(TokenStore(folder, "train"), row_tokens)
+    rows = PackedRows(TokenStore(Part(folder, "train")), row_tokens)
     return StepLoader(
         rows=rows, seed=0, global_samples=global_rows, micro_rows=micro_rows, rank=0, num_ranks=1
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.tokenise import vocabulary_of
 from trainer.data.tokenizers import ByteTokenizer
-from trainer.data.tokens import TokenStore
+from trainer.data.tokens import Part, TokenStore
 
 
 def text_of(number: int, length: int) -> str:
@@ -28,4 +28,4 @@ def write_folder(folder: Path, lengths: list[int], *, shard_tokens: int, name: s
 def store_of(folder: Path, lengths: list[int], shard_tokens: int = 1 << 28) -> TokenStore:
     """Return the store that `write_folder` made."""
     write_folder(folder, lengths, shard_tokens=shard_tokens, name="train")
-    return TokenStore(folder, "train")
+    return TokenStore(Part(folder, "train"))

@@ -25,6 +25,12 @@ def describe_model(model: nn.Module) -> str:
     )
 
 
+def _passes(loader: StepLoader, max_steps: int) -> str:
+    """Return how often the run will have read each source."""
+    each = (f"{name} {done:.2f}".lstrip() for name, done in loader.epochs(max_steps).items())
+    return f"{', '.join(each)} epochs"
+
+
 def describe(
     run: Run,
     model_line: str,
@@ -50,7 +56,7 @@ def describe(
         "batch": f"{loader.global_samples} {unit} per step, in rows of {loader.rows.row_tokens} "
         f"tokens: {loader.num_ranks} ranks x micro-batches of {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
-        f"{run.max_steps * loader.global_samples / loader.rows.num_samples:.2f} epochs; "
+        f"{_passes(loader, run.max_steps)}; "
         f"{held_out} documents held out",
         "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
         "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal, one segment)",

@@ -137,8 +137,8 @@ def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | Non
     )
     if run.eval_every and eval_loader is None:
         raise ValueError(
-            f"data.path={run.data.path} holds one document, so none can be held out for "
-            f"eval_every={run.eval_every}; set data.eval_path, or eval_every=null"
+            f"none of the data's documents is held out for eval_every={run.eval_every}: there are "
+            "too few; set data.eval_path, or eval_every=null"
         )
     return tokenizer, loader, eval_loader
 

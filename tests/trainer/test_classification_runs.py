@@ -123,7 +123,7 @@ def test_transformers_answers_as_the_trained_model_and_with_the_names_of_the_lab
     tokenizer.pad_token = tokenizer.eos_token
     _, loader = run.data.build(tokenizer=ByteTokenizer(), seed=0, rank=0, num_ranks=1)
     total, count = 0.0, 0
-    for batch in loader.batches():
+    for _, batch in loader.batches():
         for row in range(batch.num_rows):
             for segment in range(1, int(batch.segment_ids[row].max()) + 1):
                 is_in = batch.segment_ids[row] == segment
@@ -166,11 +166,11 @@ def test_labels_are_read_once_and_parquet_files_may_name_them(tmp_path: Path) ->
     path = tmp_path / "rows.parquet"
     Dataset.from_list(rows, features=features).to_parquet(path)
     source = TextSource(str(path), "")
-    assert label_names(source, "y", cache=tmp_path) == ("no", "yes")
-    assert label_names(source, "tags", cache=tmp_path) == ("O", "B")
-    assert label_names(source, "n", cache=tmp_path) == ("3", "20")
+    assert label_names([source], "y", cache=tmp_path) == ("no", "yes")
+    assert label_names([source], "tags", cache=tmp_path) == ("O", "B")
+    assert label_names([source], "n", cache=tmp_path) == ("3", "20")
     source.rows = None  # type: ignore[method-assign, assignment]  read no more
-    assert label_names(source, "n", cache=tmp_path) == ("3", "20")
+    assert label_names([source], "n", cache=tmp_path) == ("3", "20")
 
 
 def test_a_task_is_refused_on_data_of_another_kind(folder: Path, cache: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models.nn.head import IGNORED
 from tests.token_folders import store_of
 from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.order import permute, round_keys
 from trainer.data.pretraining import PretrainingData
 from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource
@@ -118,16 +119,20 @@ def test_a_step_holds_the_same_rows_on_every_layout(
 
 def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(rows: PackedRows) -> None:
     loader = loader_of(rows, 8, 8, 0, 1)
-    first = [loader.row_of(n) for n in range(rows.num_rows)]
-    second = [loader.row_of(n) for n in range(rows.num_rows, 2 * rows.num_rows)]
+    first = loader.order.locate(np.arange(rows.num_rows))
+    second = loader.order.locate(np.arange(rows.num_rows, 2 * rows.num_rows))
     assert sorted(first) == sorted(second) == list(range(rows.num_rows))
     assert first != second
 
 
 def test_rows_of_a_step_are_found_at_once_as_one_by_one(rows: PackedRows) -> None:
     loader = loader_of(rows, 8, 8, 0, 1)
-    samples = np.arange(rows.num_rows - 20, 2 * rows.num_rows + 20)  # of three epochs
-    assert loader.rows_of(samples) == [loader.row_of(int(sample)) for sample in samples]
+    samples = range(rows.num_rows - 20, 2 * rows.num_rows + 20)  # of three epochs
+    expected = []
+    for sample in samples:
+        epoch, index = divmod(sample, rows.num_rows)
+        expected.append(permute(index, rows.num_rows, round_keys("rows", loader.seed, epoch)))
+    assert loader.order.locate(np.array(samples)) == expected
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -173,7 +178,12 @@ def test_evaluation_covers_every_row_once_and_gives_all_ranks_equal_work(
     rows: PackedRows, ranks: int, micro_rows: int
 ) -> None:
     batches = [
-        list(EvalLoader(rows=rows, micro_rows=micro_rows, rank=r, num_ranks=ranks).batches())
+        [
+            batch
+            for _, batch in EvalLoader(
+                rows=rows, micro_rows=micro_rows, rank=r, num_ranks=ranks
+            ).batches()
+        ]
         for r in range(ranks)
     ]
     assert len({len(b) for b in batches}) == 1

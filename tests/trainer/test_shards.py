@@ -14,7 +14,7 @@ from trainer.data import shards, tokens
 from trainer.data.rows import PackedRows
 from trainer.data.shard_writer import ShardWriter
 from trainer.data.shards import BLOCK_BYTES, HEADER, STARTS, TOKENS, Shard, Vocabulary
-from trainer.data.tokens import TokenStore
+from trainer.data.tokens import Part, TokenStore
 from trainer.errors import DataError
 
 SMALL = Vocabulary(tokenizer="t", vocab_size=1000, bos_token_id=1, eos_token_id=None)
@@ -171,7 +171,7 @@ def test_a_token_outside_the_vocabulary_is_named_in_the_batch(tmp_path: Path) ->
     place = 64 + 2 * 50
     data[place : place + 2] = (258).to_bytes(2, "little")
     path.write_bytes(data)
-    rows = PackedRows(TokenStore(tmp_path, "train"), 16)
+    rows = PackedRows(TokenStore(Part(tmp_path, "train")), 16)
     rows.batch([0, 1, 2], 3)
     with pytest.raises(DataError, match=rf"{path} holds token 258 at byte {place}, .* has 258;"):
         rows.batch([3], 1)

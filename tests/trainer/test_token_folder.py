@@ -80,10 +80,10 @@ def test_shards_without_a_held_out_part_need_eval_path(shards: Path, tmp_path: P
     replace(run, data=data).check(world_size=1)
     _, evaluation = data.stores()
     assert evaluation is not None
-    assert evaluation.name == "eval"
+    assert evaluation.parts[0].name == "eval"
     _, whole = spec(shards, eval_path=str(tmp_path / "a")).stores()
     assert whole is not None
-    assert (whole.name, whole.num_documents) == ("train", 5)
+    assert (whole.parts[0].name, whole.num_documents) == ("train", 5)
 
 
 def test_another_tokenizer_is_refused_with_the_right_one(shards: Path, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class NgramCallback(Callback):
         trained = (b for number in range(num_steps) for b in alone.step(number).micro_batches)
         counts = pair_counts(trained, self.view.tokenizer.vocab_size)
         held_out = pair_counts(
-            replace(evaluation, rank=0, num_ranks=1).batches(), self.view.tokenizer.vocab_size
+            (batch for _, batch in replace(evaluation, rank=0, num_ranks=1).batches()),
+            self.view.tokenizer.vocab_size,
         )
         num_bytes = evaluation.rows.store.num_bytes
         return unigram_bits(counts, held_out) / num_bytes, bigram_bits(counts, held_out) / num_bytes

@@ -1,8 +1,9 @@
 """Rows per step: what is legal on a number of ranks, and the loaders of one of them."""
 
-from trainer.data.loader import EvalLoader, StepLoader
-from trainer.data.rows import PackedRows
-from trainer.data.tokens import TokenStore
+from collections.abc import Mapping
+
+from trainer.data.loader import EvalLoader, Rows, StepLoader
+from trainer.data.named_sources import Source, shares
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -34,27 +35,31 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def check_share(fraction: float) -> None:
+    """Raise ValueError for a share of held-out documents that is none."""
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(
+            f"data.eval_fraction={fraction} is no share below 1; set it to 0 or more and less "
+            "than 1"
+        )
+
+
 def loaders(
-    train: TokenStore,
-    evaluation: TokenStore | None,
+    rows: Rows,
+    eval_rows: Rows | None,
+    sources: Mapping[str, Source],
     *,
-    row_tokens: int,
-    global_rows: int,
+    global_samples: int,
     micro_rows: int,
     seed: int,
     rank: int,
     num_ranks: int,
 ) -> tuple[StepLoader, EvalLoader | None]:
-    """Return the loaders of one data-parallel rank."""
+    """Return the loaders of one data-parallel rank; `rows` are those of all sources."""
     loader = StepLoader(
-        rows=PackedRows(train, row_tokens),
-        seed=seed,
-        global_samples=global_rows,
-        micro_rows=micro_rows,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
-    if evaluation is None:
+        rows=rows, seed=seed, weights=shares(sources, rows.counts), global_samples=global_samples,
+        micro_rows=micro_rows, rank=rank, num_ranks=num_ranks,
+    )  # fmt: skip
+    if eval_rows is None:
         return loader, None
-    rows = PackedRows(evaluation, row_tokens)
-    return loader, EvalLoader(rows=rows, micro_rows=micro_rows, rank=rank, num_ranks=num_ranks)
+    return loader, EvalLoader(rows=eval_rows, micro_rows=micro_rows, rank=rank, num_ranks=num_ranks)

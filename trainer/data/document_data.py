@@ -12,19 +12,20 @@ import numpy as np
 import xxhash
 
 from trainer.data.bad_rows import BadRows
-from trainer.data.batching import check_sizes
+from trainer.data.batching import check_share, check_sizes, loaders
 from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
 from trainer.data.examples import BadRowError, Encoder, Labels
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.label_names import label_names
 from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.named_sources import Source, key_of, named_sources
 from trainer.data.pretraining import hold_out
 from trainer.data.sources import STANDARD_LIBRARY, TextSource
 from trainer.data.tokenise import Tokens, Written, build_folder
 from trainer.data.tokenise_progress import TokeniseProgress
 from trainer.data.tokenizers import BPE, BYTE, Tokenizer, given_tokenizer
-from trainer.data.tokens import EVAL, TRAIN, VERSION
+from trainer.data.tokens import EVAL, TRAIN, VERSION, Part
 from trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ class DocumentData:
     """Documents that an encoder makes of rows: conversations, prompts with completions, texts,
     texts with classes, words with tags."""
 
-    path: str
+    path: str | None = None
     """Folder or file with jsonl, csv, parquet or arrow."""
+    sources: dict[str, Source] | None = None
+    """Several such places by name, instead of `path`."""
     encoder: Encoder
     """Makes documents of rows, with what is to be learnt of each token."""
     eval_path: str | None = None
@@ -64,11 +67,7 @@ class DocumentData:
             global_documents=self.global_documents,
             micro_rows=self.micro_rows,
         )
-        if not 0.0 <= self.eval_fraction < 1.0:
-            raise ValueError(
-                f"data.eval_fraction={self.eval_fraction} is no share below 1; "
-                "set it to 0 or more and less than 1"
-            )
+        check_share(self.eval_fraction)
 
     @property
     def own_tokenizer(self) -> str:
@@ -80,9 +79,10 @@ class DocumentData:
 
     def check(self) -> None:
         """Raise ValueError where the files cannot serve; reads names and the first row only."""
-        for key, path in (("data.path", self.path), ("data.eval_path", self.eval_path)):
-            if path is not None:
-                self._check_first(key, path)
+        for name, source in self.named_sources.items():
+            self._check_first(key_of(name), source.path)
+        if self.eval_path is not None:
+            self._check_first("data.eval_path", self.eval_path)
 
     def _check_first(self, key: str, path: str) -> None:
         if path == STANDARD_LIBRARY:
@@ -102,9 +102,16 @@ class DocumentData:
     @cached_property
     def _encoder(self) -> Encoder:
         """The encoder with its labels, which are looked up in the training data if need be."""
-        return self.encoder.with_labels(
-            lambda column: label_names(TextSource(self.path, ""), column, cache=self._cache)
-        )
+
+        def find(column: str) -> tuple[str, ...]:
+            sources = [TextSource(source.path, "") for source in self.named_sources.values()]
+            return label_names(sources, column, cache=self._cache)
+
+        return self.encoder.with_labels(find)
+
+    @cached_property
+    def named_sources(self) -> dict[str, Source]:
+        return named_sources(self.path, self.sources)
 
     @property
     def _cache(self) -> Path:
@@ -121,24 +128,24 @@ class DocumentData:
     ) -> tuple[StepLoader, EvalLoader | None]:
         """Return the loaders of one data-parallel rank; DataError for documents that do not fit."""
         fraction = 0.0 if self.eval_path else self.eval_fraction
-        folder, names = self._folder(self.path, tokenizer, fraction, hold_out(fraction))
-        if TRAIN not in names:
-            raise DataError(f"data.path={self.path} left no training document; add rows")
-        loader = StepLoader(
-            rows=self._rows(folder, TRAIN), seed=seed, global_samples=self.global_documents,
-            micro_rows=self.micro_rows, rank=rank, num_ranks=num_ranks,
-        )  # fmt: skip
+        parts, held_out = [], []
+        for name, one in self.named_sources.items():
+            folder, kinds = self._folder(one.path, tokenizer, fraction, hold_out(fraction))
+            if TRAIN not in kinds:
+                raise DataError(f"{key_of(name)}={one.path} left no training document; add rows")
+            parts.append(Part(folder, TRAIN, name))
+            held_out += [Part(folder, EVAL, name)] if EVAL in kinds else []
         if self.eval_path:
-            folder, names = self._folder(self.eval_path, tokenizer, EVAL, lambda _: EVAL)
-        if EVAL not in names:
-            return loader, None
-        return loader, EvalLoader(
-            rows=self._rows(folder, EVAL), micro_rows=self.micro_rows, rank=rank,
-            num_ranks=num_ranks,
+            folder, kinds = self._folder(self.eval_path, tokenizer, EVAL, lambda _: EVAL)
+            held_out = [Part(folder, EVAL)] if EVAL in kinds else []
+        return loaders(
+            self._rows(parts, TRAIN), self._rows(held_out, EVAL) if held_out else None,
+            self.named_sources, global_samples=self.global_documents,
+            micro_rows=self.micro_rows, seed=seed, rank=rank, num_ranks=num_ranks,
         )  # fmt: skip
 
-    def _rows(self, folder: Path, name: str) -> PackedDocuments:
-        store = DocumentStore(folder, name)
+    def _rows(self, parts: list[Part], name: str) -> PackedDocuments:
+        store = DocumentStore(*parts)
         lengths = store.all_lengths()
         too_long = lengths > self.row_tokens
         if too_long.any():

@@ -28,8 +28,8 @@ class PackedDocuments:
         self.row_tokens, self.is_packed = row_tokens, is_packed
 
     @property
-    def num_samples(self) -> int:
-        return self.store.num_documents
+    def counts(self) -> list[int]:
+        return self.store.per_part(self.store.first_documents)
 
     def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
         """Return all samples: which are whose is known when their lengths have been read."""
@@ -56,13 +56,13 @@ class PackedDocuments:
         return dealt
 
     def _instead(self, document: int) -> int:
-        """Return the document, or the next one that is no bad row: places never shift."""
-        count = self.store.num_documents
-        for _ in range(count):
+        """Return the document, or the next one of its part that is no bad row: places stay."""
+        number, own = self.store.part_of(document)
+        for _ in own:
             if self._documents.lengths([document])[0]:
                 return document
-            document = (document + 1) % count
-        raise DataError(f"{self.store.folder} holds bad rows alone; correct the data")
+            document = document + 1 if document + 1 in own else own.start
+        raise DataError(f"{self.store.parts[number].folder} holds bad rows alone; correct the data")
 
     def _batch(self, rows: list[list[int]], num_rows: int, most: int) -> Batch:
         """Return documents as a batch of `num_rows` rows, with classes for `most` in each row."""
@@ -88,9 +88,7 @@ class PackedDocuments:
         return Batch(
             **tensors,
             class_labels=None if classes is None else torch.from_numpy(classes),
-            provenance=tuple(
-                ",".join(f"{self.store.name}[{n}:{n + 1}]" for n in row) for row in rows
-            ),
+            provenance=tuple(",".join(self.store.cite(n, n + 1) for n in row) for row in rows),
         )
 
 

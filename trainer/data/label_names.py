@@ -9,22 +9,30 @@ from trainer.data.sources import TextSource
 from trainer.files import exclusive, read_json, write_json
 
 
-def label_names(source: TextSource, column: str, *, cache: Path) -> tuple[str, ...]:
+def label_names(sources: list[TextSource], column: str, *, cache: Path) -> tuple[str, ...]:
     """Return the labels of a column: those that the files name, else all that occur in it.
 
-    Reads the whole source, unless somebody did before; ValueError where that gives no two labels.
+    Reads all of the sources, unless somebody did before; ValueError where that gives no two labels.
     """
-    key = xxhash.xxh3_128_hexdigest(f"{source.key()}/{column}".encode())
+    keys = "/".join(source.key() for source in sources)
+    key = xxhash.xxh3_128_hexdigest(f"{keys}/{column}".encode())
     path = cache / "labels" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_suffix(".lock")):
             if not path.exists():
-                write_json(path, source.class_names(column) or found_labels(source.rows(), column))
+                write_json(path, _look_up(sources, column))
     names = tuple(read_json(path))
     if len(names) < 2:
         raise ValueError(
-            f"{source.name}={source.path}: column {column!r} holds {len(names)} different labels; "
+            f"{sources[0].path}: column {column!r} holds {len(names)} different labels; "
             "needed 2 or more"
         )
     return names
+
+
+def _look_up(sources: list[TextSource], column: str) -> tuple[str, ...]:
+    given = sources[0].class_names(column)
+    if given and all(source.class_names(column) == given for source in sources[1:]):
+        return tuple(given)
+    return found_labels((row for source in sources for row in source.rows()), column)

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
 from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
 
 from trainer.batch import Batch
-from trainer.data.order import permute, permute_all, round_keys
 from trainer.data.prefetch import ahead
+from trainer.data.sample_order import SampleOrder
 from trainer.data.tokens import TokenStore
 
 VERSION = 1  # of the order: raise it when the same state would give other batches
@@ -47,7 +49,9 @@ class Rows(Protocol):
     """What a sample is, in the plural: `rows` or `documents`."""
 
     @property
-    def num_samples(self) -> int: ...
+    def counts(self) -> list[int]:
+        """How many samples each source has."""
+        ...
 
     def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
         """Return what is known of one rank's share before anything is read."""
@@ -66,12 +70,14 @@ class StepLoader:
 
     Step s (from 0) holds G = global_samples samples: [s*G, (s+1)*G) in a run whose G never changed.
     They fill rows, which are cut into micro-batches of micro_rows; micro-batch number t*w + r goes
-    to rank r of w as its t-th. A sample's row or document is permute(sample mod all, key(seed,
-    epoch)): the same for every world size.
+    to rank r of w as its t-th. Which row or document a sample is (SampleOrder) is the same for
+    every world size.
     """
 
     rows: Rows
     seed: int
+    weights: tuple[Fraction, ...] = (Fraction(1),)
+    """Shares of the samples that come from each source."""
     global_samples: int
     micro_rows: int
     rank: int
@@ -98,7 +104,7 @@ class StepLoader:
 
     def step(self, number: int) -> Step:
         dealt = self.rows.deal(
-            self.samples(number), self.rows_of,
+            self.samples(number), self.order.locate,
             micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
         )  # fmt: skip
         return Step(
@@ -112,25 +118,15 @@ class StepLoader:
         anchor_step, anchor_sample = self.anchor
         return anchor_sample + (step - anchor_step) * self.global_samples
 
-    def row_of(self, sample: int) -> int:
-        """Return the row or document that stands at place `sample` of the run."""
-        epoch, index = divmod(sample, self.rows.num_samples)
-        return permute(index, self.rows.num_samples, round_keys("rows", self.seed, epoch))
-
-    def rows_of(self, samples: np.ndarray) -> list[int]:
-        """Return `row_of` of all samples of a step."""
-        epochs, indices = np.divmod(samples, self.rows.num_samples)
-        rows = np.empty_like(indices)
-        for epoch in np.unique(epochs):
-            keys = round_keys("rows", self.seed, epoch)
-            is_here = epochs == epoch
-            rows[is_here] = permute_all(indices[is_here], self.rows.num_samples, keys)
-        found: list[int] = rows.tolist()
-        return found
+    @cached_property
+    def order(self) -> SampleOrder:
+        return SampleOrder(counts=tuple(self.rows.counts), weights=self.weights, seed=self.seed)
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what says where the data stands after `step` steps: no world size in it."""
         sample = self.first_sample(step)
+        done = {name: int(epoch) for name, epoch in self.epochs(step).items()}
+        mix = {"weights": [str(weight) for weight in self.weights]} if self.is_mixed else {}
         return {
             "version": VERSION,
             "fingerprint": self.rows.store.fingerprint,
@@ -138,14 +134,25 @@ class StepLoader:
             "schedule": {
                 f"global_{self.rows.unit}": self.global_samples,
                 "row_tokens": self.rows.row_tokens,
+                **mix,
             },
             "global_sample": sample,
-            "epoch": sample // self.rows.num_samples,
+            "epoch": done if self.is_mixed else next(iter(done.values())),
         }
 
+    @property
+    def is_mixed(self) -> bool:
+        return len(self.weights) > 1
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Return how often each source was gone through after `step` steps."""
+        names = (part.source for part in self.rows.store.parts)
+        return dict(zip(names, self.order.epochs(self.first_sample(step)), strict=True))
+
     def position(self, step: int) -> str:
-        """Return where the data stands after `step` steps, for people: epoch and its share done."""
-        return f"{self.first_sample(step) / self.rows.num_samples:.3f} epochs"
+        """Return where the data stands after `step` steps, for people: how often all was read."""
+        each = (f"{name} {done:.3f}".lstrip() for name, done in self.epochs(step).items())
+        return f"{', '.join(each)} epochs"
 
     def resumed(self, step: int, state: dict[str, Any]) -> "StepLoader":
         """Return the loader that goes on after `step` steps; ValueError where the data differs."""
@@ -156,6 +163,12 @@ class StepLoader:
                     f"the data's {key} is {mine[key]}, the checkpoint was made with {state[key]}; "
                     "bring the old data back, or start anew with name=... or resume=never"
                 )
+        weights = state["schedule"].get("weights"), mine["schedule"].get("weights")
+        if weights[0] != weights[1]:
+            raise ValueError(
+                f"data.sources have weights {weights[1]}, the checkpoint was made with "
+                f"{weights[0]}; keep them, or start anew with name=... or resume=never"
+            )
         return replace(self, anchor=(step, state["global_sample"]))
 
 
@@ -168,12 +181,16 @@ class EvalLoader:
     rank: int
     num_ranks: int
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Yield each batch with the number of the source that it is from."""
         block = max(EVAL_BLOCK, self.num_ranks * self.micro_rows)
-        for start in range(0, self.rows.num_samples, block):
-            samples = range(start, min(start + block, self.rows.num_samples))
-            dealt = self.rows.deal(
-                samples, np.ndarray.tolist,
-                micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
-            )  # fmt: skip
-            yield from (batch for batch, _ in dealt)
+        first = 0
+        for source, size in enumerate(self.rows.counts):
+            for start in range(first, first + size, block):
+                samples = range(start, min(start + block, first + size))
+                dealt = self.rows.deal(
+                    samples, np.ndarray.tolist,
+                    micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
+                )  # fmt: skip
+                yield from ((source, batch) for batch, _ in dealt)
+            first += size

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import xxhash
 
-from trainer.data.batching import check_sizes, loaders, rows_per_micro_batch
+from trainer.data.batching import check_share, check_sizes, loaders, rows_per_micro_batch
 from trainer.data.bpe import train_bpe
 from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.named_sources import Source, key_of, named_sources
+from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource
 from trainer.data.tokenise import build_folder, eval_rank, tokens_of
 from trainer.data.tokenise_progress import TokeniseProgress
 from trainer.data.tokenizers import BPE, FileTokenizer, Tokenizer, given_tokenizer
-from trainer.data.tokens import EVAL, TRAIN, VERSION, Index, TokenStore
+from trainer.data.tokens import EVAL, TRAIN, VERSION, Index, Part, TokenStore
 from trainer.errors import DataError
 from trainer.files import exclusive
 
@@ -22,8 +25,10 @@ from trainer.files import exclusive
 class PretrainingData:
     """Rows of `row_tokens` tokens for causal language modelling."""
 
-    path: str
+    path: str | None = None
     """Folder or file with text, jsonl or parquet; `stdlib`: the running Python's source files."""
+    sources: dict[str, Source] | None = None
+    """Several such places by name, instead of `path`."""
     column: str = "text"
     """Column of jsonl and parquet files that holds the text."""
     eval_path: str | None = None
@@ -43,11 +48,7 @@ class PretrainingData:
         check_sizes(
             row_tokens=self.row_tokens, global_rows=self.global_rows, micro_rows=self.micro_rows
         )
-        if not 0.0 <= self.eval_fraction < 1.0:
-            raise ValueError(
-                f"data.eval_fraction={self.eval_fraction} is no share below 1; "
-                "set it to 0 or more and less than 1"
-            )
+        check_share(self.eval_fraction)
 
     @property
     def own_tokenizer(self) -> str:
@@ -65,9 +66,20 @@ class PretrainingData:
         """Return how many micro-batches a rank has in every step."""
         return self.global_rows // (num_ranks * self.rows_per_micro_batch(num_ranks))
 
+    @cached_property
+    def named_sources(self) -> dict[str, Source]:
+        return named_sources(self.path, self.sources)
+
+    def _texts(self) -> dict[str, TextSource]:
+        return {
+            name: TextSource(source.path, self.column, key_of(name))
+            for name, source in self.named_sources.items()
+        }
+
     def check(self) -> None:
         """Raise ValueError where the files cannot serve; reads names and the first row only."""
-        TextSource(self.path, self.column).peek()
+        for texts in self._texts().values():
+            texts.peek()
         if self.eval_path is not None:
             TextSource(self.eval_path, self.column, "data.eval_path").peek()
 
@@ -78,28 +90,37 @@ class PretrainingData:
         """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
         if setting != BPE:
             return given_tokenizer(setting)
-        source = TextSource(self.path, self.column)
-        return trained_bpe(source, vocab_size, self._cache_folder("bpe", source.key(), vocab_size))
+        texts = list(self._texts().values())
+        keys = [source.key() for source in texts]
+        return trained_bpe(texts, vocab_size, self._cache_folder("bpe", *keys, vocab_size))
 
     def stores(self, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore | None]:
         """Tokenise what is not cached yet, and open the training and the evaluation tokens."""
-        source = TextSource(self.path, self.column)
+        parts, held_out = [], []
+        for name, source in self._texts().items():
+            folder, index = self._split(source, tokenizer)
+            if TRAIN not in index.stores:
+                raise DataError(f"{source.name}={source.path} left no training document; add some")
+            parts.append(Part(folder, TRAIN, name))
+            held_out += [Part(folder, EVAL, name)] if EVAL in index.stores else []
+        if self.eval_path is not None:
+            source = TextSource(self.eval_path, self.column, "data.eval_path")
+            folder, index = self._tokens(source, tokenizer, EVAL, lambda _: EVAL)
+            held_out = [Part(folder, EVAL)] if EVAL in index.stores else []
+        return TokenStore(*parts), TokenStore(*held_out) if held_out else None
+
+    def _split(self, source: TextSource, tokenizer: Tokenizer) -> tuple[Path, Index]:
+        """Tokenise a source, in training and held-out documents."""
         fraction = 0.0 if self.eval_path else self.eval_fraction
         folder, index = self._tokens(source, tokenizer, fraction, hold_out(fraction))
-        if fraction and EVAL not in index.stores and TokenStore(folder, TRAIN).num_documents > 1:
+        is_small = EVAL not in index.stores
+        if fraction and is_small and TokenStore(Part(folder, TRAIN)).num_documents > 1:
             # A small corpus: its first document by hash is held out, so that there is one.
             first = min(source.documents(), key=lambda d: eval_rank(d.id)).id
-            folder, index = self._tokens(
+            return self._tokens(
                 source, tokenizer, "one", lambda name: EVAL if name == first else TRAIN
             )
-        if TRAIN not in index.stores:
-            raise DataError(f"data.path={self.path} left no training document; add documents")
-        evaluation = folder
-        if self.eval_path is not None:
-            source = TextSource(self.eval_path, self.column)
-            evaluation, index = self._tokens(source, tokenizer, EVAL, lambda _: EVAL)
-        has_eval = EVAL in index.stores
-        return TokenStore(folder, TRAIN), TokenStore(evaluation, EVAL) if has_eval else None
+        return folder, index
 
     def _tokens(
         self,
@@ -134,15 +155,12 @@ class PretrainingData:
         """Return the loaders of one data-parallel rank."""
         train, evaluation = self.stores(tokenizer)
         return loaders(
-            train,
-            evaluation,
-            row_tokens=self.row_tokens,
-            global_rows=self.global_rows,
-            micro_rows=self.rows_per_micro_batch(num_ranks),
-            seed=seed,
-            rank=rank,
+            PackedRows(train, self.row_tokens),
+            PackedRows(evaluation, self.row_tokens) if evaluation else None,
+            self.named_sources, global_samples=self.global_rows,
+            micro_rows=self.rows_per_micro_batch(num_ranks), seed=seed, rank=rank,
             num_ranks=num_ranks,
-        )
+        )  # fmt: skip
 
 
 def hold_out(fraction: float) -> Callable[[str], str]:
@@ -150,12 +168,12 @@ def hold_out(fraction: float) -> Callable[[str], str]:
     return lambda document_id: EVAL if eval_rank(document_id) < fraction else TRAIN
 
 
-def trained_bpe(source: TextSource, vocab_size: int, folder: Path) -> Tokenizer:
+def trained_bpe(sources: list[TextSource], vocab_size: int, folder: Path) -> Tokenizer:
     """Return the BPE of a corpus; it is trained into `folder` once, by one process."""
     if not (folder / "tokenizer.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / "lock"):
             if not (folder / "tokenizer.json").exists():
-                texts = (document.text for document in source.documents())
+                texts = (document.text for one in sources for document in one.documents())
                 train_bpe(folder, texts, vocab_size)
     return FileTokenizer(folder)

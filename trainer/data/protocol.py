@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.data.examples import Labels
 from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.named_sources import Source
 from trainer.data.tokenizers import Tokenizer
 
 
@@ -14,7 +15,10 @@ class DataSpec(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # a dataclass: `replace` takes it
 
     @property
-    def path(self) -> str: ...
+    def named_sources(self) -> dict[str, Source]:
+        """Where samples come from; one without a name where that is one place."""
+        ...
+
     @property
     def row_tokens(self) -> int:
         """Length of a row, in tokens."""

@@ -31,8 +31,8 @@ class PackedRows:
         self.num_rows = self._first_rows[-1]
 
     @property
-    def num_samples(self) -> int:
-        return self.num_rows
+    def counts(self) -> list[int]:
+        return self.store.per_part(self._first_rows)
 
     def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
         """Return one rank's samples, one range for each micro-batch."""
@@ -81,4 +81,4 @@ class PackedRows:
         columns["position_ids"][:length] = np.arange(length) - np.repeat(edges[:-1], sizes)
         columns["segment_ids"][:length] = np.repeat(np.arange(1, len(edges)), sizes)
         first = self.store.first_documents[number] + document
-        return f"{self.store.name}[{first}:{first + len(starts) - 1}]"
+        return self.store.cite(first, first + len(starts) - 1)

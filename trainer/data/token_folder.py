@@ -1,20 +1,26 @@
 """Pretraining from shards that `tessera tokenize` made: nothing is tokenised, nothing is copied."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from trainer.data.batching import check_sizes, loaders, rows_per_micro_batch
 from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.named_sources import Source, key_of, named_sources
+from trainer.data.rows import PackedRows
+from trainer.data.shards import Vocabulary
 from trainer.data.tokenizers import BPE, Tokenizer, given_tokenizer
-from trainer.data.tokens import EVAL, INDEX, TRAIN, Index, TokenStore
+from trainer.data.tokens import EVAL, INDEX, TRAIN, Index, Part, TokenStore
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFolder:
     """Rows of `row_tokens` tokens for causal language modelling."""
 
-    path: str
+    path: str | None = None
     """Folder that `tessera tokenize` filled."""
+    sources: dict[str, Source] | None = None
+    """Several such folders by name, instead of `path`; all made with one tokenizer."""
     eval_path: str | None = None
     """Folder to evaluate on; None: what was held out of `path` when it was tokenised."""
     row_tokens: int
@@ -29,9 +35,13 @@ class TokenFolder:
             row_tokens=self.row_tokens, global_rows=self.global_rows, micro_rows=self.micro_rows
         )
 
+    @cached_property
+    def named_sources(self) -> dict[str, Source]:
+        return named_sources(self.path, self.sources)
+
     @property
     def own_tokenizer(self) -> str:
-        return self.path
+        return next(iter(self.named_sources.values())).path
 
     @property
     def labels(self) -> None:
@@ -51,13 +61,15 @@ class TokenFolder:
         train.check()
         if evaluation is not None:
             evaluation.check()
+        others = {key_of(name): source.path for name, source in self.named_sources.items()}
         if self.eval_path is not None:
-            vocabulary = _opened("data.path", self.path).vocabulary
-            other = _opened("data.eval_path", self.eval_path).vocabulary
-            if vocabulary.tokenizer != other.tokenizer:
+            others["data.eval_path"] = self.eval_path
+        first = next(iter(others))
+        for key, path in others.items():
+            if _opened(key, path).vocabulary.tokenizer != self._vocabulary.tokenizer:
                 raise ValueError(
-                    f"data.eval_path={self.eval_path} was made with another tokenizer than "
-                    f"data.path={self.path}; tokenise it with tokenizer={self.path}"
+                    f"{key}={path} was made with another tokenizer than "
+                    f"{first}={others[first]}; tokenise it with tokenizer={others[first]}"
                 )
 
     def holds_out(self) -> bool:
@@ -67,29 +79,36 @@ class TokenFolder:
         """Return the tokenizer of a `tokenizer=` setting; ValueError: the shards have another."""
         if setting == BPE:
             raise ValueError(
-                f"tokenizer=bpe is trained on text, and data.path={self.path} holds tokens; "
+                f"tokenizer=bpe is trained on text, and {self.own_tokenizer} holds tokens; "
                 "set tokenizer=auto"
             )
         found = given_tokenizer(setting)
-        vocabulary = _opened("data.path", self.path).vocabulary
-        if found.fingerprint != vocabulary.tokenizer:
+        if found.fingerprint != self._vocabulary.tokenizer:
             raise ValueError(
                 f"tokenizer={setting} has fingerprint {found.fingerprint}, the shards of "
-                f"data.path={self.path} were made with {vocabulary.tokenizer}; "
-                f"set tokenizer={self.path}, or tokenise the text again"
+                f"{self.own_tokenizer} were made with {self._vocabulary.tokenizer}; "
+                f"set tokenizer={self.own_tokenizer}, or tokenise the text again"
             )
         return found
 
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        name, source = next(iter(self.named_sources.items()))
+        return _opened(key_of(name), source.path).vocabulary
+
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """Return the training tokens, and those to evaluate on; opens no shard."""
-        index = _opened("data.path", self.path)
-        train = TokenStore(_folder(self.path), TRAIN)
-        if self.eval_path is None:
-            return train, TokenStore(train.folder, EVAL) if EVAL in index.stores else None
-        index = _opened("data.eval_path", self.eval_path)
-        # A folder of its own, all of which is to evaluate on, or one with a held-out part.
-        name = EVAL if EVAL in index.stores else TRAIN
-        return train, TokenStore(_folder(self.eval_path), name)
+        parts, held_out = [], []
+        for name, source in self.named_sources.items():
+            index, folder = _opened(key_of(name), source.path), _folder(source.path)
+            parts.append(Part(folder, TRAIN, name))
+            held_out += [Part(folder, EVAL, name)] if EVAL in index.stores else []
+        if self.eval_path is not None:
+            index = _opened("data.eval_path", self.eval_path)
+            # A folder of its own, all of which is to evaluate on, or one with a held-out part.
+            kind = EVAL if EVAL in index.stores else TRAIN
+            held_out = [Part(_folder(self.eval_path), kind)]
+        return TokenStore(*parts), TokenStore(*held_out) if held_out else None
 
     def build(
         self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
@@ -97,15 +116,12 @@ class TokenFolder:
         """Return the loaders of one data-parallel rank."""
         train, evaluation = self.stores()
         return loaders(
-            train,
-            evaluation,
-            row_tokens=self.row_tokens,
-            global_rows=self.global_rows,
-            micro_rows=self.rows_per_micro_batch(num_ranks),
-            seed=seed,
-            rank=rank,
+            PackedRows(train, self.row_tokens),
+            PackedRows(evaluation, self.row_tokens) if evaluation else None,
+            self.named_sources, global_samples=self.global_rows,
+            micro_rows=self.rows_per_micro_batch(num_ranks), seed=seed, rank=rank,
             num_ranks=num_ranks,
-        )
+        )  # fmt: skip
 
 
 def _folder(path: str) -> Path:

@@ -128,7 +128,7 @@ class TokeniseJob:
         if self.tokenizer != BPE:
             return given_tokenizer(self.tokenizer)
         assert self.vocab_size is not None
-        return trained_bpe(self._source(), self.vocab_size, self.folder / BPE)
+        return trained_bpe([self._source()], self.vocab_size, self.folder / BPE)
 
     def _recipe(self) -> dict[str, Any]:
         """Return all that decides the bytes of the shards: not the number of workers."""

@@ -1,9 +1,10 @@
 """A folder of tokens: shards, an index that says they are all there, and stores read from them."""
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -58,15 +59,27 @@ class Index:
         return cls(vocabulary=Vocabulary(**tree["vocabulary"]), stores=stores)
 
 
+class Part(NamedTuple):
+    """The shards of one name in a folder."""
+
+    folder: Path
+    name: str
+    source: str = ""
+    """What people call it, where several sources are mixed."""
+
+
 class TokenStore:
-    """The shards of one name in a folder, in order. A shard is opened when it is first read.
+    """The shards of one part, or of several as if they were one. A shard is opened when it is read.
 
     `num_bytes` counts the UTF-8 bytes of its source texts, 0 where nobody knows.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.entries = Index.read(folder).stores[name]
+    def __init__(self, *parts: Part) -> None:
+        self.parts = parts
+        own = [Index.read(part.folder).stores[part.name] for part in parts]
+        self.entries = [entry for entries in own for entry in entries]
+        self.first_shards = [0, *accumulate(map(len, own))]
+        """Of each part, then their number."""
         self.num_tokens = sum(entry.num_tokens for entry in self.entries)
         self.num_documents = sum(entry.num_documents for entry in self.entries)
         self.num_bytes = sum(entry.num_bytes for entry in self.entries)
@@ -75,6 +88,24 @@ class TokenStore:
         self.first_documents = [0, *accumulate(entry.num_documents for entry in self.entries)]
         self._shards: dict[int, Shard] = {}
         self._open: dict[int, Shard] = {}  # the oldest first
+
+    def per_part(self, first_of_shards: list[int]) -> list[int]:
+        """Return how much of what is counted from shard to shard belongs to each part."""
+        bounds = [first_of_shards[shard] for shard in self.first_shards]
+        return [stop - start for start, stop in pairwise(bounds)]
+
+    def part_of(self, document: int) -> tuple[int, range]:
+        """Return which part a document belongs to, and the documents of that part."""
+        bounds = [self.first_documents[shard] for shard in self.first_shards]
+        number = bisect_right(bounds, document) - 1
+        return number, range(bounds[number], bounds[number + 1])
+
+    def cite(self, first: int, last: int) -> str:
+        """Return how documents [first, last) of one part are named: `source/train[5:6]`."""
+        number, own = self.part_of(first)
+        part = self.parts[number]
+        prefix = f"{part.source}/" if part.source else ""
+        return f"{prefix}{part.name}[{first - own.start}:{last - own.start}]"
 
     def shard(self, number: int) -> Shard:
         """Return a shard; DataError if it is not the one that the index lists."""
@@ -87,10 +118,11 @@ class TokenStore:
 
     def _first_open(self, number: int) -> Shard:
         entry = self.entries[number]
-        shard = self._shards[number] = Shard(self.folder / entry.file)
+        folder = self.parts[bisect_right(self.first_shards, number) - 1].folder
+        shard = self._shards[number] = Shard(folder / entry.file)
         if shard.footer.fingerprint != entry.fingerprint:
             raise DataError(
-                f"{shard.path} is not the shard that {self.folder / INDEX} lists; "
+                f"{shard.path} is not the shard that {folder / INDEX} lists; "
                 "bring that one back, or make the folder again"
             )
         return shard
