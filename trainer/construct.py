@@ -102,7 +102,13 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         banner=describe(run, model_line, mesh, reason, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     evaluator = (
-        Evaluator(loader=eval_loader, task=run.task, mesh=mesh, device=ranks.device)
+        Evaluator(
+            loader=eval_loader,
+            task=run.task,
+            labels=run.data.labels,
+            mesh=mesh,
+            device=ranks.device,
+        )
         if eval_loader
         else None
     )

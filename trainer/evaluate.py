@@ -4,12 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from trainer.data.examples import Labels
 from trainer.data.loader import EvalLoader
 from trainer.mesh import Mesh
 from trainer.protocols import Engine
-from trainer.tasks.protocol import Task
+from trainer.tasks.protocol import Task, Totals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +21,7 @@ class Evaluator:
 
     loader: EvalLoader
     task: Task
+    labels: Labels | None
     mesh: Mesh
     device: torch.device
 
@@ -27,27 +31,48 @@ class Evaluator:
         Collective: every rank must call this.
         """
         sums = {source: [(0.0, 0.0)] for source in range(len(self.loader.rows.counts))}
-        for source, nll_sum, count in self._numbers(engine):
+        numbers, answers = self._judged(engine)
+        for source, nll_sum, count in numbers:
             sums[int(source)].append((nll_sum, count))
         # Rounded once, whatever the order: the number of ranks leaves no trace.
         of_all = [pair for pairs in sums.values() for pair in pairs]
         nll_sum, num_targets = (math.fsum(each) for each in zip(*of_all, strict=True))
+        totals = Totals(
+            nll_sum=nll_sum, num_targets=int(num_targets),
+            num_bytes=self.loader.rows.store.num_bytes, answers=answers, labels=self.labels,
+        )  # fmt: skip
         return {
-            "loss": _mean(of_all),
-            "num_targets": int(num_targets),
-            **self.task.eval_metrics(nll_sum, int(num_targets), self.loader.rows.store.num_bytes),
+            "loss": totals.loss,
+            "num_targets": totals.num_targets,
+            **self.task.eval_metrics(totals),
             **self._by_source({source: _mean(pairs) for source, pairs in sums.items()}),
         }
 
-    def _numbers(self, engine: Engine) -> list[list[float]]:
-        """Return source, sum of losses and number of targets of every batch of all ranks."""
+    def _judged(self, engine: Engine) -> tuple[list[list[float]], np.ndarray | None]:
+        """Return source, sum of losses and number of targets of every batch of all ranks, and all
+        answers."""
         numbers = [torch.zeros(3, dtype=torch.float64, device=self.device)]
-        for source, batch in self.loader.batches():
-            loss = engine.eval_step(batch)
-            place = torch.full_like(loss.num_targets, source)
-            numbers.append(torch.stack([place.double(), loss.sum.double(), loss.num_targets]))
+        answers: list[Tensor] = []
+        for place, (source, batch) in enumerate(self.loader.batches()):
+            number = place * self.mesh.dp_size + self.mesh.dp_rank
+            judged = self.task.judge(engine, batch, number, self.labels)
+            one = torch.stack(
+                [torch.full_like(judged.nll_sum, source), judged.nll_sum, judged.num_targets]
+            ).double()
+            if judged.answers is not None:
+                # Context-parallel ranks all judge the same whole rows: the first counts them.
+                is_first = self.mesh.rank("cp") == 0
+                one[1:] *= is_first
+                answers.append(judged.answers[: len(judged.answers) * is_first])
+            numbers.append(one)
         found: list[list[float]] = self.mesh.in_order(torch.stack(numbers)).tolist()
-        return found
+        return found, self._of_all(answers) if answers else None
+
+    def _of_all(self, answers: list[Tensor]) -> np.ndarray:
+        """Return the answers of all ranks in an order that does not depend on their number."""
+        of_ranks = self.mesh.of_any_length(torch.cat(answers))
+        of_all = np.concatenate([own.cpu().numpy() for own in of_ranks])
+        return of_all[np.argsort(of_all[:, 0], kind="stable")]
 
     def _by_source(self, losses: dict[int, float]) -> dict[str, float]:
         parts = self.loader.rows.store.parts

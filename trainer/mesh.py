@@ -147,6 +147,23 @@ class Mesh:
         dist.all_gather(parts, values.contiguous(), group=self.token_group)
         return torch.stack(parts, dim=1).flatten(0, 1)
 
+    def of_any_length(self, rows: Tensor) -> list[Tensor]:
+        """Return the (n, ..) rows of each rank that sees different tokens; n may differ.
+
+        Collective.
+        """
+        if self.token_size == 1:
+            return [rows]
+        length = torch.tensor([len(rows)], device=rows.device)
+        lengths = [torch.empty_like(length) for _ in range(self.token_size)]
+        dist.all_gather(lengths, length, group=self.token_group)
+        sizes = [int(one) for one in lengths]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.token_group)
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
     def tp_copies(self, copies: int) -> dist.ProcessGroup:
         """Return the `copies` tensor-parallel ranks in a row that this rank is among.
 

@@ -50,7 +50,7 @@ class SequenceClassifier(nn.Linear):
         logits = F.linear(hidden_BTD.gather(1, index_BGD), self.weight)
         if labels is None or scale is None:
             return logits
-        return _loss(logits, labels, scale, self.problem_type)
+        return classification_loss(logits, labels, scale, self.problem_type)
 
 
 def last_tokens(segment_ids_BT: Tensor, num_segments: int) -> Tensor:
@@ -61,7 +61,11 @@ def last_tokens(segment_ids_BT: Tensor, num_segments: int) -> Tensor:
     return torch.where(is_in_BGT, positions_T, 0).amax(-1)
 
 
-def _loss(logits: Tensor, labels: Tensor, scale: Tensor, problem_type: str) -> Loss:
+def classification_loss(logits: Tensor, labels: Tensor, scale: Tensor, problem_type: str) -> Loss:
+    """Return the Loss of (.., num_labels) logits: cross-entropy, binary for each label, or squares.
+
+    Counted are rows, rows x labels, or rows x outputs; -100 and NaN are no targets.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "single_label_classification":
         return _cross_entropy(logits, labels, scale)
@@ -102,5 +106,4 @@ class TokenClassifier(nn.Linear):
         logits = super().forward(F.dropout(hidden_BTD, self.dropout, self.training))
         if labels is None or scale is None:
             return logits
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return _cross_entropy(logits.to(wide), labels, scale)
+        return classification_loss(logits, labels, scale, PROBLEM_TYPES[0])

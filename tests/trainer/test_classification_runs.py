@@ -83,6 +83,18 @@ def numbers(folder: Path) -> list[tuple[Any, ...]]:
     return [(line["step"], line["split"], line["num_targets"], line["loss"]) for line in lines]
 
 
+def scores(folder: Path) -> dict[str, float]:
+    """Return all that the last evaluation says."""
+    last = read_lines(folder / "metrics.jsonl")[-1]
+    assert last["split"] == "eval"
+    found = {k: v for k, v in last.items() if isinstance(v, float) and k != "time"}
+    assert len(found) >= 4
+    if "confusion" in last:
+        counts = last["confusion"]["rows_are_truth"]
+        found |= {f"{i} as {j}": n for i, row in enumerate(counts) for j, n in enumerate(row)}
+    return found
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_losses_do_not_depend_on_packing_or_ranks(
     folder: Path, tmp_path: Path, cache: Path, case: str
@@ -93,9 +105,31 @@ def test_losses_do_not_depend_on_packing_or_ranks(
     packed, off = numbers(tmp_path / "packed"), numbers(tmp_path / "off")
     assert [line[:3] for line in off] == [line[:3] for line in packed]
     assert [n[-1] for n in off] == pytest.approx([n[-1] for n in packed], rel=1e-12)
+    assert scores(tmp_path / "off") == pytest.approx(scores(tmp_path / "packed"), rel=1e-9)
     targets = {"single": 8, "multi": 24, "regression": 8}
     if case in targets:  # rows, or rows times labels
         assert packed[0][2] == targets[case]
+
+
+MESHES = {
+    "cp": {"cp": 2},
+    "tp": {"tp": 2},
+    "ddp x cp": {"dp_replicate": 2, "cp": 2},
+}
+
+
+@pytest.mark.parametrize("case", ["single", "token"])
+@pytest.mark.parametrize("mesh", list(MESHES))
+def test_evaluations_say_the_same_on_ranks_that_share_rows_or_layers(
+    folder: Path, tmp_path: Path, cache: Path, case: str, mesh: str
+) -> None:
+    settings = {"max_steps": 1, "eval_every": 1, "save_every": None}
+    run = run_on(folder, case, cache, packing="off", micro_rows=1, **settings)
+    run_ranks(1, train, tmp_path / "1", run)
+    other = replace(run, mesh=MeshSpec(**MESHES[mesh]))
+    run_ranks(4 if " x " in mesh else 2, train, tmp_path / "n", other)
+    expected, found = scores(tmp_path / "1"), scores(tmp_path / "n")
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("case", list(CASES))

@@ -65,7 +65,11 @@ class ConsoleCallback(Callback):
             self.bar.update(self.bar.task_ids[0], completed=progress.step)
 
     def on_eval(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        shown = {k: v for k, v in metrics.items() if k not in ("loss", "num_targets")}
+        shown = {
+            name: value
+            for name, value in metrics.items()
+            if name not in ("loss", "num_targets") and isinstance(value, float)
+        }
         extra = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
         log.info("%s | loss %7.4f | %s", self._step(progress.step, "eval"), metrics["loss"], extra)
 

@@ -90,8 +90,11 @@ class PlainPasses:
             batch = context_parallel.share(batch, self.cp)
         # Generated text has another length at every step: no graph for each.
         with torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext():
-            logits = cast(Tensor, self._model(*inputs(batch), **batch.images))
-        return context_parallel.all_tokens(logits, self.cp) if self.cp else logits
+            # Without a scale labels are no targets: they say for how many segments to answer.
+            logits = cast(Tensor, self._model(*inputs(batch), batch.class_labels, **batch.images))
+        if self.cp is None or batch.class_labels is not None:  # a text's answer is not cut
+            return logits
+        return context_parallel.all_tokens(logits, self.cp)
 
 
 def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -141,10 +141,9 @@ class PipelinedPasses:
         return Loss(total, count.long(), total)
 
     def logits(self, batch: Batch) -> Tensor:
-        length = batch.input_ids.shape[1]
         if self.cp:
             batch = context_parallel.share(batch, self.cp)
-        found = self._forward(batch)
+        found = self._forward(batch, labels=batch.class_labels)
         shape = torch.zeros(3, dtype=torch.int64, device=self.device)
         if found is not None:
             shape = torch.tensor(found.shape, device=self.device)
@@ -152,7 +151,9 @@ class PipelinedPasses:
         if found is None:
             found = torch.empty((rows, length, width), dtype=self.dtype, device=self.device)
         found = self.relay.spread(found.contiguous())
-        return context_parallel.all_tokens(found, self.cp) if self.cp else found
+        if self.cp is None or batch.class_labels is not None:  # a text's answer is not cut
+            return found
+        return context_parallel.all_tokens(found, self.cp)
 
     def _forward(self, batch: Batch, **others: Any) -> Any:
         return self.relay.run(

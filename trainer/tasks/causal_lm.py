@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from models.heads import CAUSAL_LM, CausalLMSpec
 from models.nn.model import DecoderModel
+from trainer.batch import Batch
 from trainer.data.examples import Labels
+from trainer.protocols import Engine
+from trainer.tasks.protocol import Judged, Totals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +41,14 @@ class CausalLMTask:
     def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         return spec.build_causal_lm(chunk_tokens=self.chunk_tokens)
 
-    def eval_metrics(self, nll_sum: float, num_targets: int, num_bytes: int) -> dict[str, float]:
+    def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
+        loss = engine.eval_step(batch)
+        return Judged(loss.sum, loss.num_targets)
+
+    def eval_metrics(self, totals: Totals) -> dict[str, Any]:
         """Return perplexity and bits per byte of UTF-8 text, which tokenizers do not change."""
-        loss = nll_sum / num_targets if num_targets else math.nan
+        bits = totals.nll_sum / math.log(2)
         return {
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "bits_per_byte": nll_sum / math.log(2) / num_bytes if num_bytes else math.nan,
+            "perplexity": math.exp(totals.loss) if totals.loss < 700 else math.inf,
+            "bits_per_byte": bits / totals.num_bytes if totals.num_bytes else math.nan,
         }

@@ -1,7 +1,11 @@
 """Classification: a class for every text, or for every word. Heads as in Hugging Face."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from models.heads import (
     SEQUENCE,
@@ -11,8 +15,16 @@ from models.heads import (
     sequence_classifier,
     token_classifier,
 )
+from models.nn.classifiers import PROBLEM_TYPES, classification_loss
+from models.nn.head import IGNORED
 from models.nn.model import DecoderModel
+from trainer.batch import Batch
 from trainer.data.examples import Labels
+from trainer.protocols import Engine
+from trainer.tasks import metrics
+from trainer.tasks.protocol import Judged, Totals
+
+SINGLE_LABEL = PROBLEM_TYPES[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +51,35 @@ class SequenceClassificationTask:
             decoder(spec), num_labels=len(labels.names), problem_type=labels.problem_type
         )
 
-    def eval_metrics(self, nll_sum: float, num_targets: int, num_bytes: int) -> dict[str, float]:
-        return {}
+    def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
+        """Answers: place, logits and label or labels of each text that has some."""
+        assert labels is not None
+        assert labels.problem_type is not None
+        assert batch.class_labels is not None
+        logits = engine.logits(batch).double()
+        truth = batch.class_labels.to(logits.device)
+        loss = classification_loss(
+            logits, truth, torch.ones_like(logits[0, 0, 0]), labels.problem_type
+        )
+        if labels.problem_type == SINGLE_LABEL:
+            is_known, truth = truth != IGNORED, truth[..., None]
+        else:
+            is_known = ~truth.isnan().all(-1)
+        segments = torch.arange(1, truth.shape[1] + 1).expand(truth.shape[:2])
+        places = _places(batch, number, segments).to(logits.device)[..., None]
+        answers = torch.cat((places.double(), logits, truth.double()), -1)
+        return Judged(loss.sum, loss.num_targets, answers[is_known])
+
+    def eval_metrics(self, totals: Totals) -> dict[str, Any]:
+        answers, labels = totals.answers, totals.labels
+        if answers is None or labels is None or not len(answers):
+            return {}
+        _, logits, truth = np.split(answers, [1, 1 + len(labels.names)], axis=1)
+        if labels.problem_type == SINGLE_LABEL:
+            return metrics.single_label(truth[:, 0].astype(int), logits, labels.names)
+        if labels.problem_type == "regression":
+            return metrics.regression(truth, logits)
+        return metrics.multi_label(truth, logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +112,30 @@ class TokenClassificationTask:
         assert labels is not None
         return token_classifier(decoder(spec), num_labels=len(labels.names), dropout=self.dropout)
 
-    def eval_metrics(self, nll_sum: float, num_targets: int, num_bytes: int) -> dict[str, float]:
-        return {}
+    def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
+        """Answers: place, label, guess and the guess's probability of each word with a label."""
+        logits = engine.logits(batch).double()
+        truth = batch.labels.to(logits.device)
+        loss = classification_loss(logits, truth, torch.ones_like(logits[0, 0, 0]), SINGLE_LABEL)
+        places = _places(batch, number, batch.segment_ids).to(logits.device)
+        confidence, guess = logits.softmax(-1).max(-1)
+        each = (places, truth, guess, confidence)
+        answers = torch.stack([column.double() for column in each], -1)
+        return Judged(loss.sum, loss.num_targets, answers[truth != IGNORED])
+
+    def eval_metrics(self, totals: Totals) -> dict[str, Any]:
+        if totals.answers is None or totals.labels is None or not len(totals.answers):
+            return {}
+        documents, truth, guess, confidence = totals.answers.T
+        return metrics.of_words(
+            documents, truth.astype(int), guess.astype(int), confidence, totals.labels.names
+        )
+
+
+def _places(batch: Batch, number: int, segments: Tensor) -> Tensor:
+    """Return a number for each of (B, n) segments that orders documents through an evaluation."""
+    rows = torch.arange(batch.num_rows)[:, None] + number * batch.num_rows
+    return rows * (batch.input_ids.shape[1] + 1) + segments.cpu()
 
 
 def decoder(spec: CausalLMSpec) -> DecoderSpec:

@@ -1,12 +1,43 @@
-"""What is trained: which head on a model, and what its evaluations say beside the loss."""
+"""What is trained: which head on a model, and what its evaluations say."""
 
-from dataclasses import Field
-from typing import Any, ClassVar, Protocol
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from models.heads import CausalLMSpec
+from trainer.batch import Batch
 from trainer.data.examples import Labels
+from trainer.protocols import Engine
+
+
+class Judged(NamedTuple):
+    """What an evaluation learns from one batch of this rank."""
+
+    nll_sum: Tensor
+    num_targets: Tensor
+    answers: Tensor | None = None
+    """(n, k) fp64, one row for each text or word that has a label; the first column is the place of
+    its document in the evaluation. With answers, all is of whole rows, whatever ranks share
+    them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """An evaluation, over all batches and ranks."""
+
+    nll_sum: float
+    num_targets: int
+    num_bytes: int
+    """UTF-8 bytes of the text; 0: unknown."""
+    answers: np.ndarray | None
+    """Of all batches and ranks, in the order of the first column."""
+    labels: Labels | None
+
+    @property
+    def loss(self) -> float:
+        return self.nll_sum / self.num_targets if self.num_targets else float("nan")
 
 
 class Task(Protocol):
@@ -27,6 +58,10 @@ class Task(Protocol):
         """Build trunk and head on torch's current default device; called after `check`."""
         ...
 
-    def eval_metrics(self, nll_sum: float, num_targets: int, num_bytes: int) -> dict[str, float]:
+    def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
+        """Evaluate the batch number `number` of all ranks. Collective."""
+        ...
+
+    def eval_metrics(self, totals: Totals) -> dict[str, Any]:
         """Return what an evaluation says beside the loss, by name."""
         ...
