@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.ledgers import ledger
 from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train
 from trainer.callbacks.protocol import Callback
 from trainer.control import HostResult
-from trainer.mesh import MeshSpec
 from trainer.progress import Progress
 from trainer.record import METRICS, RunRecord, cut_back, read_lines
 from trainer.verify.forked import RankFailedError
@@ -39,10 +39,6 @@ def strict(line: str) -> Any:
         raise AssertionError(f"{word} is no JSON")
 
     return json.loads(line, parse_constant=refuse)
-
-
-def ledger(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    return read_lines(folder / f"ledger/rank{rank:05d}.jsonl")
 
 
 def test_numbers_that_json_lacks_are_written_as_strings(tmp_path: Path) -> None:
@@ -149,49 +145,6 @@ def test_ledger_torn_by_a_crash_loses_no_line_of_the_next_attempt(tmp_path: Path
     record.result(result_of(2))
     record.close()
     assert [(line["attempt"], line["step"]) for line in ledger(tmp_path)] == [(1, 1), (2, 2)]
-
-
-def committed(folder: Path, world_size: int) -> dict[int, list[dict[str, Any]]]:
-    """Return each step's ledger lines over all ranks: of the last attempt that executed it."""
-    lines = [line for rank in range(world_size) for line in ledger(folder, rank)]
-    last = {line["step"]: line["attempt"] for line in sorted(lines, key=lambda x: x["attempt"])}
-    steps: dict[int, list[dict[str, Any]]] = {step: [] for step in sorted(last)}
-    for line in lines:
-        if line["attempt"] == last[line["step"]]:
-            steps[line["step"]].append(line)
-    return steps
-
-
-def samples_of(lines: list[dict[str, Any]]) -> list[int]:
-    return sorted(
-        n for line in lines for first, last in line["samples"] for n in range(first, last)
-    )
-
-
-@pytest.mark.parametrize(
-    ("resumed_on", "rows_after"),
-    [(2, 8), (1, 8), (4, 4)],
-    ids=["same ranks", "fewer ranks", "more ranks, another global batch"],
-)
-def test_every_sample_is_consumed_exactly_once_over_a_crash_and_a_resume(
-    tmp_path: Path, cache: Path, resumed_on: int, rows_after: int
-) -> None:
-    """Saved on 2 ranks at step 3, killed at step 5, resumed, finished at step 6."""
-    run = tiny_run(cache, save_every=3, max_steps=6, data_micro_rows=1, mesh=MeshSpec(dp_shard=-1))
-    with pytest.raises(RankFailedError, match="died without a result"):
-        run_ranks(2, train, tmp_path, replace(run, callbacks={"die": DieAt(5)}))
-    run = replace(run, data=replace(run.data, global_rows=rows_after))
-    run_ranks(resumed_on, train, tmp_path, run)
-    steps = committed(tmp_path, 4)
-    assert list(steps) == [1, 2, 3, 4, 5, 6]
-    position = 0
-    for step, lines in steps.items():
-        rows, ranks = (8, 2) if step <= 3 else (rows_after, resumed_on)
-        assert len(lines) == ranks
-        assert samples_of(lines) == list(range(position, position + rows))
-        position += rows
-        assert len({line["loss_sum"] for line in lines}) == 1  # the sum over all ranks
-    assert position == 24 + 3 * rows_after
 
 
 def test_ledger_holds_every_step_that_a_checkpoint_holds(tmp_path: Path, cache: Path) -> None:
