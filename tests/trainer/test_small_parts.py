@@ -19,6 +19,7 @@ from trainer.pieces import Piece, Rows
 from trainer.progress import Progress
 from trainer.protocols import StepResult
 from trainer.schedule import Constant, Cosine, WarmupStableDecay
+from trainer.verify.whole import deviation
 
 
 def test_cosine_rises_linearly_and_ends_at_its_minimum() -> None:
@@ -173,6 +174,15 @@ def test_the_logged_loss_is_weighted_by_targets_and_a_saved_window_goes_on() -> 
     again = Progress(torch.device("cpu"))
     again.load(one.state())
     assert math.isnan(again.window["loss_sum"].item())
+
+
+def test_a_nan_is_the_worst_deviation_wherever_it_stands() -> None:
+    numbers = {name: np.ones(2) for name in "abc"}
+    assert deviation("x", numbers, numbers).value == 0.0
+    for name in numbers:
+        worst = deviation("x", numbers | {name: np.array([1.0, np.nan])}, numbers)
+        assert math.isnan(worst.value)
+        assert worst.name == name
 
 
 def test_every_yaml_of_the_menu_has_a_headline() -> None:

@@ -89,8 +89,10 @@ def deviation(
         scale = max(_top(tensor), floor)
         gap = _top(found[name] - tensor)
         value = gap / scale if scale else gap
-        if not value <= worst.value:  # NaN is worst of all
+        if not value <= worst.value:
             worst = Deviation(quantity=quantity, value=value, name=name)
+        if value != value:
+            return worst  # NaN is worst of all: nothing that follows may replace it
     return worst
 
 
