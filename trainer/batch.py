@@ -66,6 +66,23 @@ class Batch:
             segment_ids=F.pad(self.segment_ids, (0, count)),
         )
 
+    def blank(self) -> "Batch":
+        """Return padding alone in the same shapes: it holds no target and changes no sum."""
+        nothing = torch.zeros_like(self.input_ids)
+        classes = self.class_labels
+        if classes is not None:
+            none = torch.nan if classes.is_floating_point() else IGNORED
+            classes = torch.full_like(classes, none)
+        return replace(
+            self,
+            input_ids=nothing,
+            labels=torch.full_like(self.labels, IGNORED),
+            position_ids=nothing,
+            segment_ids=nothing,
+            class_labels=classes,
+            provenance=(),
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to `device`, without waiting for the copy."""
         if device.type == "cpu":

@@ -15,7 +15,7 @@ PLAIN = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
 
 
 def check(
-    spec: Any, *, chunks: int = 1, tokens: int = 32, micro_batches: int = 4, **axes: int
+    spec: Any, *, chunks: int = 1, tokens: int = 32, micro_batches: int | None = 4, **axes: int
 ) -> None:
     with torch.device("meta"):
         model = spec.build_causal_lm(chunk_tokens=8)
@@ -57,6 +57,7 @@ def test_an_impossible_mesh_is_refused(spec: Any, settings: dict[str, int], mess
         (specs()["GPT-BigCode (MQA)"], {"tp": 4}),
         (specs()["Idefics"], {"tp": 4, "pp": 2, "cp": 2}),
         (tiny_spec(num_hidden_layers=4), {"pp": 2, "chunks": 2}),
+        (tiny_spec(num_hidden_layers=4), {"pp": 2, "chunks": 2, "micro_batches": None}),
     ],
 )
 def test_a_possible_mesh_passes(spec: Any, settings: dict[str, int]) -> None:

@@ -73,9 +73,9 @@ class DocumentData:
     def own_tokenizer(self) -> str:
         return BYTE
 
-    def micro_batches(self, num_ranks: int) -> int:
-        """Return how many micro-batches a rank has in every step, at least."""
-        return 1
+    def micro_batches(self, num_ranks: int) -> int | None:
+        """Return how many micro-batches a rank has in every step: it varies with the lengths."""
+        return None
 
     def check(self) -> None:
         """Raise ValueError where the files cannot serve; reads names and the first row only."""

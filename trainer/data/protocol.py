@@ -40,8 +40,8 @@ class DataSpec(Protocol):
         the files may have to be read."""
         ...
 
-    def micro_batches(self, num_ranks: int) -> int:
-        """Return how many micro-batches a rank has in every step, at least.
+    def micro_batches(self, num_ranks: int) -> int | None:
+        """Return how many micro-batches a rank has in every step; None: it varies.
 
         ValueError lists what is legal on this many data-parallel ranks.
         """

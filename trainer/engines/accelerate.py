@@ -44,7 +44,7 @@ class AccelerateEngine:
         axes: dict[str, int],
         *,
         row_tokens: int,
-        micro_batches: int,
+        micro_batches: int | None,
         precision: Precision,
     ) -> None:
         """Raise ValueError for what accelerate would silently turn into plain copies."""

@@ -67,7 +67,7 @@ class DeepSpeedEngine:
         axes: dict[str, int],
         *,
         row_tokens: int,
-        micro_batches: int,
+        micro_batches: int | None,
         precision: Precision,
     ) -> None:
         """Raise ValueError for a mesh or a precision that is not DeepSpeed's here."""

@@ -65,7 +65,7 @@ class NativeEngine:
         axes: dict[str, int],
         *,
         row_tokens: int,
-        micro_batches: int,
+        micro_batches: int | None,
         precision: Precision,
     ) -> None:
         """Raise ValueError for what this machine, or this model on this mesh, cannot do."""

@@ -1,5 +1,6 @@
 """Passes over a pipeline: torch's schedules, 1F1B or interleaved."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from models.nn.head import Loss
 from trainer.batch import Batch
 from trainer.engines.passes import Keys
 from trainer.parallel import context_parallel
-from trainer.parallel.pipeline import Relay, Stages
+from trainer.parallel.pipeline import Relay, Stages, num_scheduled
 
 
 class PipelinedPasses:
@@ -40,6 +41,7 @@ class PipelinedPasses:
         cp = stages.mesh.size("cp")
         self.cp = stages.mesh.group("cp") if cp > 1 else None
         self.schedule: Any = None
+        self._num_scheduled = 0  # micro-batches of a step of `schedule`
         self.sums: list[Tensor] = []
         self._step, self._counts = 0, [0] * len(called)
         for place, part in enumerate(called):
@@ -50,8 +52,9 @@ class PipelinedPasses:
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
         if self.cp:
             micro_batches = [context_parallel.share(batch, self.cp) for batch in micro_batches]
-        if self.schedule is None:
-            self.schedule = self._build(micro_batches)
+        micro_batches = self._filled_up(micro_batches)
+        if len(micro_batches) != self._num_scheduled:
+            self.schedule, self._num_scheduled = self._build(micro_batches), len(micro_batches)
         self._step, self._counts, self.sums = step, [0] * len(self.called), []
         whole = _joined(micro_batches)
         ids = whole.pop("input_ids")
@@ -67,6 +70,13 @@ class PipelinedPasses:
         dist.all_reduce(loss_sum, group=self.stages.mesh.group("pp"))  # the others have none
         return self.stages.mesh.sum_over_tokens(loss_sum)
 
+    def _filled_up(self, micro_batches: list[Batch]) -> list[Batch]:
+        """Return at least as many micro-batches as a schedule needs, the last ones blank."""
+        needed = num_scheduled(
+            len(micro_batches), self.stages.mesh.size("pp"), len(self.stages.indices)
+        )
+        return micro_batches + [micro_batches[0].blank()] * (needed - len(micro_batches))
+
     def _start(self, place: int) -> None:
         """Seed the next micro-batch of a stage."""
         if self._step:
@@ -74,9 +84,14 @@ class PipelinedPasses:
             self._counts[place] += 1
 
     def _build(self, micro_batches: list[Batch]) -> Any:
-        example, first = micro_batches[0], self._first_trained()
+        """Make a schedule for this many micro-batches; its first step makes its buffers.
+
+        torch's schedules take one number, and their stages hold buffers for all micro-batches: so
+        one is kept, not one for each number. A step of another number than the one before it costs
+        a round of small messages and a sync (.item() in torch's vote on static shapes).
+        """
         stages: list[Any] = [
-            self._stage(part, index, example, first)
+            self._stage(part, index, micro_batches[0], self._first_trained)
             for index, part in zip(self.stages.indices, self.called, strict=True)
         ]
         settings: dict[str, Any] = {
@@ -108,6 +123,7 @@ class PipelinedPasses:
             group=self.stages.mesh.group("pp"),
         )  # fmt: skip
 
+    @cached_property
     def _first_trained(self) -> int:
         trained = [
             index

@@ -70,7 +70,7 @@ class EngineSpec(Protocol):
         axes: dict[str, int],
         *,
         row_tokens: int,
-        micro_batches: int,
+        micro_batches: int | None,
         precision: Precision,
     ) -> None:
         """Raise ValueError for what cannot work, with the legal choices; nothing is started."""

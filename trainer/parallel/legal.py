@@ -6,6 +6,7 @@ from torch import nn
 
 from models.layout import HeadRows, Layout
 from trainer.parallel.data_parallel import named_blocks
+from trainer.parallel.pipeline import num_scheduled
 
 LARGEST = 64  # of the choices that a refusal lists
 ATTENTION = "attention heads"
@@ -19,12 +20,12 @@ def check_axes(
     sequence: bool,
     chunks: int,
     row_tokens: int,
-    micro_batches: int,
+    micro_batches: int | None,
 ) -> None:
     """Raise ValueError where the meta `model` cannot be laid out on a mesh of these `axes`.
 
     `sequence`: sequence parallelism; `chunks`: stages per pipeline rank; `micro_batches`: of one
-    data rank in one step.
+    data rank in every step; None: it varies, and the engine fills steps up.
     """
     split = [name for name in ("tp", "cp", "pp") if axes[name] > 1]
     if split and not layout.norm:
@@ -114,7 +115,7 @@ def _check_tokens(cp: int, token_shares: int, row_tokens: int) -> None:
 
 
 def _check_stages(
-    model: nn.Module, layout: Layout, pp: int, chunks: int, micro_batches: int
+    model: nn.Module, layout: Layout, pp: int, chunks: int, micro_batches: int | None
 ) -> None:
     if pp == 1:
         if chunks != 1:
@@ -139,8 +140,7 @@ def _check_stages(
             f"engine.pipeline_chunks={chunks}: a model that sees images has its tower on every "
             "stage, so one stage per rank; set engine.pipeline_chunks=1"
         )
-    rounds = max(1, micro_batches // pp)
-    if micro_batches < pp or (chunks > 1 and micro_batches % rounds):
+    if micro_batches is not None and micro_batches != num_scheduled(micro_batches, pp, chunks):
         need = f"{pp} or more" if chunks == 1 else f"a multiple of {pp}"
         raise ValueError(
             f"mesh.pp={pp} needs {need} micro-batches per data rank and step, found "

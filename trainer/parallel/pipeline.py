@@ -7,6 +7,7 @@ stage before.
 
 from copy import deepcopy
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -107,6 +108,19 @@ def absent(piece: Piece) -> Piece:
         shape=piece.shape,
         rows=(Rows(start=0, stop=0, is_own=False),),
         columns=(0, piece.width),
+    )
+
+
+def num_scheduled(micro_batches: int, pp: int, chunks: int) -> int:
+    """Return the fewest micro-batches, from `micro_batches` on, that the schedules take.
+
+    1F1B takes any number that fills the pipeline once, the interleaved one equal rounds of pp or
+    more.
+    """
+    return next(
+        number
+        for number in count(max(micro_batches, pp))
+        if chunks == 1 or number % (number // pp) == 0
     )
 
 
