@@ -114,6 +114,7 @@ def test_losses_do_not_depend_on_packing_or_ranks(
 MESHES = {
     "cp": {"cp": 2},
     "tp": {"tp": 2},
+    "pp": {"pp": 2},
     "ddp x cp": {"dp_replicate": 2, "cp": 2},
 }
 
