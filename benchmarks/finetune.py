@@ -21,8 +21,10 @@ run in turn, each in a fresh process:
     trl       TRL's SFTTrainer(packing=True), where TRL is installed: the epoch is packed before
 
 Useful tokens are the targets: each token of a document but its first. Their rate is those of all
-steps after the first `warmup`, by the time between the host's reads of the losses around them.
-Ratios are taken within each round. TRL's steps hold as many rows as make `global_documents` on
+steps after the first `warmup`, by the time between the host's reads of the losses around them; on a
+machine with other jobs the rate per second of CPU time counts, and threads=1: threads that wait
+spin. Ratios are taken within each round. Ours also predicts the token at which a document is cut.
+TRL's steps hold as many rows as make `global_documents` on
 average; the other contenders' hold exactly as many documents.
 """
 
@@ -56,14 +58,15 @@ def summarise(rounds: list[dict[str, Epoch]], warmup: int) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for side in rounds[0]:
         epochs = [one[side] for one in rounds]
-        rates = [_rate(epoch, warmup) for epoch in epochs]
-        ratios = [
-            rate / _rate(one["ours"], warmup) for rate, one in zip(rates, rounds, strict=True)
-        ]
+        pairs = [(one[side], one["ours"]) for one in rounds]
         first = epochs[0]
         summary[side] = {
-            "useful_tokens_per_second": spread(rates),
-            "beside_ours": spread(ratios),
+            "useful_tokens_per_second": spread([_rate(epoch, warmup) for epoch in epochs]),
+            "beside_ours": spread([_rate(a, warmup) / _rate(b, warmup) for a, b in pairs]),
+            "useful_tokens_per_cpu_second": spread([_cpu_rate(e, warmup) for e in epochs]),
+            "beside_ours_in_cpu_time": spread(
+                [_cpu_rate(a, warmup) / _cpu_rate(b, warmup) for a, b in pairs]
+            ),
             "steps": len(first.losses),
             "targets": sum(first.targets),
             "padding": round(1 - sum(first.tokens) / sum(first.positions), 4),
@@ -78,6 +81,11 @@ def summarise(rounds: list[dict[str, Epoch]], warmup: int) -> dict[str, Any]:
 
 def _rate(epoch: Epoch, warmup: int) -> float:
     seconds = epoch.stamps[-1] - epoch.stamps[warmup - 1]
+    return sum(epoch.targets[warmup:]) / seconds
+
+
+def _cpu_rate(epoch: Epoch, warmup: int) -> float:
+    seconds = epoch.cpu_stamps[-1] - epoch.cpu_stamps[warmup - 1]
     return sum(epoch.targets[warmup:]) / seconds
 
 
@@ -97,13 +105,16 @@ def report(row: dict[str, Any]) -> str:
         f"{settings['max_tokens']} tokens ({facts['cut']} are: {facts['tokens_cut']:,} tokens "
         f"lost, {facts['tokens']:,} left)",
         f"{machine_of['cpu']}, {settings['threads']} threads, load {row['load']}; {packages}",
-        f"{'median [min - max]':<20}{'useful tokens/s':^26}{'beside ours':^22}{'padding':>8}"
+        f"{'median [min - max]':<20}{'useful tokens/s':^24}{'per CPU second':^24}"
+        f"{'beside ours, by CPU':^22}{'padding':>8}"
         f"{'targets':>9}{'steps':>6}{'loss 1':>9}{'epoch':>8}{'GiB':>6}",
     ]
     for side, found in row["contenders"].items():
         lines.append(
-            f"{NAMES[side]:<20}{show(found['useful_tokens_per_second'], 0):^26}"
-            f"{show(found['beside_ours'], 2):^22}{found['padding']:>8.1%}{found['targets']:>9,}"
+            f"{NAMES[side]:<20}{show(found['useful_tokens_per_second'], 0):^24}"
+            f"{show(found['useful_tokens_per_cpu_second'], 0):^24}"
+            f"{show(found['beside_ours_in_cpu_time'], 2):^22}"
+            f"{found['padding']:>8.1%}{found['targets']:>9,}"
             f"{found['steps']:>6}{found['loss_of_step_1']:>9.4f}{found['loss_of_epoch']:>8.4f}"
             f"{found['peak_gib']['median']:>6.2f}"
         )

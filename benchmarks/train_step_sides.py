@@ -35,6 +35,8 @@ class Curve:
     """Mean loss of each step, in nats per target."""
     stamps: list[float] = field(default_factory=list)
     """When the host had read each loss, in seconds of the monotonic clock."""
+    cpu_stamps: list[float] = field(default_factory=list)
+    """The same moments in seconds of CPU time, over all threads."""
     held_gib: float = 0.0
     """Memory just before step 1."""
     peak_gib: float = 0.0
@@ -44,6 +46,7 @@ class Curve:
 
     def add(self, loss: float) -> None:
         self.stamps.append(time.monotonic())
+        self.cpu_stamps.append(time.process_time())
         self.losses.append(loss)
         self.peak_gib = memory_gib("VmHWM")
 
