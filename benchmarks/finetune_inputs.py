@@ -1,7 +1,7 @@
 """What all contenders of the fine-tuning comparison start from: weights, documents, their order."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,7 @@ class Settings:
     global_documents: int = 32
     """Documents of one optimizer step."""
     max_tokens: int = 512
-    """Where all contenders cut a document, and the length of a packed row of TRL's."""
-    row_tokens: int = 512
-    """Length of our rows: max_tokens, or less where no document is longer."""
+    """Where all contenders cut a document, and the length of a packed row."""
     micro_rows: int = 2
     """Packed rows of one forward pass, ours and TRL's."""
     micro_documents: int = 8
@@ -79,10 +77,10 @@ def prepare(folder: Path, settings: Settings) -> Run:
     ).tree  # fmt: skip
     tree.pop("launch")
     tree["data"] |= {
-        "row_tokens": settings.row_tokens,
+        "row_tokens": settings.max_tokens,
         "global_documents": settings.global_documents,
         "micro_rows": settings.micro_rows,
-        "too_long": "cut" if settings.row_tokens == settings.max_tokens else "refuse",
+        "too_long": "cut",
         "eval_fraction": 0.0,
         "cache": str(folder / "cache"),
     }
@@ -94,7 +92,7 @@ def prepare(folder: Path, settings: Settings) -> Run:
     run: Run = bind(tree)
     run.check(world_size=1)
     write_weights(run, folder / WEIGHTS)
-    _write_documents(run, folder, settings)
+    _write_documents(run, folder, settings, texts)
     tree["weights"] = str(folder / WEIGHTS)
     (folder / RUN).write_text(yaml.safe_dump(tree))
     return run
@@ -116,16 +114,16 @@ def _text(row: dict[str, Any]) -> str:
     return (text.partition("\n\n")[2] if text.startswith("From ") else text).strip()
 
 
-def _write_documents(run: Run, folder: Path, settings: Settings) -> None:
+def _write_documents(run: Run, folder: Path, settings: Settings, texts: list[str]) -> None:
     """Write the ids of the epoch's documents, in the order in which our loader takes them."""
     assert isinstance(run.data, DocumentData)
-    tokenizer = run.data.tokenizer(run.tokenizer, run.model.vocab_size)
-    loader, _ = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
-    places = loader.rows_of(torch.arange(settings.documents).numpy())
-    examples = [loader.rows.store.example(place) for place in places]  # type: ignore[attr-defined]
-    lengths = [len(example.input_ids) for example in examples]
-    torch.save([one.input_ids[: settings.max_tokens].tolist() for one in examples],
-               folder / DOCUMENTS)  # fmt: skip
+    data = replace(run.data, packing="off", micro_rows=1)
+    tokenizer = data.tokenizer(run.tokenizer, run.model.vocab_size)
+    loader, _ = data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
+    batches = [batch for step in range(run.max_steps) for batch in loader.step(step).micro_batches]
+    documents = [batch.input_ids[batch.segment_ids > 0].tolist() for batch in batches]
+    torch.save(documents, folder / DOCUMENTS)
+    lengths = [len(ids) for ids in tokenizer.encode_documents(texts)]
     facts = {
         "cut": sum(length > settings.max_tokens for length in lengths),
         "tokens": sum(min(length, settings.max_tokens) for length in lengths),
