@@ -100,6 +100,8 @@ def prepare(folder: Path, settings: Settings) -> Run:
 
 def _read(path: Path, count: int) -> list[str]:
     """Return `count` texts of the file, evenly spaced: it may be sorted by source."""
+    if not path.is_file():
+        raise ValueError(f"data={path} is no file; give a jsonl file with texts")
     texts = list(filter(None, map(_text, read_lines(path))))
     if len(texts) < count:
         raise ValueError(f"{path} holds {len(texts)} documents; set documents to that or less")
