@@ -19,22 +19,18 @@ ids occur.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from benchmarks.in_turn import check_positive, machine, read_options, run_rounds
 from benchmarks.train_step_inputs import prepare
 from benchmarks.train_step_report import METHODS, report, summarise
 from benchmarks.train_step_sides import SIDES, Curve
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
-from trainer.environment import environment
 from trainer.parallel.pieces import unique_parameters
 
 RESULTS = Path(__file__).parent / "results" / "train_step.jsonl"
@@ -58,11 +54,7 @@ class Settings:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("rows", "steps", "warmup", "rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not positive; set it to 1 or more"
-                )
+        check_positive(self)
         if self.row_tokens < 3:
             raise ValueError(f"row_tokens={self.row_tokens} has no room for text; set 3 or more")
         if self.warmup >= self.steps:
@@ -75,67 +67,7 @@ class Settings:
 
 def parse(words: list[str]) -> Settings:
     """Read key=value words; ValueError names the nearest key."""
-    numbers = {field.name for field in fields(Settings) if field.type is int}
-    known = ["model", "precision", *sorted(numbers)]
-    model = {"model": "llama_tiny"}
-    values: dict[str, Any] = {}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not separator:
-            raise ValueError(f"{word!r} is no option; write key=value, for example steps=30")
-        if key == "model" or key.startswith("model."):
-            model[key] = value
-        elif key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"unknown key {key}; {hint}Known: {', '.join(known)}, model.FIELD")
-        elif key in numbers and not value.isdecimal():
-            raise ValueError(f"{key}={value!r} is no whole number; set it to 1 or more")
-        else:
-            values[key] = int(value) if key in numbers else value
-    return Settings(model=tuple(f"{key}={value}" for key, value in model.items()), **values)
-
-
-def run_rounds(settings: Settings, inputs: Path) -> list[dict[str, Curve]]:
-    """Run both sides in turn, `rounds` times; return the curve of each side of each round."""
-    rounds = []
-    for number in range(1, settings.rounds + 1):
-        curves = {}
-        for side in SIDES:
-            print(f"round {number} of {settings.rounds}: {side}", file=sys.stderr, flush=True)
-            curves[side] = _run_side(side, inputs, inputs / f"{side}-{number}", settings.threads)
-        rounds.append(curves)
-    return rounds
-
-
-def _run_side(side: str, inputs: Path, output: Path, threads: int) -> Curve:
-    """Run one side in a fresh process, so that its memory and its caches are its own."""
-    output.mkdir()
-    words = ["-m", "benchmarks.train_step_sides", side, str(inputs), str(output), str(threads)]
-    with open(output / "output.txt", "w+") as log:
-        done = subprocess.run(
-            [sys.executable, *words],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        if done.returncode:
-            log.seek(0)
-            raise ChildProcessError(f"{side}: exit code {done.returncode}\n{log.read()[-4000:]}")
-    return Curve(**json.loads((output / "curve.json").read_text()))
-
-
-def _machine() -> dict[str, Any]:
-    known = environment(world_size=1)
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else "unknown CPU",
-        **{key: known[key] for key in ("cpus", "devices", "platform", "python", "git_commit")},
-    }
+    return Settings(**read_options(words, fields(Settings)))
 
 
 def main(words: list[str]) -> int:
@@ -154,7 +86,10 @@ def main(words: list[str]) -> int:
                 steps=settings.steps,
                 warmup=settings.warmup,
             )
-            rounds = run_rounds(settings, Path(name))
+            rounds = run_rounds(
+                "benchmarks.train_step_sides", SIDES, Path(name),
+                rounds=settings.rounds, threads=settings.threads,
+            )  # fmt: skip
     except ValueError as error:
         print(f"train_step: {error}", file=sys.stderr)
         return BAD_CONFIG
@@ -165,10 +100,10 @@ def main(words: list[str]) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),
         "parameters": sum(p.numel() for _, p in unique_parameters(run.plan_model())),
-        "machine": _machine(),
+        "machine": machine(),
         "packages": {name: version(name) for name in ("torch", "transformers", "accelerate")},
         **summarise(
-            rounds,
+            [{side: Curve(**curve) for side, curve in one.items()} for one in rounds],
             tokens=settings.rows * settings.row_tokens,
             warmup=settings.warmup,
             precision=settings.precision,

@@ -47,7 +47,7 @@ def prepare(
     _write_documents(documents, rows * steps, row_tokens)
     run: Run = bind(tree)
     run.check(world_size=1)
-    _write_weights(run, folder / WEIGHTS)
+    write_weights(run, folder / WEIGHTS)
     torch.save(_rows_in_order(run), folder / ROWS)
     tree["weights"] = str(folder / WEIGHTS)
     (folder / RUN).write_text(yaml.safe_dump(tree))
@@ -85,7 +85,7 @@ def _ascii_texts() -> Iterator[str]:
         yield document.text.encode("ascii", "ignore").decode()
 
 
-def _write_weights(run: Run, folder: Path) -> None:
+def write_weights(run: Run, folder: Path) -> None:
     """Write the initial weights that our engine draws, in fp32, as a Hugging Face folder."""
     model = run.plan_model()
     materialise(

@@ -4,6 +4,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from benchmarks.in_turn import show, spread
 from benchmarks.train_step_sides import SIDES, Curve
 
 NAMES = {"ours": "Tessera", "theirs": "transformers.Trainer"}
@@ -12,9 +13,6 @@ METHODS = {
     "bf16": "the methods differ, expect about 1e-3: ours casts the weights, so that residuals are "
     "bf16 too; theirs is autocast, which keeps weights, norms and residuals in fp32",
 }
-
-Spread = dict[str, float]
-"""`median`, `min` and `max` over the rounds."""
 
 
 def summarise(
@@ -30,15 +28,15 @@ def summarise(
         curves = [curves[side] for curves in rounds]
         seconds[side] = [median(_steps(curve, warmup)) for curve in curves]
         summary[side] = {
-            "step_ms": _spread([1000 * value for value in seconds[side]]),
+            "step_ms": spread([1000 * value for value in seconds[side]]),
             "fastest_step_ms": round(1000 * min(t for c in curves for t in _steps(c, warmup)), 4),
-            "tokens_per_second": _spread([tokens / value for value in seconds[side]]),
-            "peak_gib": _spread([curve.peak_gib for curve in curves]),
-            "held_before_step_1_gib": _spread([curve.held_gib for curve in curves]),
+            "tokens_per_second": spread([tokens / value for value in seconds[side]]),
+            "peak_gib": spread([curve.peak_gib for curve in curves]),
+            "held_before_step_1_gib": spread([curve.held_gib for curve in curves]),
             "first_and_last_loss": [curves[0].losses[0], curves[0].losses[-1]],
         }
     pairs = zip(seconds["ours"], seconds["theirs"], strict=True)
-    summary["speed_ratio"] = _spread([theirs / ours for ours, theirs in pairs])
+    summary["speed_ratio"] = spread([theirs / ours for ours, theirs in pairs])
     differences = [_differences(curves["ours"], curves["theirs"]) for curves in rounds]
     summary["loss_difference"] = {
         "step_1": max(of_round[0] for of_round in differences),
@@ -51,11 +49,6 @@ def summarise(
 def _steps(curve: Curve, warmup: int) -> list[float]:
     """Return the seconds of each step after `warmup`."""
     return [stop - start for start, stop in pairwise(curve.stamps[warmup - 1 :])]
-
-
-def _spread(values: list[float]) -> Spread:
-    spread = {"median": median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 4) for name, value in spread.items()}
 
 
 def _differences(ours: Curve, theirs: Curve) -> list[float]:
@@ -72,7 +65,7 @@ def report(row: dict[str, Any]) -> str:
             *_header(row),
             *(_side(name, row[side]) for side, name in NAMES.items()),
             f"speed, ours / theirs, of {settings['rounds']} paired rounds: "
-            + _show(row["speed_ratio"], 3),
+            + show(row["speed_ratio"], 3),
             f"fastest step of all, which other jobs disturb least: ours {fastest[0]:.1f} ms, "
             f"theirs {fastest[1]:.1f} ms, speed {fastest[1] / fastest[0]:.3f}",
             f"largest relative difference of the losses: {difference['step_1']:.1e} at step 1, "
@@ -96,10 +89,5 @@ def _header(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _side(name: str, figures: dict[str, Any]) -> str:
     peak, held = figures["peak_gib"]["median"], figures["held_before_step_1_gib"]["median"]
-    step, speed = _show(figures["step_ms"], 1), _show(figures["tokens_per_second"], 0)
+    step, speed = show(figures["step_ms"], 1), show(figures["tokens_per_second"], 0)
     return f"{name:<22}{step:^28}{speed:^26}{peak:>8.2f}{held:>15.2f}"
-
-
-def _show(spread: Spread, digits: int) -> str:
-    middle, low, high = (f"{spread[name]:,.{digits}f}" for name in ("median", "min", "max"))
-    return f"{middle} [{low} - {high}]"

@@ -35,20 +35,23 @@ class Curve:
     """Mean loss of each step, in nats per target."""
     stamps: list[float] = field(default_factory=list)
     """When the host had read each loss, in seconds of the monotonic clock."""
+    cpu_stamps: list[float] = field(default_factory=list)
+    """The same moments in seconds of CPU time, over all threads."""
     held_gib: float = 0.0
     """Memory just before step 1."""
     peak_gib: float = 0.0
 
     def start(self) -> None:
-        self.held_gib = _memory_gib("VmRSS")
+        self.held_gib = memory_gib("VmRSS")
 
     def add(self, loss: float) -> None:
         self.stamps.append(time.monotonic())
+        self.cpu_stamps.append(time.process_time())
         self.losses.append(loss)
-        self.peak_gib = _memory_gib("VmHWM")
+        self.peak_gib = memory_gib("VmHWM")
 
 
-def _memory_gib(key: str) -> float:
+def memory_gib(key: str) -> float:
     """Return the resident memory (VmRSS) or its high-water mark (VmHWM); on CUDA the allocator's.
 
     Not ru_maxrss: a new process inherits its parent's, as exec keeps the larger of the two.
@@ -127,7 +130,7 @@ def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
         save_strategy="no", eval_strategy="no", report_to="none",
     )  # fmt: skip
     rows = torch.load(inputs / ROWS)
-    optimizer = _optimizer(run.optim, model, run.model.layout.embedding)
+    optimizer = our_optimizer(run.optim, model, run.model.layout.embedding)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: run.schedule.factor(done + 1, run.max_steps)
     )
@@ -142,7 +145,7 @@ def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
     trainer.train()
 
 
-def _optimizer(optim: AdamW, model: nn.Module, embedding: str) -> torch.optim.Optimizer:
+def our_optimizer(optim: AdamW, model: nn.Module, embedding: str) -> torch.optim.Optimizer:
     """Return the fused AdamW of the Trainer's default, with our groups: only matrices decay."""
     parameters = list(model.named_parameters())
     is_decayed = {name: p.ndim >= 2 and name != f"{embedding}.weight" for name, p in parameters}
