@@ -168,6 +168,17 @@ def adapt(
         model.set_submodule(name, make(linear))
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the adapters' own parameters, which no weights of the base hold."""
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear)
+        for own, _ in module.named_parameters()
+        if own not in SummedLinear.output_rows
+    ]
+
+
 def merge(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Compute every adapter into plain weights, in place; return what `unmerge` puts back."""
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
