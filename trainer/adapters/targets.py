@@ -57,7 +57,7 @@ def _matches(pattern: str, linears: list[str], model: nn.Module, layout: Layout)
 def _refuse_target(pattern: str, linears: list[str], model: nn.Module, layout: Layout) -> None:
     key = f"adapter.targets={pattern!r}"
     for name in _ends(model, layout):
-        if not _fits(name, pattern):
+        if not fits(name, pattern):
             continue
         if _ties(model, name):
             raise ValueError(
@@ -87,7 +87,7 @@ def find_saved(
     modules = [name for name, module in model.named_modules() if list(module.parameters())]
     for pattern in patterns:
         key = f"adapter.modules_to_save={pattern!r}"
-        matches = [name for name in modules if name and _fits(name, pattern)]
+        matches = [name for name in modules if name and fits(name, pattern)]
         if not matches:
             nearest = get_close_matches(pattern, modules, n=3, cutoff=0.3)
             raise ValueError(
@@ -119,7 +119,8 @@ def _ends(model: nn.Module, layout: Layout) -> list[str]:
     return list(dict.fromkeys((head, layout.embedding)))
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern is the module's name or its end."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
