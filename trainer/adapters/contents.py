@@ -4,7 +4,14 @@ from pathlib import Path
 
 from torch import nn
 
-from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS, hash_of_files, hash_of_seed
+from trainer.adapters.files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    check_base,
+    hash_of_files,
+    hash_of_seed,
+)
 from trainer.checkpoint.contents import BASE, Contents
 from trainer.distributed import Ranks
 from trainer.run import Run
@@ -30,11 +37,7 @@ def contents_of(run: Run, model: nn.Module, ranks: Ranks) -> Contents:
             shapes={n: list(p.shape) for n, p in model.named_parameters() if not p.requires_grad},
         )
     )
-    if run.adapter.base_hash not in (None, base_hash):
-        raise ValueError(
-            f"the adapter was trained on a base of hash {run.adapter.base_hash}, this one has "
-            f"{base_hash}; set model.path (or weights) to that base"
-        )
+    check_base(base_hash, run.adapter.base_hash, "set model.path (or weights) to that base")
     base = str(Path(source.folder).resolve()) if source else None
     return Contents(
         folder=ADAPTER,

@@ -45,6 +45,14 @@ def hash_of_files(source: WeightSource, ranks: Ranks | None = None) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(total).encode())
 
 
+def check_base(found: str, stated: str | None, advice: str) -> None:
+    """Raise ValueError where an adapter states another base than the one found."""
+    if stated not in (None, found):
+        raise ValueError(
+            f"the adapter was trained on a base of hash {stated}, this one has {found}; {advice}"
+        )
+
+
 def hash_of_seed(**facts: Any) -> str:
     """Return a hash of a base that is made from a seed: these facts decide every number of it."""
     return str(xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode()))

@@ -49,6 +49,18 @@ class PretrainedAdapter:
     def folder(self) -> Path:
         return Path(self.path).expanduser()
 
+    @property
+    def base(self) -> Path:
+        """The folder of the model that the adapter belongs to; ValueError where it is not here."""
+        key = "base_model_name_or_path"
+        named = read_keys(self.folder / CONFIG).get(key)
+        if not named or not (folder := Path(named).expanduser()).is_dir():
+            raise ValueError(
+                f"{self.folder / CONFIG}: {key}={named!r} is no folder here; write there where the "
+                "base is (one that started from random weights is in no folder)"
+            )
+        return folder
+
     @cached_property
     def inner(self) -> LoRA | IA3:
         """The settings that the folder stands for, every target by its full name."""
