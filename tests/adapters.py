@@ -21,7 +21,7 @@ def write_adapter(folder: Path, run: Run) -> Path:
             noise = initial_values(name, Init(std=0.2), 3, 0, parameter.numel())
             tensors[PREFIX + name] = noise.view(parameter.shape)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = run.adapter.peft_config(model, run.model.layout)
+    config = run.adapter.peft_config(model)
     assert config is not None
     write_json(folder / CONFIG, config)
     return folder

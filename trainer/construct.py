@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
-from trainer.data.labels import label_keys
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
@@ -29,6 +29,7 @@ from trainer.files import write_json, write_text
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
+from trainer.model_files import write_model_files
 from trainer.parallel.materialise import random_values
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
@@ -160,19 +161,6 @@ def _checkpoints(
     tokenizer: Tokenizer,
     contents: Contents,
 ) -> Checkpoints:
-    def write_model_files(target: Path) -> None:
-        """Make `target` a complete folder of Hugging Face or peft, but for the weights."""
-        config = {
-            **run.model.hf_config(run.task.head),
-            **label_keys(run.data.labels, tokenizer),
-            "dtype": str(PRECISIONS[run.precision].master).removeprefix("torch."),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        for name, keys in (contents.files or {"config.json": config}).items():
-            write_json(target / name, keys)
-        tokenizer.save(target)
-
     return Checkpoints(
         run.checkpoint,
         folder / CHECKPOINTS,
@@ -183,7 +171,7 @@ def _checkpoints(
             "world_size": ranks.placement.world_size,
             "mesh": mesh.describe(),
         },
-        describe_model=write_model_files,
+        describe_model=partial(write_model_files, run, tokenizer, contents),
         contents=contents,
     )
 

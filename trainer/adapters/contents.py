@@ -24,7 +24,7 @@ def contents_of(run: Run, model: nn.Module, ranks: Ranks) -> Contents:
 
     ValueError where a given adapter belongs to another base. Collective.
     """
-    config = run.adapter.peft_config(model, run.model.layout)
+    config = run.adapter.peft_config(model)
     if config is None:
         return Contents()
     source = run.weight_source(model)

@@ -80,7 +80,7 @@ class LoRA:
             is_zero=self.init_lora_weights,
         )  # fmt: skip
         targets = find_targets(model, layout, self.targets)
-        saved = find_saved(model, layout, self.modules_to_save, targets)
+        saved = find_saved(model, self.modules_to_save, targets)
         model.requires_grad_(False)
         adapt(model, targets, make)
         train_only(model, saved)
@@ -102,7 +102,7 @@ class LoRA:
 
         return value
 
-    def peft_config(self, model: nn.Module, layout: Layout) -> dict[str, Any] | None:
+    def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
         return {
             "peft_type": "LORA",
             "r": self.rank,
@@ -113,7 +113,7 @@ class LoRA:
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": self.init_lora_weights,
-            **common_config(model, layout, self.modules_to_save),
+            **common_config(model, self.modules_to_save),
         }
 
 
@@ -151,7 +151,7 @@ class IA3:
                 f"adapter.targets and adapter.feedforward_targets both name {both[0]}; "
                 "take it out of one of them"
             )
-        saved = find_saved(model, layout, self.modules_to_save, outputs + inputs)
+        saved = find_saved(model, self.modules_to_save, outputs + inputs)
         model.requires_grad_(False)
         adapt(model, outputs, IA3Linear)
         adapt(model, inputs, IA3InputLinear)
@@ -160,9 +160,9 @@ class IA3:
     def values(self, model: nn.Module, values: Values) -> Values:
         return values
 
-    def peft_config(self, model: nn.Module, layout: Layout) -> dict[str, Any] | None:
+    def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
         inputs = [n for n, m in model.named_modules() if isinstance(m, IA3InputLinear)]
-        config = common_config(model, layout, self.modules_to_save)
+        config = common_config(model, self.modules_to_save)
         forward = short_names(model, inputs)
         if not set(forward) <= set(config["target_modules"]):  # short in one list only
             adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
@@ -190,13 +190,11 @@ def train_only(model: nn.Module, saved: list[str]) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def common_config(
-    model: nn.Module, layout: Layout, modules_to_save: tuple[str, ...]
-) -> dict[str, Any]:
+def common_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Any]:
     """Return the keys that peft's config has for every kind of adapter."""
     adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
-    saved = find_saved(model, layout, modules_to_save, adapted)
-    head = model.get_submodule(str(getattr(model, "head_name", layout.head)))
+    saved = find_saved(model, modules_to_save, adapted)
+    head = model.get_submodule(str(model.head_name))
     kinds = {SequenceClassifier: "SEQ_CLS", TokenClassifier: "TOKEN_CLS"}
     return {
         "target_modules": short_names(model, adapted),

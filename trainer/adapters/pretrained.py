@@ -157,5 +157,5 @@ class PretrainedAdapter:
 
         return value
 
-    def peft_config(self, model: nn.Module, layout: Layout) -> dict[str, Any] | None:
-        return self.inner.peft_config(model, layout)
+    def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
+        return self.inner.peft_config(model)

@@ -35,7 +35,7 @@ class AdapterSpec(Protocol):
         """Return what the adapted `model` starts from; `values` gives what its base does."""
         ...
 
-    def peft_config(self, model: nn.Module, layout: Layout) -> dict[str, Any] | None:
+    def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
         """Return adapter_config.json of the adapted model; None where the whole model is saved."""
         ...
 
@@ -62,5 +62,5 @@ class NoAdapter:
     def values(self, model: nn.Module, values: Values) -> Values:
         return values
 
-    def peft_config(self, model: nn.Module, layout: Layout) -> dict[str, Any] | None:
+    def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
         return None

@@ -11,6 +11,7 @@ from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pieces import tied_names
 
 ALL_LINEAR = "all-linear"
+LM_HEAD = "lm_head"
 
 
 def find_targets(model: nn.Module, layout: Layout, patterns: tuple[str, ...]) -> list[str]:
@@ -75,15 +76,13 @@ def _refuse_target(pattern: str, linears: list[str], model: nn.Module, layout: L
     )
 
 
-def find_saved(
-    model: nn.Module, layout: Layout, patterns: tuple[str, ...], targets: list[str]
-) -> list[str]:
+def find_saved(model: nn.Module, patterns: tuple[str, ...], targets: list[str]) -> list[str]:
     """Return the modules that train as a whole: those named, and a head that is no lm_head.
 
     ValueError where a pattern names none, or one that is tied or adapted.
     """
-    head = str(getattr(model, "head_name", layout.head))
-    found = [] if head == layout.head else [head]
+    head = str(model.head_name)
+    found = [] if head == LM_HEAD else [head]
     modules = [name for name, module in model.named_modules() if list(module.parameters())]
     for pattern in patterns:
         key = f"adapter.modules_to_save={pattern!r}"
@@ -115,8 +114,7 @@ def short_names(model: nn.Module, names: list[str]) -> list[str]:
 
 def _ends(model: nn.Module, layout: Layout) -> list[str]:
     """Return the names of embedding and heads."""
-    head = str(getattr(model, "head_name", layout.head))
-    return list(dict.fromkeys((head, layout.embedding)))
+    return [str(model.head_name), layout.embedding]
 
 
 def fits(name: str, pattern: str) -> bool:

@@ -26,10 +26,6 @@ class Contents:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """JSON files that go beside the weights, by name."""
 
-    @property
-    def is_whole(self) -> bool:
-        return self.names is None
-
     def of(self, weights: dict[str, Piece]) -> dict[str, Piece]:
         """Return what is saved of the weights, by the names of the file."""
         return {
