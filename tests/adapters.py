@@ -1,7 +1,12 @@
 """Folders with an adapter, as peft leaves them."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -9,6 +14,17 @@ from models.nn.init import Init, initial_values
 from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS
 from trainer.files import write_json
 from trainer.run import Run
+
+
+@contextmanager
+def peft_package() -> Iterator[Any]:
+    """Yield peft, or skip; what it says of a key that is missing or unknown is an error."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # peft 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield peft
 
 
 def write_adapter(folder: Path, run: Run) -> Path:

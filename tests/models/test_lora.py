@@ -1,6 +1,5 @@
 """Adapters on every family against peft: logits and gradients; merged, and taken apart again."""
 
-import warnings
 from copy import deepcopy
 from functools import cache, partial
 from typing import Any
@@ -21,6 +20,7 @@ from models.lora import (
     unmerge,
 )
 from models.nn.init import initial_values, initializers
+from tests.adapters import peft_package
 
 TARGETS = {
     "Llama": ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
@@ -79,9 +79,8 @@ def adapted(family: str, kind: str, dtype: torch.dtype = torch.float32) -> nn.Mo
     return model
 
 
-def peft_of(family: str, kind: str) -> Any:
+def peft_of(peft: Any, family: str, kind: str) -> Any:
     """Return peft's model over the same base, with its adapter still as it starts."""
-    peft = pytest.importorskip("peft")
     model = base(family)
     names = targets(model, family)
     if kind.startswith("ia3"):
@@ -92,22 +91,21 @@ def peft_of(family: str, kind: str) -> Any:
             r=RANK, lora_alpha=ALPHA, target_modules=names,
             use_rslora=kind == "rslora", use_dora=kind == "dora",
         )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(theirs(specs()[family], model), config).eval()
+    return peft.get_peft_model(theirs(specs()[family], model), config).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", TARGETS)
 def test_logits_and_gradients_are_those_of_peft(family: str, kind: str) -> None:
     """In fp32 to 1e-5 of the largest, names as in peft's file."""
-    other = peft_of(family, kind)
-    peft = pytest.importorskip("peft")
     model = base(family)
     adapt(model, targets(model, family), KINDS[kind])
     own = filled(model)
-    assert own.keys() == peft.get_peft_model_state_dict(other).keys()
-    peft.set_peft_model_state_dict(other, {name: value.detach() for name, value in own.items()})
+    with peft_package() as peft:
+        other = peft_of(peft, family, kind)
+        assert own.keys() == peft.get_peft_model_state_dict(other).keys()
+        values = {name: value.detach() for name, value in own.items()}
+        peft.set_peft_model_state_dict(other, values)
     batch = inputs(specs()[family])
     found, expected = model(**batch), other(**their_inputs(batch)).logits
     assert relative(found, expected) <= 1e-5

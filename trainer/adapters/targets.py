@@ -108,7 +108,8 @@ def find_saved(model: nn.Module, patterns: tuple[str, ...], targets: list[str]) 
 def short_names(model: nn.Module, names: list[str]) -> list[str]:
     """Return names for peft's config: last parts where they mean these modules and no others."""
     last = {name.rpartition(".")[2] for name in names}
-    meant = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in last]
+    # Of modules_to_save, peft takes all whose name ends so: `norm` is `input_layernorm` too.
+    meant = [name for name, _ in model.named_modules() if name.endswith(tuple(last))]
     return sorted(last) if set(meant) == set(names) else sorted(names)
 
 
