@@ -17,6 +17,7 @@ from tests.adapters import peft_package, write_adapter
 from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train
 from tests.tasks import HeadTask
+from tests.trainer.test_model_path import saved
 from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS, hash_of_files
 from trainer.adapters.lora import IA3, LoRA
 from trainer.adapters.merged import load_merged
@@ -25,6 +26,7 @@ from trainer.checkpoint.commit import committed_steps, step_folder
 from trainer.checkpoint.contents import BASE
 from trainer.distributed import Placement, Ranks
 from trainer.files import read_json, write_json
+from trainer.hf_auto import HFAutoModel
 from trainer.mesh import MeshSpec
 from trainer.optim import AdamW
 from trainer.parallel.materialise import materialise
@@ -92,6 +94,20 @@ def test_what_we_train_and_save_computes_the_same_in_peft(
     assert not same(found, plain, 1e-2)
     go_on = PretrainedAdapter(path=str(adapter_in(tmp_path)))
     assert same(started(run_over(model_folder, cache, go_on))(*INPUTS), found)
+
+
+def test_a_model_read_through_transformers_takes_adapters_alike(
+    tmp_path: Path, cache: Path
+) -> None:
+    saved(tmp_path / "base", "qwen2")
+    spec = HFAutoModel(path=str(tmp_path / "base"), attn_implementation="eager")
+    run = tiny_run(
+        cache, model=spec, weights="auto", tokenizer="auto", max_steps=3,
+        adapter=replace(KINDS["dora"], targets=("q_proj", "mlp.*")),
+    )  # fmt: skip
+    run_ranks(1, train, tmp_path, run)
+    model = started(replace(run, adapter=PretrainedAdapter(path=str(adapter_in(tmp_path)))))
+    assert same(model(*INPUTS), peft_logits(tmp_path / "base", adapter_in(tmp_path)))
 
 
 def peft_config(peft: Any, kind: str) -> Any:
