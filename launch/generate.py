@@ -12,7 +12,8 @@ from launch.binding import convert
 
 USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
 
-  checkpoint=DIR       a run, a step of a run (.../step_00000100), or a Hugging Face model folder
+  checkpoint=DIR       a run, a step of a run (.../step_00000100), a Hugging Face model folder, or
+                       the folder of an adapter, which names its base
   prompt="..."         the text to continue; or prompt_file=FILE
   max_new_tokens=100   temperature=0 (likeliest)   top_p=1   top_k=null   seed=0
   num_beams=1          length_penalty=1            cache=growing (static, none)
@@ -58,7 +59,7 @@ def _value(text: str) -> Any:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the Hugging Face folder of a run, a checkpoint or such a folder; ValueError if none.
+    """Return the folder of Hugging Face or peft in a run or checkpoint, or such a folder itself.
 
     Of a run it is that of the newest intact step; StorageError where a step is damaged and no
     older one is left.
@@ -66,7 +67,7 @@ def model_folder(folder: Path) -> Path:
     from trainer.checkpoint.commit import MANIFEST, committed_steps, step_folder
     from trainer.directory import CHECKPOINTS
 
-    if (folder / "config.json").is_file():
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return folder
     if (folder / MANIFEST).is_file():
         return _first_intact([folder])
@@ -84,10 +85,10 @@ def _first_intact(steps: list[Path]) -> Path:
     from trainer.errors import StorageError
 
     for step in steps:
-        model = step / "model"
+        model = step / ("model" if (step / "model").exists() else "adapter")
         try:
             files = read_manifest(step.resolve())["files"]
-            own = {Path(n).name: e for n, e in files.items() if Path(n).parent.name == "model"}
+            own = {Path(n).name: e for n, e in files.items() if Path(n).parent.name == model.name}
             verify(model, {"files": own}, 0, 1)
             return model
         except StorageError as error:
@@ -100,9 +101,10 @@ def _first_intact(steps: list[Path]) -> Path:
 def _generate(folder: Path, options: dict[str, Any]) -> int:
     import torch
 
+    from trainer.adapters.merged import base_folder, load_merged
     from trainer.data.tokenizers import FileTokenizer
     from trainer.decoding import check_lengths, generate
-    from trainer.pretrained import load_causal_lm, spec_from
+    from trainer.pretrained import spec_from
 
     precision = options.pop("precision", "fp32")
     is_json = convert(options.pop("json", False), bool, "json")
@@ -110,11 +112,12 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
         raise ValueError(f"precision={precision!r} is unknown; set it to fp32 or bf16")
     has_bos = convert(options.pop("bos", True), bool, "bos")
     text = _prompt(options)
-    tokenizer = FileTokenizer(folder)
-    spec = _spec(options, _stop_token_ids(folder, tokenizer.eos_token_id))
+    base = base_folder(folder)
+    tokenizer = FileTokenizer(folder if (folder / "tokenizer.json").is_file() else base)
+    spec = _spec(options, _stop_token_ids(base, tokenizer.eos_token_id))
     bos = [tokenizer.bos_token_id] if has_bos and tokenizer.bos_token_id is not None else []
     prompt = [*bos, *tokenizer.encode(text)]
-    model_spec = spec_from(folder)
+    model_spec = spec_from(base)
     check_lengths([prompt], spec, model_spec.max_position_embeddings)
     if max(prompt) >= model_spec.vocab_size:
         raise ValueError(
@@ -124,7 +127,7 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     # sdpa on every device: flex would be compiled anew for the shapes of a growing text.
-    model = load_causal_lm(folder, dtype=dtype, device=device, attn_implementation="sdpa")
+    model = load_merged(folder, dtype=dtype, device=device, attn_implementation="sdpa")
     stream = _Stream(tokenizer, prompt) if sys.stdout.isatty() and not is_json else None
     if stream:
         print(text, end="", flush=True)

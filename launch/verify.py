@@ -88,7 +88,7 @@ def _print_head(small: Any) -> None:
     from trainer.verify.compare import CURVE_TOLERANCE, FP32, FP64
 
     model = small.run.model
-    count = sum(parameter.numel() for parameter in small.run.plan_model().parameters())
+    count = sum(parameter.numel() for parameter in small.run.trained_model().parameters())
     print(f"{type(model).__name__} at {count:,} parameters, fp64, against one process")
     for note in small.notes:
         print(f"  changed: {note}")

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from tests.conftest import tiny_spec
+from trainer.adapters.protocol import NoAdapter
 from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.construct import Start, fit
@@ -43,6 +44,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
         "optim": AdamW(lr=1e-2),
         "schedule": Constant(),
         "freeze": FreezeSpec(),
+        "adapter": NoAdapter(),
         "checkpoint": CheckpointSpec(),
         "callbacks": {},
         "name": "tiny",

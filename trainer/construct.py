@@ -4,18 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from trainer.adapters.contents import contents_of
 from trainer.banner import describe, describe_model
 from trainer.callbacks.protocol import RunView
 from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
-from trainer.data.labels import label_keys
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
@@ -27,6 +29,7 @@ from trainer.files import write_json, write_text
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
+from trainer.model_files import write_model_files
 from trainer.parallel.materialise import random_values
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
@@ -78,8 +81,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     folder = attempt.parent.parent
     mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
-    model = run.plan_model()
-    run.freeze.apply(model)
+    model = run.trained_model()
     meter = Meter(
         flops_per_token=run.model.flops_per_token(num_matmul_weights(model), run.data.row_tokens),
         world_size=start.placement.world_size,
@@ -87,10 +89,10 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         has_peak=PRECISIONS[run.precision].compute == torch.bfloat16
         and all(parameter.requires_grad for parameter in model.parameters()),
     )
-    model_line = describe_model(model)
+    model_line, contents = describe_model(model), contents_of(run, model, ranks)
     engine = build_engine(run, model, ranks, mesh)
     tokenizer, loader, eval_loader = _data(run, mesh)
-    checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer)
+    checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer, contents)
     progress = Progress(ranks.device)
     start.whereabouts.enter("resume")
     loader, skipped_in_a_row = _resume(run, checkpoints, ranks, engine, loader, progress)
@@ -130,6 +132,7 @@ def build_engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine
     std = run.model.initializer_range
     # Of the whole model: how a weight starts may follow from its shape.
     values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
+    values = run.adapter.values(model, values)
     around = run.surroundings(mesh, ranks.device)
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
@@ -150,20 +153,14 @@ def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | Non
 
 
 def _checkpoints(
-    run: Run, folder: Path, ranks: Ranks, mesh: Mesh, lock: RunLock | None, tokenizer: Tokenizer
+    run: Run,
+    folder: Path,
+    ranks: Ranks,
+    mesh: Mesh,
+    lock: RunLock | None,
+    tokenizer: Tokenizer,
+    contents: Contents,
 ) -> Checkpoints:
-    def write_model_files(target: Path) -> None:
-        """Make `target` a complete Hugging Face model folder, but for the weights."""
-        config = {
-            **run.model.hf_config(run.task.head),
-            **label_keys(run.data.labels, tokenizer),
-            "dtype": str(PRECISIONS[run.precision].master).removeprefix("torch."),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        write_json(target / "config.json", config)
-        tokenizer.save(target)
-
     return Checkpoints(
         run.checkpoint,
         folder / CHECKPOINTS,
@@ -174,7 +171,8 @@ def _checkpoints(
             "world_size": ranks.placement.world_size,
             "mesh": mesh.describe(),
         },
-        describe_model=write_model_files,
+        describe_model=partial(write_model_files, run, tokenizer, contents),
+        contents=contents,
     )
 
 

@@ -61,6 +61,12 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control_group)
         return tensor.tolist()
 
+    def total(self, values: list[int]) -> list[int]:
+        """Return the sum of each value over all ranks. Collective: all ranks must call this."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self.control_group)
+        return tensor.tolist()
+
     def barrier(self) -> None:
         """Wait for every rank. Collective: every rank must call this."""
         self.maximum([0])

@@ -23,7 +23,12 @@ class OptimSpec(Protocol):
         """Gradients are scaled down to this global norm; None: no clipping."""
         ...
 
-    def build(self, *, pieces: dict[str, Piece], no_decay: set[str]) -> torch.optim.Optimizer: ...
+    def build(
+        self, *, pieces: dict[str, Piece], no_decay: tuple[str, ...], lr_ratios: dict[str, float]
+    ) -> torch.optim.Optimizer:
+        """`no_decay`: endings of names that weight decay spares. `lr_ratios`: learning rates over
+        `lr`, by ending of names."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,10 @@ class AdamW:
                     f"optim.betas={list(self.betas)}: set each to 0 or more and below 1"
                 )
 
-    def build(self, *, pieces: dict[str, Piece], no_decay: set[str]) -> torch.optim.Optimizer:
-        groups = _groups(pieces, no_decay, self.weight_decay)
+    def build(
+        self, *, pieces: dict[str, Piece], no_decay: tuple[str, ...], lr_ratios: dict[str, float]
+    ) -> torch.optim.Optimizer:
+        groups = _groups(self, pieces, no_decay, lr_ratios)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -64,8 +71,10 @@ class SGD:
     def __post_init__(self) -> None:
         _check(self.lr, self.weight_decay, self.max_grad_norm)
 
-    def build(self, *, pieces: dict[str, Piece], no_decay: set[str]) -> torch.optim.Optimizer:
-        groups = _groups(pieces, no_decay, self.weight_decay)
+    def build(
+        self, *, pieces: dict[str, Piece], no_decay: tuple[str, ...], lr_ratios: dict[str, float]
+    ) -> torch.optim.Optimizer:
+        groups = _groups(self, pieces, no_decay, lr_ratios)
         return torch.optim.SGD(groups, lr=self.lr, fused=True)
 
 
@@ -82,16 +91,18 @@ def _check(lr: float, weight_decay: float, max_grad_norm: float | None) -> None:
 
 
 def _groups(
-    pieces: dict[str, Piece], no_decay: set[str], weight_decay: float
+    spec: "AdamW | SGD",
+    pieces: dict[str, Piece],
+    no_decay: tuple[str, ...],
+    lr_ratios: dict[str, float],
 ) -> list[dict[str, Any]]:
     """Split by the shape of the *whole* tensor: a shard's own shape does not say what it is."""
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, piece in pieces.items():
-        is_decayed = len(piece.shape) >= 2 and name not in no_decay
-        (decayed if is_decayed else plain).append(piece.local)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        ratio = next((r for end, r in lr_ratios.items() if name.endswith(end)), 1.0)
+        is_plain = len(piece.shape) < 2 or name.endswith(no_decay)
+        groups.setdefault((ratio, is_plain), []).append(piece.local)
+    return [
+        {"params": tensors, "lr": spec.lr * ratio, "weight_decay": spec.weight_decay * (not plain)}
+        for (ratio, plain), tensors in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return [group for group in groups if group["params"]]

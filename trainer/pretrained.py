@@ -19,7 +19,7 @@ from trainer.checkpoint.tensor_file import plan, tensor_bytes, write_index
 from trainer.files import write_json
 from trainer.parallel.materialise import materialise
 from trainer.parallel.pieces import named_pieces, unique_parameters
-from trainer.weights import match_weights
+from trainer.weights import WeightSource, match_weights
 
 # Keys of v4 files that others replace, and a version that would no longer be true.
 REPLACED = ("rope_theta", "rope_scaling", "torch_dtype", "transformers_version", "auto_map")
@@ -68,18 +68,31 @@ def load_causal_lm(
 
     Raises ValueError or StorageError in one line for a folder that does not fit.
     """
+    spec, model = plan_causal_lm(folder, dtype, attn_implementation)
+    source = source_of(folder, spec, model)
+    materialise(model, device, source.values(model, spec.initializer_range, seed=0))
+    return model.eval()
+
+
+def plan_causal_lm(
+    folder: Path, dtype: torch.dtype, attn_implementation: str
+) -> tuple[Any, DecoderModel]:
+    """Return the family's spec, and the model on the meta device."""
     spec = spec_from(folder, attn_implementation=attn_implementation)
     with torch.device("meta"), SkipInit():
         model: DecoderModel = spec.build_causal_lm(chunk_tokens=CHUNK_TOKENS).to(dtype)
-    source = match_weights(
+    return spec, model
+
+
+def source_of(folder: Path, spec: Any, model: DecoderModel) -> WeightSource:
+    """Match the folder's files to the planned model."""
+    return match_weights(
         folder,
         model,
         trunk_name=spec.trunk_name,
         head_name=model.head_name,
         ignored=spec.ignored_weights,
     )
-    materialise(model, device, source.values(model, spec.initializer_range, seed=0))
-    return model.eval()
 
 
 def save_pretrained(

@@ -8,6 +8,7 @@ from torch import nn
 
 from models.heads import CausalLMSpec
 from models.nn.init import SkipInit
+from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.data.protocol import DataSpec
@@ -40,6 +41,7 @@ class Run:
     optim: OptimSpec
     schedule: Schedule
     freeze: FreezeSpec
+    adapter: AdapterSpec
     checkpoint: CheckpointSpec
     callbacks: dict[str, CallbackSpec | None]
     """Listeners by name; null switches one off."""
@@ -112,8 +114,7 @@ class Run:
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
         self._check_vocabulary()
-        model = self.plan_model()
-        self.freeze.apply(model)
+        model = self.trained_model()
         self.engine.check(
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
             micro_batches=micro_batches, precision=PRECISIONS[self.precision],
@@ -153,7 +154,8 @@ class Run:
         return Surroundings(
             layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
             device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
-            max_steps=self.max_steps, is_topology_free=self.is_topology_free,
+            max_steps=self.max_steps, lr_ratios=self.adapter.lr_ratios,
+            undecayed=self.adapter.undecayed, is_topology_free=self.is_topology_free,
         )  # fmt: skip
 
     def _check_vocabulary(self) -> None:
@@ -173,6 +175,18 @@ class Run:
         with torch.device("meta"), SkipInit():
             model = self.task.build_model(self.model, labels)
         return model.to(PRECISIONS[self.precision].master)
+
+    def trained_model(self) -> nn.Module:
+        """Return the planned model, frozen and with its adapters: what is laid out."""
+        if self.freeze.frozen and not isinstance(self.adapter, NoAdapter):
+            raise ValueError(
+                f"freeze.frozen={list(self.freeze.frozen)} has no effect on a model with adapters, "
+                "which freezes all else; set freeze=none"
+            )
+        model = self.plan_model()
+        self.freeze.apply(model)
+        self.adapter.apply(model, self.model.layout)
+        return model
 
     @property
     def tokenizer_setting(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.lora import adapter_names
 from trainer.checkpoint.tensor_file import Entry, read_elements, read_entries, read_header
 from trainer.errors import StorageError
 from trainer.parallel.materialise import Values, random_values
@@ -28,10 +29,10 @@ class WeightSource:
     entries: dict[str, Entry]
     """By parameter name of the model."""
     fresh: tuple[str, ...]
-    """Parameters of a new head, which no file of another head has."""
+    """Parameters of a new head, which no file of another head has, and of adapters."""
 
     def values(self, model: nn.Module, std: float, seed: int) -> Values:
-        """Return what fills each piece: the file's numbers, or random ones for a new head."""
+        """Return what fills each piece: the file's numbers, or random ones for what is new."""
         random = random_values(model, std, seed)
 
         def value(name: str, start: int, stop: int) -> Tensor:
@@ -107,6 +108,7 @@ def match_weights(
         entries = {f"{trunk_name}.{name}": entry for name, entry in entries.items()}
     _drop_aliases(folder, entries, tied_names(model))
     wanted = named_pieces(unique_parameters(model))
+    adapters = {name: wanted.pop(name) for name in adapter_names(model)}
     has_head = any(name.startswith(f"{head_name}.") for name in entries)
     fresh = tuple(n for n in wanted if n.startswith(f"{head_name}.") and not has_head)
     if fresh and head_name == "lm_head":
@@ -115,7 +117,7 @@ def match_weights(
         log.info("%s has no %s: %s start from random values", folder, head_name, ", ".join(fresh))
         entries = {n: e for n, e in entries.items() if n.startswith(f"{trunk_name}.")}
     _check(folder, entries, wanted, fresh)
-    return WeightSource(folder=folder, entries=entries, fresh=fresh)
+    return WeightSource(folder=folder, entries=entries, fresh=(*fresh, *adapters))
 
 
 def _drop_aliases(folder: Path, entries: dict[str, Entry], ties: dict[str, str]) -> None:

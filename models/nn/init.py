@@ -30,10 +30,12 @@ class SkipInit(TorchFunctionMode):
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """How a parameter starts: normal numbers of `std` around `mean`."""
+    """How a parameter starts: normal numbers of `std` around `mean`, or even ones in a range."""
 
     std: float = 0.0
     mean: float = 0.0
+    bound: float = 0.0
+    """Numbers spread evenly over [-bound, bound]; 0: normal ones."""
     zeros: tuple[int, int] | None = None
     """Range of the flattened parameter that starts at zero: the padding row of an embedding."""
 
@@ -71,18 +73,24 @@ def initial_values(name: str, init: Init, seed: int, start: int, stop: int) -> T
 
     A pure function of its arguments: which rank asks, and for which range, changes nothing.
     """
-    if init.std == 0.0 or stop == start:
+    if not (init.std or init.bound) or stop == start:
         return torch.full((stop - start,), init.mean)
     first, last = start // BLOCK, (stop - 1) // BLOCK
-    blocks = torch.cat([_normal_block(name, seed, number) for number in range(first, last + 1)])
-    values = blocks[start - first * BLOCK : stop - first * BLOCK] * init.std + init.mean
+    draw = _even if init.bound else torch.randn
+    blocks = torch.cat([_block(draw, name, seed, number) for number in range(first, last + 1)])
+    spread = init.bound or init.std
+    values = blocks[start - first * BLOCK : stop - first * BLOCK] * spread + init.mean
     if init.zeros is not None:
         zero_start, zero_stop = (min(max(edge - start, 0), stop - start) for edge in init.zeros)
         values[zero_start:zero_stop] = 0.0
     return values
 
 
-def _normal_block(name: str, seed: int, number: int) -> Tensor:
+def _block(draw: Callable[..., Tensor], name: str, seed: int, number: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(BLOCK, generator=generator)
+    return draw(BLOCK, generator=generator)
+
+
+def _even(count: int, *, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator) * 2 - 1

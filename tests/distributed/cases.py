@@ -9,6 +9,8 @@ from benchmarks.parity.oracle import specs
 from models import heads
 from tests.runs import tiny_run
 from tests.tasks import HeadTask
+from trainer.adapters.lora import IA3, LoRA
+from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.native import NativeEngine
@@ -57,10 +59,12 @@ class Case:
     head: str
     tied: bool
     option: str
+    adapter: str = "none"
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
-        return f"{self.layout}, {self.family}, {self.head}, {tied}, {self.option}"
+        adapter = "" if self.adapter == "none" else f", {self.adapter}"
+        return f"{self.layout}, {self.family}, {self.head}, {tied}, {self.option}{adapter}"
 
     @property
     def reference(self) -> "Case":
@@ -96,6 +100,7 @@ class Case:
             mesh=self.mesh,
             engine=self.engine(),
             freeze=FreezeSpec(frozen=FROZEN[self.family] if self.option == "frozen" else ()),
+            adapter=adapter_of(self.adapter, self.family),
             precision="fp32" if self.layout in ZERO else "fp64",
         )
 
@@ -120,6 +125,21 @@ FROZEN = {
     # What is decoupled stays open: the additional rows train, the others do not.
     "Idefics": ("model.vision_model.*", "model.embed_tokens.weight", "model.layers.*"),
 }
+
+
+def adapter_of(kind: str, family: str) -> AdapterSpec:
+    """Return an adapter that acts from the first step on, on linears of every split."""
+    if kind == "none":
+        return NoAdapter()
+    if kind == "ia3":
+        is_bigcode = "BigCode" in family
+        outputs = ("c_attn", "attn.c_proj") if is_bigcode else ("q_proj", "k_proj", "o_proj")
+        inputs = ("c_fc", "mlp.c_proj") if is_bigcode else ("up_proj", "down_proj")
+        return IA3(targets=outputs, feedforward_targets=inputs)
+    return LoRA(
+        rank=3, alpha=6.0, init_lora_weights=False, use_dora=kind == "dora",
+        use_rslora=kind == "rslora",
+    )  # fmt: skip
 
 
 def spec_of(family: str, tied: bool) -> Any:

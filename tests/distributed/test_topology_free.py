@@ -202,7 +202,7 @@ def updated(optim: OptimSpec, weight: Tensor, gradients: list[Tensor]) -> Tensor
     from trainer.engines.update import _without_fused_kernels
 
     weight = weight.clone()
-    optimizer = optim.build(pieces={"w": Piece.of(weight)}, no_decay=set())
+    optimizer = optim.build(pieces={"w": Piece.of(weight)}, no_decay=(), lr_ratios={})
     _without_fused_kernels(optimizer)
     for gradient in gradients:
         weight.grad = gradient.clone()

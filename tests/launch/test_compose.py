@@ -10,12 +10,14 @@ import yaml
 from launch.binding import bind
 from launch.compose import compose
 from launch.menu import config_folder, groups
+from tests.adapters import write_adapter
 from tests.token_folders import write_folder
 from trainer.parallel.pieces import unique_parameters
 from trainer.run import Run
 
 # What a choice leaves for the user to say.
 MANDATORY = {
+    "adapter=pretrained": ["adapter.path={adapter}"],
     "data=chat": ["data.path=rows.jsonl"],
     "data=sequence_labels": ["data.path={texts}", "task=sequence_classification"],
     "data=text": ["data.path=stdlib"],
@@ -111,14 +113,16 @@ def test_every_choice_of_every_group_fits_the_demo_and_plans_its_model(
     choice: str, tmp_path: Path, model_folder: Path
 ) -> None:
     places = {"folder": model_folder, "tokens": "tokens", **rows_in(tmp_path)}
+    places["adapter"] = tmp_path / "adapter"
+    if choice == "adapter=pretrained":
+        write_adapter(tmp_path / "adapter", bound("experiment=demo", "adapter=lora"))
     needed = [option.format(**places) for option in MANDATORY.get(choice, [])]
     tree = compose(["experiment=demo", choice, *needed]).tree
     group, _, name = choice.partition("=")
     file = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
     assert tree[group].get("_target_") == file.get("_target_")
     run = bound_tree(tree)
-    model = run.plan_model()
-    run.freeze.apply(model)
+    model = run.trained_model()
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert num_parameters(model) > 0
 

@@ -248,6 +248,27 @@ REFUSALS = {
         ["'model.embed_token.weight' matches no parameter", "model.embed_tokens.weight"],
     ),
     "nothing left to train": ([*TINY, "freeze.frozen=['*']"], ["nothing to train", "remove"]),
+    # What is adapted.
+    "adapter of a name that is not there": (
+        [*TINY, "adapter=lora", "adapter.targets=[q_prj]"],
+        ["adapter.targets='q_prj' matches no linear", "q_proj"],
+    ),
+    "adapter on a tied head": (
+        [*TINY, "adapter=lora", "adapter.targets=[lm_head]"],
+        ["adapter.targets='lm_head'", "tied to the embedding", "take it out"],
+    ),
+    "frozen weights beside an adapter": (
+        [*TINY, "adapter=lora", "freeze.frozen=[model.norm.*]"],
+        ["freeze.frozen=['model.norm.*'] has no effect", "set freeze=none"],
+    ),
+    "setting of another adapter": (
+        [*TINY, "adapter=ia3", "adapter.rank=8"],
+        ["unknown key adapter.rank", "Known: targets"],
+    ),
+    "adapter from an empty folder": (
+        [*TINY, "adapter=pretrained", "adapter.path={wrong}/empty"],
+        ["adapter_config.json", "give a folder that peft saved"],
+    ),
     # Going on with a run.
     "resume from a folder without a checkpoint": (
         [*TINY, "resume={wrong}/empty"],

@@ -51,6 +51,16 @@ def test_a_sum_that_is_left_out_is_found_in_every_layout(
     assert f"{layout}: " in capsys.readouterr().err
 
 
+def test_adapters_are_verified_at_the_small_size(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["adapter=dora", "adapter.dropout=0.1", "adapter.targets=[q_proj,layers.29.*,mlp.*]"]
+    assert main([*QUICK, *words, "layouts=[fsdp_tp]"]) == 0
+    out = capsys.readouterr().out
+    for note in ("adapter.dropout=0", "B starts at random", "the small model lacks: layers.29.*"):
+        assert note in out
+    assert main([*QUICK, *words, "layouts=[ddp]", "inject=doubled_gradient"]) == 1
+    assert "q_proj.lora_magnitude_vector differs by 1," in capsys.readouterr().err
+
+
 def test_json_has_one_object_per_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, "layouts=[ddp,tp4_sp]", "json=true", "model.num_attention_heads=6",
                  "model.num_key_value_heads=6", "model.hidden_size=192"]) == 0  # fmt: skip

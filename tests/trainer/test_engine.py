@@ -254,7 +254,7 @@ def test_weight_decay_spares_norms_biases_and_embeddings_on_every_layout() -> No
     model: nn.Module = spec.build_causal_lm(chunk_tokens=8)
     pieces = named_pieces(unique_parameters(model))
     optimizer = AdamW(lr=1e-2, weight_decay=0.3).build(
-        pieces=pieces, no_decay={"model.embed_tokens.weight"}
+        pieces=pieces, no_decay=("model.embed_tokens.weight",), lr_ratios={}
     )
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     for name, piece in pieces.items():

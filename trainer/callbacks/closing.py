@@ -56,8 +56,10 @@ class ClosingCallback(Callback):
             log.info("%s", "\n".join(f"  | {line}" for line in text.splitlines()))
         log.info("\nsaved:")
         if self.checkpoint is not None:
-            model = self.checkpoint / "model"
-            log.info("  %-12s %s  (opens in transformers as it is)", "model", model)
+            model, reader = self.checkpoint / "model", "transformers"
+            if not model.exists():  # the base does not train
+                model, reader = self.checkpoint / "adapter", "peft"
+            log.info("  %-12s %s  (opens in %s as it is)", model.name, model, reader)
             log.info("  %-12s %s", "checkpoint", self.checkpoint)
         log.info("  %-12s %s", "metrics", self.view.folder / "metrics.jsonl")
         log.info("  %-12s %s", "config", self.view.folder / "config.yaml")

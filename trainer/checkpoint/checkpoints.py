@@ -12,7 +12,8 @@ from typing import Any
 
 from trainer.checkpoint import commit
 from trainer.checkpoint.commit import FilePiece
-from trainer.checkpoint.loading import MODEL, STATE, load
+from trainer.checkpoint.contents import Contents
+from trainer.checkpoint.loading import STATE, load
 from trainer.checkpoint.lock import RunLock
 from trainer.checkpoint.tensor_file import TensorFiles, own_ranges, plan, write_index
 from trainer.distributed import Ranks
@@ -53,11 +54,12 @@ class Checkpoints:
         lock: RunLock | None,
         facts: dict[str, Any],
         describe_model: Callable[[Path], None],
+        contents: Contents,
     ) -> None:
         """`lock` is rank 0's; `describe_model` writes config and tokenizer files into a folder."""
         self.spec, self.folder, self.facts = spec, folder, facts
         self.ranks, self.lock = ranks, lock
-        self.describe_model = describe_model
+        self.describe_model, self.contents = describe_model, contents
         (self.generation,) = ranks.maximum([lock.generation if lock else 0])
         self.failures = 0
         if lock:
@@ -98,10 +100,10 @@ class Checkpoints:
 
     def _write(self, step: int, final: Path, engine: Engine, state: dict[str, Any]) -> None:
         staging = self.folder / f"{final.name}.tmp-{self.generation}"
-        max_bytes = int(self.spec.max_file_gb * 1e9)
+        contents, max_bytes = self.contents, int(self.spec.max_file_gb * 1e9)
         groups = {}
         for folder, stem, pieces in (
-            (MODEL, "model", engine.weights()),
+            (contents.folder, contents.stem, contents.of(engine.weights())),
             (STATE, "optimizer", engine.optimizer_state()),
         ):
             whole = {name: piece.with_whole_rows() for name, piece in pieces.items()}
@@ -156,8 +158,9 @@ class Checkpoints:
                 pieces += commit.write_pieces(path, f"{name}/{file}", ranges)
                 os.truncate(path, files.sizes[file])
         write_json(staging / STATE / "state.json", state)
-        self.describe_model(staging / MODEL)
-        write_index(staging / MODEL, groups[MODEL][1])
+        model = self.contents.folder
+        self.describe_model(staging / model)
+        write_index(staging / model, groups[model][1])
         pieces += commit.hash_small_files(staging)
         _publish(staging, "headers", pieces)
 
@@ -197,7 +200,7 @@ class Checkpoints:
         for step in steps:
             folder = commit.step_folder(self.folder, step)
             if self._verifies(folder):
-                return load(engine, folder)
+                return load(engine, folder, self.contents)
             if self.lock:
                 aside = commit.set_aside(folder, "bad")
                 log.error("step %d is damaged and was renamed to %s", step, aside.name)

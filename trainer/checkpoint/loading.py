@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.tensor_file import (
     Entry,
     missing_and_unexpected,
@@ -17,13 +18,17 @@ from trainer.errors import StorageError
 from trainer.pieces import Piece
 from trainer.protocols import Engine
 
-MODEL, STATE = "model", "state"
+STATE = "state"
 
 
-def load(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Fill weights and optimizer state from a verified checkpoint; return its state.json."""
-    for name, pieces in ((MODEL, engine.weights()), (STATE, engine.optimizer_state())):
-        fill(pieces, folder / name)
+def load(engine: Engine, folder: Path, contents: Contents) -> dict[str, Any]:
+    """Fill weights and optimizer state from a verified checkpoint; return its state.json.
+
+    ValueError where it was trained on another base.
+    """
+    contents.check_base(folder)
+    fill(contents.of(engine.weights()), folder / contents.folder)
+    fill(engine.optimizer_state(), folder / STATE)
     engine.loaded()
     state: dict[str, Any] = json.loads((folder / STATE / "state.json").read_text())
     return state

@@ -117,7 +117,9 @@ class DeepSpeedEngine:
             for name, parameter in parameters.items()
             if parameter.requires_grad
         }
-        optimizer = around.optim.build(pieces=trained, no_decay=around.no_decay)
+        optimizer = around.optim.build(
+            pieces=trained, no_decay=around.no_decay, lr_ratios=around.lr_ratios
+        )
         lrs = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # stage 3 takes a step over zero gradients when it is built

@@ -1,6 +1,6 @@
 """What the settings of an engine must offer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -29,20 +29,24 @@ class Surroundings:
     schedule: Schedule
     seed: int
     max_steps: int
+    lr_ratios: dict[str, float] = field(default_factory=dict)
+    """Learning rates over that of `optim`, by ending of names."""
+    undecayed: tuple[str, ...] = ()
+    """Endings of names of two-dimensional parameters that are no matrices."""
     is_topology_free: bool = False
     """Whether sums are taken in an order that no number of data ranks changes."""
 
     @property
-    def no_decay(self) -> set[str]:
-        """Names of matrices that weight decay spares."""
-        return {f"{self.layout.embedding}.weight"}
+    def no_decay(self) -> tuple[str, ...]:
+        """Endings of names of matrices that weight decay spares."""
+        return (f"{self.layout.embedding}.weight", *self.undecayed)
 
     def update(self, laid_out: LaidOut, *, is_offloaded: bool = False) -> Update:
         """Return the end of a step over materialised weights."""
         return Update(
             laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=self.mesh,
-            optim=self.optim, no_decay=self.no_decay, schedule=self.schedule,
-            max_steps=self.max_steps, device=self.device,
+            optim=self.optim, no_decay=self.no_decay, lr_ratios=self.lr_ratios,
+            schedule=self.schedule, max_steps=self.max_steps, device=self.device,
             sums=TOPOLOGY_FREE if self.is_topology_free else FAST, is_offloaded=is_offloaded,
         )  # fmt: skip
 

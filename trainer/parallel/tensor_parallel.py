@@ -5,19 +5,21 @@ modules work on their share unchanged: they read head counts from their weights.
 where a share begins and ends.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.layout import HeadRows, Layout
 from models.nn.head import LMHead
+from models.nn.linear import SummedLinear
 from trainer.mesh import Mesh
 from trainer.parallel.collectives import copied, gathered, scattered_sum, summed
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.own_numbers import OwnNumbers, drops
 from trainer.parallel.pieces import Splits, unique_parameters
 from trainer.parallel.pipeline import Elsewhere
-from trainer.parallel.shares import RowwiseLinear, cut_inputs
+from trainer.parallel.shares import cut_inputs
 from trainer.parallel.vocabulary import SplitVocabulary, split_embedding, split_head
 from trainer.pieces import Piece, Rows
 
@@ -90,7 +92,7 @@ class _Split:
         extra = getattr(embedding, "additional_embedding", None)
         additional = extra.num_embeddings if extra is not None else 0
         vocabulary = SplitVocabulary(embedding.num_embeddings, additional, self.group)
-        self._replace(embedding, "weight", (vocabulary.rows,), (0, embedding.embedding_dim))
+        self._replace(embedding, "weight", (vocabulary.rows,))
         split_embedding(embedding, vocabulary, self.leave)
         if extra is not None:
             self._mark_shared(extra, is_summed=True)
@@ -102,7 +104,7 @@ class _Split:
         if tied is not None:
             head.weight = tied.get_parameter("weight")
         else:
-            self._replace(head, "weight", (vocabulary.rows,), (0, head.in_features))
+            self._replace(head, "weight", (vocabulary.rows,))
         split_head(head, vocabulary)
         self._mark_shared(head, is_summed=True)  # its additional rows
         head.register_forward_pre_hook(self._enter)
@@ -137,9 +139,8 @@ class _Split:
         by_head: dict[str, HeadRows] = getattr(parent, "head_rows", {})
         rows = self._rows(linear.out_features, by_head.get(name, HeadRows(unit=1)))
         linear.out_features = sum(map(len, rows))
-        self._replace(linear, "weight", rows, (0, linear.in_features))
-        if linear.bias is not None:
-            self._replace(linear, "bias", rows, (0, 1))
+        for path in _present(linear, getattr(linear, "output_rows", SummedLinear.output_rows)):
+            self._replace(linear, path, rows)
 
     def _rows(self, total: int, heads: HeadRows) -> tuple[Rows, ...]:
         """Return this rank's heads: several, or one that some ranks share."""
@@ -168,10 +169,15 @@ class _Split:
         assert isinstance(linear, nn.Linear)
         width = linear.in_features // self.size
         columns = (self.rank * width, (self.rank + 1) * width)
-        rows = (Rows(start=0, stop=linear.out_features),)
-        part = RowwiseLinear(linear, width, self.leave)
-        self._replace(linear, "weight", rows, columns, target=part)
-        self._mark_shared(part, is_summed=self.sequence)  # its bias, added behind the sum
+        part = linear if isinstance(linear, SummedLinear) else SummedLinear(linear)
+        part.in_features = width
+        part.reduce, part.all_reduce = self.leave, partial(summed, group=self.group)
+        for path in part.input_columns:
+            count = part.get_parameter(path).shape[0]
+            self._replace(part, path, (Rows(start=0, stop=count),), columns)
+        for path in _present(part, part.after_sum):
+            self._mark(part.get_parameter(path), is_summed=self.sequence)
+        self._mark_shared(part, is_summed=True)
         setattr(parent, name, part)
 
     def _shared(self, start: int, stop: int, *, is_summed: bool) -> Rows:
@@ -182,30 +188,34 @@ class _Split:
     def _mark_shared(self, module: nn.Module, *, is_summed: bool) -> None:
         """Note every parameter below that no rank splits, unless it is noted already."""
         for parameter in module.parameters():
-            name = self.names[id(parameter)]
-            if name not in self.pieces:
-                count = parameter.shape[0] if parameter.ndim else 1
-                whole = Piece.of(parameter)
-                rows = (self._shared(0, count, is_summed=is_summed),)
-                self.pieces[name] = Piece(
-                    local=parameter, shape=whole.shape, rows=rows, columns=whole.columns
-                )
+            self._mark(parameter, is_summed=is_summed)
+
+    def _mark(self, parameter: nn.Parameter, *, is_summed: bool) -> None:
+        name = self.names[id(parameter)]
+        if name not in self.pieces:
+            count = parameter.shape[0] if parameter.ndim else 1
+            whole = Piece.of(parameter)
+            rows = (self._shared(0, count, is_summed=is_summed),)
+            self.pieces[name] = Piece(
+                local=parameter, shape=whole.shape, rows=rows, columns=whole.columns
+            )
 
     def _replace(
         self,
         module: nn.Module,
-        attribute: str,
+        path: str,
         rows: tuple[Rows, ...],
-        columns: tuple[int, int],
-        target: nn.Module | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> None:
         """Put this rank's part of a parameter in its place, under the same name."""
-        old = module.get_parameter(attribute)
+        old = module.get_parameter(path)
+        whole = Piece.of(old)
+        columns = columns or whole.columns
         shape = [sum(map(len, rows)), columns[1] - columns[0]][: old.ndim]
         new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-        setattr(target or module, attribute, new)
+        owner, _, attribute = path.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, new)
         name = self.names[id(new)] = self.names[id(old)]
-        whole = Piece.of(old)
         is_cut = columns != whole.columns
         self.pieces[name] = Piece(
             local=new,
@@ -214,6 +224,11 @@ class _Split:
             columns=columns,
             column_group=self.group if is_cut else None,
         )
+
+
+def _present(linear: nn.Module, paths: tuple[str, ...]) -> list[str]:
+    """Return the paths of parameters that `linear` has: some have no bias."""
+    return [path for path, _ in linear.named_parameters() if path in paths]
 
 
 def _find(module: nn.Module, path: str) -> nn.Module | None:

@@ -45,13 +45,13 @@ def _keep_bucket(
 
 
 def doubled_gradient(engine: Engine) -> None:
-    """The first weight's gradient counts twice."""
+    """The gradient of the first weight that trains counts twice."""
     assert isinstance(engine, NativeTrainer)
     update: Update = engine.update
     compute = update.grad_norm
 
     def grad_norm() -> Tensor:
-        first = next(iter(update.pieces))
+        first = next(name for name in update.pieces if name in update.trained)
         parameter = update.parameters.get(first)
         if parameter is not None and parameter.grad is not None:
             parameter.grad.mul_(2.0)

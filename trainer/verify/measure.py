@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from trainer.adapters.contents import contents_of
 from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.lock import RunLock
 from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
+from trainer.files import write_json
 from trainer.mesh import Mesh
 from trainer.optim import SGD, AdamW, OptimSpec
 from trainer.protocols import Engine, StepResult
@@ -114,9 +118,7 @@ class _Asked:
 
     def _engine(self, optim: OptimSpec) -> Engine:
         run = replace(self.run, optim=optim)
-        model = run.plan_model()
-        run.freeze.apply(model)
-        engine = build_engine(run, model, self.ranks, self.mesh)
+        engine = build_engine(run, run.trained_model(), self.ranks, self.mesh)
         if self.question.fault is not None:
             self.question.fault(engine)
         return engine
@@ -133,14 +135,21 @@ class _Asked:
         return whole(pieces, self.ranks, self.complaints)
 
     def _checkpoints(self, folder: Path) -> Checkpoints:
+        contents = contents_of(self.run, self.run.trained_model(), self.ranks)
         return Checkpoints(
             self.run.checkpoint,
             folder,
             ranks=self.ranks,
             lock=RunLock(folder) if self.ranks.placement.is_main else None,
             facts={},
-            describe_model=lambda _: None,
+            describe_model=partial(_write_files, contents),
+            contents=contents,
         )
+
+
+def _write_files(contents: Contents, folder: Path) -> None:
+    for name, keys in contents.files.items():
+        write_json(folder / name, keys)
 
 
 def _loss(result: StepResult) -> Tensors:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from math import lcm
 from typing import Any
 
+from trainer.adapters.targets import ALL_LINEAR, fits
 from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
 from trainer.verify.made_labels import MadeLabels
@@ -38,6 +39,8 @@ def shrink(run: Run) -> Small:
     frozen, lost = _frozen(run, small)
     if lost:
         notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
+    adapter, more = _adapter(run, small)
+    notes += more
     engine: Any = run.engine
     if getattr(engine, "compile", False):
         notes.append("engine.compile=false")
@@ -61,7 +64,7 @@ def shrink(run: Run) -> Small:
     )
     changed = replace(
         run, model=small, task=task, engine=engine, optim=optim, precision="fp64", weights=RANDOM,
-        tokenizer="byte", freeze=FreezeSpec(frozen=frozen),
+        tokenizer="byte", freeze=FreezeSpec(frozen=frozen), adapter=adapter,
         data=replace(run.data, micro_rows=rows.micro_rows),
     )  # fmt: skip
     return Small(run=changed, rows=rows, notes=tuple(notes))
@@ -144,3 +147,25 @@ def _frozen(run: Run, small: Any) -> tuple[tuple[str, ...], list[str]]:
     names = [name for name, _ in replace(run, model=small).plan_model().named_parameters()]
     kept = [p for p in run.freeze.frozen if any(fnmatchcase(name, p) for name in names)]
     return tuple(kept), [p for p in run.freeze.frozen if p not in kept]
+
+
+def _adapter(run: Run, small: Any) -> tuple[Any, list[str]]:
+    """Return the adapter at the small size, acting from the first step on, and what was changed."""
+    adapter: Any = getattr(run.adapter, "inner", run.adapter)  # the numbers of a folder do not fit
+    fields = {field.name for field in dataclasses.fields(adapter)}
+    notes: list[str] = []
+    changes: dict[str, Any] = {}
+    if getattr(adapter, "dropout", 0.0):
+        notes.append("adapter.dropout=0")
+        changes["dropout"] = 0.0
+    if "init_lora_weights" in fields:
+        notes.append("the adapter's B starts at random: from zero, no gradient would reach A")
+        changes["init_lora_weights"] = False
+    modules = [name for name, _ in replace(run, model=small).plan_model().named_modules()]
+    for field in sorted(fields & {"targets", "feedforward_targets", "modules_to_save"}):
+        patterns = getattr(adapter, field)
+        is_known = {p: p == ALL_LINEAR or any(fits(n, p) for n in modules) for p in patterns}
+        if lost := [pattern for pattern, known in is_known.items() if not known]:
+            notes.append(f"adapter.{field} that the small model lacks: {', '.join(lost)}")
+            changes[field] = tuple(pattern for pattern in patterns if is_known[pattern])
+    return replace(adapter, **changes), notes

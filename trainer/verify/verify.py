@@ -144,7 +144,7 @@ def _impossible(run: Run, small: Small, layout: NamedLayout, inject: str | None)
     try:
         run.check_sums(axes)
         run.engine.check(
-            run.plan_model(), run.model.layout, axes,
+            run.trained_model(), run.model.layout, axes,
             row_tokens=rows.tokens, micro_batches=rows.rows // (data_ranks * rows.micro_rows),
             precision=PRECISIONS[run.precision],
         )  # fmt: skip

@@ -1,0 +1,161 @@
+"""An adapter from a folder of peft's: adapter_config.json and adapter_model.safetensors."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.layout import Layout
+from models.lora import adapter_names
+from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS, read_keys
+from trainer.adapters.lora import IA3, LoRA
+from trainer.checkpoint.contents import BASE
+from trainer.checkpoint.tensor_file import Entry, read_elements, read_header
+from trainer.parallel.materialise import Values
+
+# What changes the computation and is not done here, by key: peft's value for "off".
+_OFF: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian"),  # others change the base's weights
+    **dict.fromkeys(
+        (
+            "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias", "use_qalora",
+            "trainable_token_indices", "target_parameters", "use_bdlora", "alora_invocation_tokens",
+            "arrow_config", "ensure_weight_tying",
+        ),
+        (None, False, {}, []),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedAdapter:
+    """Go on with an adapter that peft or a run of ours left."""
+
+    path: str
+    """Folder with adapter_config.json and adapter_model.safetensors."""
+    dropout: float | None = None
+    """On the adapter's input, in training; None: as its config says."""
+    lr_ratio: float = 1.0
+    """Learning rate of B over that of A."""
+
+    def __post_init__(self) -> None:
+        assert self.inner is not None  # reads the folder: what is wrong there is wrong here
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path).expanduser()
+
+    @property
+    def base(self) -> Path:
+        """The folder of the model that the adapter belongs to; ValueError where it is not here."""
+        key = "base_model_name_or_path"
+        named = read_keys(self.folder / CONFIG).get(key)
+        if not named or not (folder := Path(named).expanduser()).is_dir():
+            raise ValueError(
+                f"{self.folder / CONFIG}: {key}={named!r} is no folder here; write there where the "
+                "base is (one that started from random weights is in no folder)"
+            )
+        return folder
+
+    @cached_property
+    def inner(self) -> LoRA | IA3:
+        """The settings that the folder stands for, every target by its full name."""
+        config = read_keys(self.folder / CONFIG)
+        kind = config.get("peft_type")
+        if kind not in ("LORA", "IA3"):
+            raise ValueError(f"{self.folder / CONFIG}: peft_type={kind!r}; give a LORA or IA3")
+        for key, neutral in _OFF.items():
+            if key in config and config[key] not in neutral:
+                raise ValueError(
+                    f"{self.folder / CONFIG}: {key}={config[key]!r} is not supported; "
+                    "merge the adapter with peft, and give the merged model as model.path"
+                )
+        return self._ia3(config) if kind == "IA3" else self._lora(config)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The tensors of the file, by the names of a model without peft."""
+        path = self.folder / WEIGHTS
+        if not path.is_file():
+            raise ValueError(f"{self.folder} has no {WEIGHTS}; give a folder that peft saved")
+        entries = read_header(path)
+        for name in entries:
+            if not name.startswith(PREFIX):
+                raise ValueError(f"{path}: {name} does not begin with {PREFIX}; save it with peft")
+        return {name.removeprefix(PREFIX): entry for name, entry in entries.items()}
+
+    def _lora(self, config: dict[str, Any]) -> LoRA:
+        dropout = config.get("lora_dropout", 0.0) if self.dropout is None else self.dropout
+        targets = self._modules(".lora_A.weight")
+        return LoRA(
+            rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=dropout,
+            use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")),
+            targets=targets, modules_to_save=self._saved(targets), lr_ratio=self.lr_ratio,
+        )  # fmt: skip
+
+    def _ia3(self, config: dict[str, Any]) -> IA3:
+        if self.dropout is not None or self.lr_ratio != 1.0:
+            raise ValueError(
+                "adapter.dropout and adapter.lr_ratio have no effect on IA3; take them out"
+            )
+        found = self._modules(".ia3_l")
+        inputs = tuple(name for name in found if self.entries[f"{name}.ia3_l"].shape[0] == 1)
+        return IA3(
+            targets=tuple(name for name in found if name not in inputs),
+            feedforward_targets=inputs, modules_to_save=self._saved(found),
+        )  # fmt: skip
+
+    def _modules(self, end: str) -> tuple[str, ...]:
+        return tuple(name.removesuffix(end) for name in self.entries if name.endswith(end))
+
+    def _saved(self, adapted: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the modules that are in the file as a whole."""
+        prefixes = tuple(f"{name}." for name in adapted)
+        others = (name for name in self.entries if not name.startswith(prefixes))
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in others))
+
+    @property
+    def lr_ratios(self) -> dict[str, float]:
+        return self.inner.lr_ratios
+
+    @property
+    def undecayed(self) -> tuple[str, ...]:
+        return self.inner.undecayed
+
+    @cached_property
+    def base_hash(self) -> str | None:
+        path = self.folder / BASE
+        return str(read_keys(path)["xxh3"]) if path.is_file() else None
+
+    def apply(self, model: nn.Module, layout: Layout) -> None:
+        missing = [n for n in self.inner.targets if n not in dict(model.named_modules())]
+        advice = "it belongs to another base: give that one as model.path"
+        if missing:
+            raise ValueError(f"adapter.path={self.path}: the model has no {missing[0]}; {advice}")
+        self.inner.apply(model, layout)
+        wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+        for name in sorted(wanted.keys() | self.entries.keys()):
+            found = self.entries[name].shape if name in self.entries else None
+            if name in wanted and found is None and name not in adapter_names(model):
+                continue  # a head that the adapter was not trained with starts anew
+            if wanted.get(name) != found:
+                shape = list(wanted[name]) if name in wanted else None
+                raise ValueError(
+                    f"adapter.path={self.path}: {name} has shape {found and list(found)}, "
+                    f"the model needs {shape}; {advice}"
+                )
+
+    def values(self, model: nn.Module, values: Values) -> Values:
+        def value(name: str, start: int, stop: int) -> Tensor:
+            if name not in self.entries:
+                return values(name, start, stop)
+            return read_elements(self.folder, self.entries[name], start, stop, name)
+
+        return value
+
+    def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
+        return self.inner.peft_config(model)
