@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from models.layout import Layout
-from models.nn.classifiers import SequenceClassifier, TokenClassifier
+from models.nn.classifiers import PLAIN, Emphasis, SequenceClassifier, TokenClassifier
 from models.nn.model import DecoderModel
 
 CAUSAL_LM = "causal_lm"
@@ -69,21 +69,29 @@ def causal_lm(spec: DecoderSpec, *, chunk_tokens: int) -> DecoderModel:
     return _model(spec, trunk, head, "lm_head")
 
 
-def sequence_classifier(spec: DecoderSpec, *, num_labels: int, problem_type: str) -> DecoderModel:
+def sequence_classifier(
+    spec: DecoderSpec, *, num_labels: int, problem_type: str, emphasis: Emphasis = PLAIN
+) -> DecoderModel:
     """Build trunk and `score` head: one answer per segment."""
-    head = SequenceClassifier(spec.hidden_size, num_labels, problem_type=problem_type)
+    head = SequenceClassifier(
+        spec.hidden_size, num_labels, problem_type=problem_type, emphasis=emphasis
+    )
     return _model(spec, spec.build_trunk(), head, "score")
 
 
 def token_classifier(
-    spec: DecoderSpec, *, num_labels: int, dropout: float | None = None
+    spec: DecoderSpec,
+    *,
+    num_labels: int,
+    dropout: float | None = None,
+    emphasis: Emphasis = PLAIN,
 ) -> DecoderModel:
     """Build trunk and token head; dropout None: the spec's `hidden_dropout`, else 0.1."""
     if dropout is None:
         dropout = getattr(spec, "hidden_dropout", 0.1)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout} is no probability below 1; set it to 0.1")
-    head = TokenClassifier(spec.hidden_size, num_labels, dropout=dropout)
+    head = TokenClassifier(spec.hidden_size, num_labels, dropout=dropout, emphasis=emphasis)
     return _model(spec, spec.build_trunk(), head, spec.token_head_name)
 
 

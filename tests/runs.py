@@ -9,6 +9,7 @@ import yaml
 
 from tests.conftest import tiny_spec
 from trainer.adapters.protocol import NoAdapter
+from trainer.best import BestSpec
 from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.construct import Start, fit
@@ -46,6 +47,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
         "freeze": FreezeSpec(),
         "adapter": NoAdapter(),
         "checkpoint": CheckpointSpec(),
+        "best": BestSpec(),
         "callbacks": {},
         "name": "tiny",
         "runs": "runs",

@@ -27,6 +27,9 @@ class HeadTask:
     def relabel(self) -> MadeLabels | None:
         return None if self.head == heads.CAUSAL_LM else MadeLabels(labels=self.labels)
 
+    def metric_names(self, labels: Any) -> tuple[str, ...]:
+        return ()
+
     def build_model(self, spec: Any, labels: Any) -> Any:
         if self.head == heads.SEQUENCE:
             return heads.sequence_classifier(

@@ -12,6 +12,7 @@ from torch import nn
 
 from trainer.adapters.contents import contents_of
 from trainer.banner import describe, describe_model
+from trainer.best import Best
 from trainer.callbacks.protocol import RunView
 from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
@@ -95,7 +96,8 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer, contents)
     progress = Progress(ranks.device)
     start.whereabouts.enter("resume")
-    loader, skipped_in_a_row = _resume(run, checkpoints, ranks, engine, loader, progress)
+    best = Best(run.best)
+    loader, skipped_in_a_row = _resume(run, checkpoints, ranks, engine, loader, progress, best)
     record = _record(folder, attempt, ranks, progress)
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
     view = RunView(
@@ -117,7 +119,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     loop = Loop(
         engine=engine, loader=loader, progress=progress, plan=run.plan, evaluator=evaluator,
         checkpoints=checkpoints, control=ControlWord(ranks, start.request), record=record,
-        meter=meter, callbacks=callbacks, whereabouts=start.whereabouts,
+        meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best,
         skipped_in_a_row=skipped_in_a_row,
     )  # fmt: skip
     is_finished = _fit(loop, view)
@@ -183,6 +185,7 @@ def _resume(
     engine: Engine,
     loader: StepLoader,
     progress: Progress,
+    best: Best,
 ) -> tuple[StepLoader, int]:
     """Load the newest intact checkpoint; return the loader going on there, and the skip count."""
     # Rank 0 looks once for all: a shared file system need not show every rank the same.
@@ -205,6 +208,8 @@ def _resume(
     if state is None:
         return loader, 0
     progress.load(state["progress"])
+    if "best" in state:  # checkpoints of version 0.1 had none
+        best.load(state["best"])
     loader = loader.resumed(progress.step, state["data"])
     if ranks.placement.is_main:
         for step in commit.committed_steps(checkpoints.folder):

@@ -7,9 +7,10 @@ from typing import Any
 _RECORDED = (
     "max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row", "name", "runs",
     "resume", "resume_step", "resume_allow", "timeout_seconds", "optim.", "schedule.", "mesh.",
-    "engine.", "checkpoint.", "callbacks.", "launch.", "data.micro_rows",
+    "engine.", "checkpoint.", "callbacks.", "launch.", "best.", "data.micro_rows",
     "data.packing", "data.cache", "data.eval_path", "data.eval_fraction",
-    "data.path",  # a moved folder is no other data: the fingerprint of the tokens decides
+    # A moved folder is no other data: the fingerprint of the tokens decides.
+    "data.path", "data.sources.",
 )  # fmt: skip
 _EXPLICIT = ("data.global_rows", "data.global_documents")
 MISSING = "(absent)"

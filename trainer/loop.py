@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.best import Best
 from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.control import ControlWord, HostResult, Readback
@@ -54,10 +55,12 @@ class Loop:
     meter: Meter
     callbacks: list[Callback]
     whereabouts: Whereabouts
+    best: Best
     skipped_in_a_row: int = 0
 
     def fit(self) -> bool:
-        """Train to plan.max_steps; return False when a signal ended it early, after a save.
+        """Train to plan.max_steps or until no evaluation gets better; return False when a signal
+        ended it early, after a save.
 
         Collective: every rank must call this.
         """
@@ -65,7 +68,7 @@ class Loop:
         steps = self.loader.steps(progress.step)
         is_stopping = False
         progress.stopwatch.start()
-        while progress.step < plan.max_steps and not is_stopping:
+        while progress.step < plan.max_steps and not is_stopping and not self.best.is_over:
             number = progress.step + 1
             self.whereabouts.enter("data", number, self.loader.ranges(progress.step))
             with progress.stopwatch.waiting_for_data():
@@ -79,14 +82,16 @@ class Loop:
             is_stopping = self.control.exchange()
             if plan.logs(progress.step):
                 self._log()
+            is_best = False
             if plan.evaluates(progress.step) and self.evaluator:
-                self._evaluate(self.evaluator)
-            if plan.saves(progress.step) or is_stopping:
+                is_best = self._evaluate(self.evaluator)
+            is_last = is_stopping or self.best.is_over or progress.step == plan.max_steps
+            if plan.saves(progress.step) or is_best or is_last:
                 self._note(readback.flush())
-                self._save(is_last=is_stopping or progress.step == plan.max_steps)
+                self._save(is_last=is_last)
         self._note(readback.flush())
         self.control.drain()
-        return progress.step >= plan.max_steps
+        return progress.step >= plan.max_steps or self.best.is_over
 
     def _log(self) -> None:
         self.whereabouts.enter("log")
@@ -96,13 +101,16 @@ class Loop:
         for callback in self.callbacks:
             callback.on_step(self.progress, metrics)
 
-    def _evaluate(self, evaluator: Evaluator) -> None:
+    def _evaluate(self, evaluator: Evaluator) -> bool:
+        """Return whether this evaluation is the best so far."""
         self.whereabouts.enter("evaluate")
         with self.progress.stopwatch.paused():
             metrics: dict[str, Any] = evaluator.evaluate(self.engine)
             self.record.metrics(self.progress.step, "eval", metrics)
+            is_best = self.best.judge(self.progress.step, metrics)
             for callback in self.callbacks:
                 callback.on_eval(self.progress, metrics)
+        return is_best
 
     def _save(self, *, is_last: bool) -> None:
         self.whereabouts.enter("save")
@@ -112,9 +120,12 @@ class Loop:
                 "progress": self.progress.state(),
                 "data": self.loader.state(self.progress.step),
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "best": self.best.state(),
             }
             step = self.progress.step
-            folder = self.checkpoints.save(step, self.engine, state, is_last=is_last)
+            folder = self.checkpoints.save(
+                step, self.engine, state, is_last=is_last, best_step=self.best.step
+            )
             if folder is not None:
                 for callback in self.callbacks:
                     callback.on_save(self.progress, folder)

@@ -9,6 +9,7 @@ from torch import nn
 from models.heads import CausalLMSpec
 from models.nn.init import SkipInit
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
+from trainer.best import BestSpec
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.data.protocol import DataSpec
@@ -43,6 +44,7 @@ class Run:
     freeze: FreezeSpec
     adapter: AdapterSpec
     checkpoint: CheckpointSpec
+    best: BestSpec
     callbacks: dict[str, CallbackSpec | None]
     """Listeners by name; null switches one off."""
     name: str
@@ -113,6 +115,7 @@ class Run:
                 f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
+        self.best.check(self._metric_names(), self.eval_every)
         self._check_vocabulary()
         model = self.trained_model()
         self.engine.check(
@@ -120,6 +123,11 @@ class Run:
             micro_batches=micro_batches, precision=PRECISIONS[self.precision],
         )  # fmt: skip
         self.weight_source(model)
+
+    def _metric_names(self) -> tuple[str, ...]:
+        """Return the numbers of an evaluation."""
+        sources = [f"loss/{name}" for name in self.data.named_sources if name]
+        return ("loss", *self.task.metric_names(self.data.labels), *sources)
 
     @property
     def is_topology_free(self) -> bool:

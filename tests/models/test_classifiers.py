@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import heads
-from models.nn.classifiers import SequenceClassifier, TokenClassifier, last_tokens
+from models.nn.classifiers import (
+    Emphasis,
+    SequenceClassifier,
+    TokenClassifier,
+    classification_loss,
+    last_tokens,
+)
 from tests.conftest import tiny_spec
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -117,3 +123,45 @@ def test_the_token_heads_dropout_is_a_tenth_unless_it_is_set() -> None:
 def test_impossible_heads_are_refused(num_labels: int, problem_type: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SequenceClassifier(4, num_labels, problem_type=problem_type)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [(), (1.0, 2.0, 0.5)])
+def test_weights_and_smoothing_act_on_the_objective_and_not_on_what_is_logged(
+    weights: tuple[float, ...], smoothing: float
+) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 3, (4, 5))
+    labels[0, :3] = IGNORED
+    scale = torch.tensor(0.25, dtype=torch.float64)
+    emphasis = Emphasis(weights=weights, smoothing=smoothing)
+    loss = classification_loss(logits, labels, scale, "single_label_classification", emphasis)
+    expected = plain = 0.0
+    for row, label in zip(logits.flatten(0, 1), labels.flatten().tolist(), strict=True):
+        if label == IGNORED:
+            continue
+        log_p = row.log_softmax(-1)
+        w = torch.tensor(weights or (1.0, 1.0, 1.0), dtype=torch.float64)
+        spread = -(w * log_p).sum() / 3
+        expected = expected - (1 - smoothing) * w[label] * log_p[label] + smoothing * spread
+        plain -= float(log_p[label])
+    assert float(loss.sum) == pytest.approx(plain, rel=1e-12)
+    assert int(loss.num_targets) == 17
+    (found,) = torch.autograd.grad(loss.objective, logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected * scale, logits)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_of_several_labels_weights_count_the_ones() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[[1.0, 0.0]] * 3, [[torch.nan, 1.0]] * 3], dtype=torch.float64)
+    emphasis = Emphasis(weights=(3.0, 0.5), smoothing=0.1)
+    scale = torch.ones((), dtype=torch.float64)
+    loss = classification_loss(logits, labels, scale, "multi_label_classification", emphasis)
+    y = labels.nan_to_num() * 0.9 + 0.05
+    w = torch.tensor([3.0, 0.5], dtype=torch.float64)
+    each = -(w * y * logits.sigmoid().log() + (1 - y) * (1 - logits.sigmoid()).log())
+    wanted = each[~labels.isnan()].sum()
+    torch.testing.assert_close(loss.objective, wanted, rtol=1e-12, atol=0)

@@ -232,3 +232,27 @@ def test_data_without_labels_is_refused(folder: Path, tmp_path: Path, cache: Pat
     )
     with pytest.raises(ValueError, match="column 'label' holds 1 different labels; needed 2"):
         one.check(1)
+
+
+def test_weights_of_classes_are_the_same_on_any_ranks_and_bad_ones_are_refused(
+    folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    task = SequenceClassificationTask(class_weights={"good": 4.0}, label_smoothing=0.1)
+    run = replace(run_on(folder, "single", cache), task=task)
+    run_ranks(1, train, tmp_path / "1", run)
+    run_ranks(2, train, tmp_path / "2", replace(run, mesh=MeshSpec(dp_replicate=2)))
+    run_ranks(1, train, tmp_path / "plain", run_on(folder, "single", cache))
+    one, two, plain = (numbers(tmp_path / name) for name in ("1", "2", "plain"))
+    assert [n[-1] for n in two] == pytest.approx([n[-1] for n in one], rel=1e-12)
+    assert one[0][-1] == plain[0][-1]  # before the first update: what is logged is plain
+    assert one[-1][-1] != plain[-1][-1]
+    for settings, message in (
+        ({"class_weights": {"godo": 2.0}}, "class_weights.godo is no label; did you mean good"),
+        ({"class_weights": {"good": 0.0}}, "class_weights.good=0.0 is no positive"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 is no share"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(run, task=SequenceClassificationTask(**settings)).check(1)
+    numbers_run = run_on(folder, "regression", cache)
+    with pytest.raises(ValueError, match="have no effect on numbers"):
+        replace(numbers_run, task=SequenceClassificationTask(label_smoothing=0.1)).check(1)

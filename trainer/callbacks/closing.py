@@ -61,6 +61,9 @@ class ClosingCallback(Callback):
                 model, reader = self.checkpoint / "adapter", "peft"
             log.info("  %-12s %s  (opens in %s as it is)", model.name, model, reader)
             log.info("  %-12s %s", "checkpoint", self.checkpoint)
+            best = self.checkpoint.with_name("best")
+            if best.is_file():
+                log.info("  %-12s %s", "best", best.with_name(best.read_text().strip()))
         log.info("  %-12s %s", "metrics", self.view.folder / "metrics.jsonl")
         log.info("  %-12s %s", "config", self.view.folder / "config.yaml")
         if self.spec.next_commands:

@@ -67,11 +67,18 @@ class Checkpoints:
         ranks.barrier()
 
     def save(
-        self, step: int, engine: Engine, state: dict[str, Any], *, is_last: bool
+        self,
+        step: int,
+        engine: Engine,
+        state: dict[str, Any],
+        *,
+        is_last: bool,
+        best_step: int | None = None,
     ) -> Path | None:
         """Commit step `step`; return its folder, or None when that failed and may be retried later.
 
-        Raises StorageError when the last save of a run, or MAX_FAILURES in a row, failed.
+        Step `best_step` is kept however old it gets. Raises StorageError when the last save of a
+        run, or MAX_FAILURES in a row, failed.
         """
         final = commit.step_folder(self.folder, step)
         # Rank 0 looks for all: ranks that disagreed would issue different collectives.
@@ -87,14 +94,21 @@ class Checkpoints:
             return None
         self.failures = 0
         if self.lock:
-            self._tidy(final)
+            self._tidy(final, best_step)
         return final
 
-    def _tidy(self, newest: Path) -> None:
-        """Point `latest` to the newest step and delete old ones; a failure here loses nothing."""
+    def _tidy(self, newest: Path, best_step: int | None) -> None:
+        """Point `latest` to the newest step and `best` to the best one, and delete old ones.
+
+        A failure here loses nothing.
+        """
         try:
-            commit.retain(self.folder, self.spec.keep)
+            commit.retain(self.folder, self.spec.keep, best_step)
             write_text(self.folder / "latest", newest.name + "\n")
+            if best_step is not None:
+                write_text(
+                    self.folder / "best", commit.step_folder(self.folder, best_step).name + "\n"
+                )
         except OSError as error:
             log.warning("old checkpoints were not tidied: %s", _explain(error, self.folder))
 

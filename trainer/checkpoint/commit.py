@@ -208,12 +208,13 @@ def set_aside(folder: Path, why: str) -> Path:
     return aside
 
 
-def retain(parent: Path, keep: int) -> None:
-    """Delete all but the newest `keep` steps, and staging folders left by the dead.
+def retain(parent: Path, keep: int, best_step: int | None = None) -> None:
+    """Delete all but the newest `keep` steps and the best one, and staging folders of the dead.
 
     Only the holder of the run lock may call this, after a commit.
     """
-    for step in committed_steps(parent)[keep:]:
+    old = (step for step in committed_steps(parent)[keep:] if step != best_step)
+    for step in old:
         folder = step_folder(parent, step)
         # Without a manifest the step no longer exists: a crash from here on leaves only debris.
         (folder / MANIFEST).unlink(missing_ok=True)

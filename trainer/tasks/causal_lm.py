@@ -45,6 +45,9 @@ class CausalLMTask:
         loss = engine.eval_step(batch)
         return Judged(loss.sum, loss.num_targets)
 
+    def metric_names(self, labels: Labels | None) -> tuple[str, ...]:
+        return ("perplexity", "bits_per_byte")
+
     def eval_metrics(self, totals: Totals) -> dict[str, Any]:
         """Return perplexity and bits per byte of UTF-8 text, which tokenizers do not change."""
         bits = totals.nll_sum / math.log(2)

@@ -1,6 +1,6 @@
 """Classification: a class for every text, or for every word. Heads as in Hugging Face."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -15,13 +15,15 @@ from models.heads import (
     sequence_classifier,
     token_classifier,
 )
-from models.nn.classifiers import PROBLEM_TYPES, classification_loss
+from models.nn.classifiers import PROBLEM_TYPES, Emphasis, classification_loss
 from models.nn.head import IGNORED
 from models.nn.model import DecoderModel
 from trainer.batch import Batch
 from trainer.data.examples import Labels
 from trainer.protocols import Engine
 from trainer.tasks import metrics
+from trainer.tasks.emphasis import check_emphasis, emphasis_of
+from trainer.tasks.entities import is_tagging
 from trainer.tasks.protocol import Judged, Totals
 
 SINGLE_LABEL = PROBLEM_TYPES[0]
@@ -30,6 +32,14 @@ SINGLE_LABEL = PROBLEM_TYPES[0]
 @dataclass(frozen=True, kw_only=True)
 class SequenceClassificationTask:
     """Train trunk and `score` on one answer per text: a class, several, or numbers."""
+
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes in training; losses are logged plain."""
+    class_weights: dict[str, float] = field(default_factory=dict)
+    """What a target of each label counts in training, by name; the others count 1."""
+
+    def __post_init__(self) -> None:
+        check_emphasis(self.label_smoothing, self.class_weights)
 
     @property
     def head(self) -> str:
@@ -43,13 +53,18 @@ class SequenceClassificationTask:
                 f"{_what(labels)}; set data=sequence_labels, or task={_task_of(labels)}"
             )
         decoder(spec)
+        self._emphasis(labels)
 
     def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         assert labels is not None
         assert labels.problem_type is not None
         return sequence_classifier(
-            decoder(spec), num_labels=len(labels.names), problem_type=labels.problem_type
-        )
+            decoder(spec), num_labels=len(labels.names), problem_type=labels.problem_type,
+            emphasis=self._emphasis(labels),
+        )  # fmt: skip
+
+    def _emphasis(self, labels: Labels) -> Emphasis:
+        return emphasis_of(self.label_smoothing, self.class_weights, labels)
 
     def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
         """Answers: place, logits and label or labels of each text that has some."""
@@ -70,6 +85,10 @@ class SequenceClassificationTask:
         answers = torch.cat((places.double(), logits, truth.double()), -1)
         return Judged(loss.sum, loss.num_targets, answers[is_known])
 
+    def metric_names(self, labels: Labels | None) -> tuple[str, ...]:
+        assert labels is not None
+        return metrics.OF_TEXTS[str(labels.problem_type)]
+
     def eval_metrics(self, totals: Totals) -> dict[str, Any]:
         answers, labels = totals.answers, totals.labels
         if answers is None or labels is None or not len(answers):
@@ -88,8 +107,13 @@ class TokenClassificationTask:
 
     dropout: float | None = None
     """Before the head, in training; None: the family's own, as in Hugging Face."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes in training; losses are logged plain."""
+    class_weights: dict[str, float] = field(default_factory=dict)
+    """What a target of each label counts in training, by name; the others count 1."""
 
     def __post_init__(self) -> None:
+        check_emphasis(self.label_smoothing, self.class_weights)
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(
                 f"task.dropout={self.dropout} is no probability below 1; set it to 0.1"
@@ -107,10 +131,17 @@ class TokenClassificationTask:
                 f"{_what(labels)}; set data=token_labels, or task={_task_of(labels)}"
             )
         decoder(spec)
+        self._emphasis(labels)
 
     def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         assert labels is not None
-        return token_classifier(decoder(spec), num_labels=len(labels.names), dropout=self.dropout)
+        return token_classifier(
+            decoder(spec), num_labels=len(labels.names), dropout=self.dropout,
+            emphasis=self._emphasis(labels),
+        )  # fmt: skip
+
+    def _emphasis(self, labels: Labels) -> Emphasis:
+        return emphasis_of(self.label_smoothing, self.class_weights, labels)
 
     def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
         """Answers: place, label, guess and the guess's probability of each word with a label."""
@@ -122,6 +153,11 @@ class TokenClassificationTask:
         each = (places, truth, guess, confidence)
         answers = torch.stack([column.double() for column in each], -1)
         return Judged(loss.sum, loss.num_targets, answers[truth != IGNORED])
+
+    def metric_names(self, labels: Labels | None) -> tuple[str, ...]:
+        assert labels is not None
+        entities = metrics.OF_ENTITIES if is_tagging(labels.names) else ()
+        return (*metrics.OF_TEXTS[SINGLE_LABEL], *entities)
 
     def eval_metrics(self, totals: Totals) -> dict[str, Any]:
         if totals.answers is None or totals.labels is None or not len(totals.answers):

@@ -8,6 +8,16 @@ import numpy as np
 from trainer.tasks.entities import entity_scores, is_tagging
 
 BINS = 15  # of the calibration error
+OF_TEXTS = {
+    "single_label_classification": (
+        "accuracy", "macro_f1", "micro_f1", "mcc", "calibration_error",
+    ),
+    "multi_label_classification": (
+        "accuracy", "exact_match", "macro_f1", "micro_f1", "calibration_error",
+    ),
+    "regression": ("mean_absolute_error", "root_mean_square_error", "pearson", "spearman"),
+}  # fmt: skip
+OF_ENTITIES = ("entity_precision", "entity_recall", "entity_f1")
 MAX_TABLE = 50  # labels of which a confusion table is written
 
 

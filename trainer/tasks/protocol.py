@@ -62,6 +62,10 @@ class Task(Protocol):
         """Evaluate the batch number `number` of all ranks. Collective."""
         ...
 
+    def metric_names(self, labels: Labels | None) -> tuple[str, ...]:
+        """Return the names of the numbers of `eval_metrics`."""
+        ...
+
     def eval_metrics(self, totals: Totals) -> dict[str, Any]:
         """Return what an evaluation says beside the loss, by name."""
         ...

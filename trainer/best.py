@@ -1,0 +1,90 @@
+"""The best evaluation of a run by one number: kept on disk, and the end when none is better."""
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+_LOWER = ("loss", "perplexity", "bits_per_byte", "error")  # part of the names of such numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestSpec:
+    """What "better" means."""
+
+    metric: str | None = None
+    """A number of the evaluation, as in metrics.jsonl; null: none is kept for it."""
+    goal: Literal["auto", "min", "max"] = "auto"
+    """`auto`: min for losses, errors and perplexities, max for everything else."""
+    min_delta: float = 0.0
+    """By how much a number must be better to count."""
+    patience: int | None = None
+    """Evaluations without a better one after which the run ends; null: it goes on."""
+
+    def __post_init__(self) -> None:
+        if self.metric is None and (self.patience is not None or self.min_delta):
+            raise ValueError("patience and min_delta have no effect without a metric; set metric")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience} is below 1; set it to 1 or more")
+        if self.min_delta < 0:
+            raise ValueError(f"min_delta={self.min_delta} is negative; set it to 0 or more")
+
+    def check(self, known: tuple[str, ...], eval_every: int | None) -> None:
+        """Raise ValueError for a metric that no evaluation of the run has."""
+        if self.metric is None:
+            return
+        if eval_every is None:
+            raise ValueError(f"best.metric={self.metric} needs evaluations; set eval_every")
+        if self.metric not in known:
+            near = get_close_matches(self.metric, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"best.metric={self.metric!r} is no number of this task's evaluations; {hint}"
+                f"Set it to one of {', '.join(known)}"
+            )
+
+    @property
+    def lower_is_better(self) -> bool:
+        if self.goal == "auto":
+            return any(part in str(self.metric) for part in _LOWER)
+        return self.goal == "min"
+
+
+class Best:
+    """The best evaluation so far. Every rank has the same numbers, so all come to the same."""
+
+    def __init__(self, spec: BestSpec) -> None:
+        self.spec = spec
+        self.step: int | None = None
+        self.value = math.nan
+        self.num_worse = 0
+
+    def judge(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Take an evaluation in; return whether it is the best so far. NaN never is."""
+        if self.spec.metric is None:
+            return False
+        value = float(metrics.get(self.spec.metric, math.nan))
+        gain = self.value - value if self.spec.lower_is_better else value - self.value
+        is_better = gain > self.spec.min_delta or (self.step is None and not math.isnan(value))
+        if is_better:
+            self.step, self.value, self.num_worse = step, value, 0
+        else:
+            self.num_worse += 1
+        return is_better
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience has run out."""
+        return self.spec.patience is not None and self.num_worse >= self.spec.patience
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "metric": self.spec.metric, "step": self.step, "num_worse": self.num_worse,
+            "value": None if math.isnan(self.value) else self.value,
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; one that was made for another metric says nothing about ours."""
+        if state["metric"] == self.spec.metric:
+            self.step, self.num_worse = state["step"], state["num_worse"]
+            self.value = math.nan if state["value"] is None else state["value"]
