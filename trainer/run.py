@@ -194,6 +194,11 @@ class Run:
         model = self.plan_model()
         self.freeze.apply(model)
         self.adapter.apply(model, self.model.layout)
+        if not isinstance(self.adapter, NoAdapter):
+            # No update ever needs more of them: each pass computes with these very numbers.
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(PRECISIONS[self.precision].compute)
         return model
 
     @property

@@ -24,6 +24,8 @@ from trainer.adapters.merged import load_merged
 from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.checkpoint.commit import committed_steps, step_folder
 from trainer.checkpoint.contents import BASE
+from trainer.data.classification import SequenceEncoder
+from trainer.data.document_data import DocumentData
 from trainer.distributed import Placement, Ranks
 from trainer.files import read_json, write_json
 from trainer.hf_auto import HFAutoModel
@@ -33,6 +35,7 @@ from trainer.parallel.materialise import materialise
 from trainer.pretrained import PretrainedModel
 from trainer.record import read_lines
 from trainer.run import Run
+from trainer.tasks.classification import SequenceClassificationTask
 from trainer.verify.forked import RankFailedError
 
 CPU = torch.device("cpu")
@@ -94,6 +97,29 @@ def test_what_we_train_and_save_computes_the_same_in_peft(
     assert not same(found, plain, 1e-2)
     go_on = PretrainedAdapter(path=str(adapter_in(tmp_path)))
     assert same(started(run_over(model_folder, cache, go_on))(*INPUTS), found)
+
+
+def test_a_classifiers_adapter_brings_its_head_to_peft(
+    tmp_path: Path, cache: Path, model_folder: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    lines = [json.dumps({"text": "ab" * (n % 4 + 1), "label": "xyz"[n % 3]}) for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    rows = DocumentData(
+        path=str(tmp_path / "rows.jsonl"), encoder=SequenceEncoder(), row_tokens=32,
+        global_documents=8, micro_rows=2, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    run = run_over(model_folder, cache, KINDS["lora"], task=SequenceClassificationTask())
+    run = replace(run, data=rows)
+    run_ranks(1, train, tmp_path / "run", run)
+    adapter = adapter_in(tmp_path / "run")
+    assert set(read_json(adapter / "config.json")["label2id"]) == {"x", "y", "z"}
+    model = started(replace(run, adapter=PretrainedAdapter(path=str(adapter))))
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=3)
+    with peft_package() as peft:
+        theirs = peft.PeftModel.from_pretrained(base, adapter).eval()(IDS).logits
+    assert same(model(*INPUTS)[:, 0], theirs)
 
 
 def test_a_model_read_through_transformers_takes_adapters_alike(
