@@ -15,6 +15,7 @@ from models.nn.classifiers import (
     classification_loss,
     last_tokens,
 )
+from models.nn.head import IGNORED
 from tests.conftest import tiny_spec
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -145,8 +146,8 @@ def test_weights_and_smoothing_act_on_the_objective_and_not_on_what_is_logged(
         w = torch.tensor(weights or (1.0, 1.0, 1.0), dtype=torch.float64)
         spread = -(w * log_p).sum() / 3
         expected = expected - (1 - smoothing) * w[label] * log_p[label] + smoothing * spread
-        plain -= float(log_p[label])
-    assert float(loss.sum) == pytest.approx(plain, rel=1e-12)
+        plain -= log_p[label].item()
+    assert loss.sum.item() == pytest.approx(plain, rel=1e-12)
     assert int(loss.num_targets) == 17
     (found,) = torch.autograd.grad(loss.objective, logits, retain_graph=True)
     (wanted,) = torch.autograd.grad(expected * scale, logits)

@@ -1,11 +1,10 @@
 """Saving and restoring a run: every rank writes and reads its own byte ranges."""
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -176,7 +175,7 @@ class Checkpoints:
         self.describe_model(staging / model)
         write_index(staging / model, groups[model][1])
         pieces += commit.hash_small_files(staging)
-        _publish(staging, "headers", pieces)
+        commit.publish_pieces(staging, "headers", pieces)
 
     def _write_own(
         self,
@@ -195,14 +194,11 @@ class Checkpoints:
                 )
                 name = f"{folder}/{file}"
                 written += commit.write_pieces(staging / name, name, ranges)
-        _publish(staging, f"rank{self.ranks.placement.rank:05d}", written)
+        commit.publish_pieces(staging, f"rank{self.ranks.placement.rank:05d}", written)
 
     def _commit(self, step: int, staging: Path, final: Path) -> None:
         assert self.lock is not None
-        pieces = []
-        for path in sorted(staging.glob("*.pieces")):
-            pieces += [FilePiece(**fields) for fields in json.loads(path.read_text())]
-            path.unlink()
+        pieces = commit.collected_pieces(staging)
         facts = {"step": step, "generation": self.generation, **self.facts}
         commit.commit(staging, final, facts, pieces, self.lock.check)
 
@@ -237,11 +233,6 @@ class Checkpoints:
             log.error("%s", error)
         (failed,) = self.ranks.maximum([1 if failure else 0])
         return not failed
-
-
-def _publish(staging: Path, who: str, pieces: list[FilePiece]) -> None:
-    """Leave the hashes of what was written for rank 0: by file, for no object is ever pickled."""
-    (staging / f"{who}.pieces").write_text(json.dumps([asdict(piece) for piece in pieces]))
 
 
 def _explain(error: OSError | StorageError, folder: Path) -> str:

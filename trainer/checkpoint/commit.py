@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,20 @@ def set_aside(folder: Path, why: str) -> Path:
     folder.rename(aside)
     fsync_folder(folder.parent)
     return aside
+
+
+def publish_pieces(staging: Path, who: str, pieces: list[FilePiece]) -> None:
+    """Leave the hashes of what was written for rank 0: by file, for no object is ever pickled."""
+    (staging / f"{who}.pieces").write_text(json.dumps([asdict(piece) for piece in pieces]))
+
+
+def collected_pieces(staging: Path) -> list[FilePiece]:
+    """Take what all ranks published."""
+    pieces = []
+    for path in sorted(staging.glob("*.pieces")):
+        pieces += [FilePiece(**fields) for fields in json.loads(path.read_text())]
+        path.unlink()
+    return pieces
 
 
 def retain(parent: Path, keep: int, best_step: int | None = None) -> None:
