@@ -13,6 +13,10 @@ COMMANDS = {
         "launch.generate",
         "continue a text: tessera generate checkpoint=DIR prompt=...",
     ),
+    "evaluate": (
+        "launch.evaluate",
+        "loss and metrics of a checkpoint: tessera evaluate checkpoint=DIR data.eval_path=FILE",
+    ),
     "verify": (
         "launch.verify",
         "show that every layout computes the same: tessera verify experiment=demo",

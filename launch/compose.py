@@ -42,6 +42,23 @@ def compose(overrides: list[str]) -> Composed:
     return Composed(tree={str(key): value for key, value in tree.items()}, experiment=chosen)
 
 
+def parsed(override: str) -> tuple[str, Any]:
+    """Return key and plain value of `key=value`, read as compose reads it; ValueError for neither."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+    from omegaconf import OmegaConf
+
+    if "=" not in override:
+        raise ValueError(f"{override!r} is no option; write key=value, for example seed=1")
+    try:
+        found = OverridesParser.create().parse_override(override)
+    except OverrideParseException as error:
+        raise ValueError(f"{override}: {_explain(str(error))}") from None
+    value = OmegaConf.to_container(OmegaConf.create([found.value()]))
+    assert isinstance(value, list)
+    return str(found.key_or_group), value[0]
+
+
 def _settable(override: str) -> str:
     """Check the first part of a key, and let fields be set that stand at their default in no YAML.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.binding import convert
+from launch.model_folders import model_folder
 
 USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
 
@@ -56,46 +57,6 @@ def _value(text: str) -> Any:
         with suppress(ValueError):
             return number(text)
     return text
-
-
-def model_folder(folder: Path) -> Path:
-    """Return the folder of Hugging Face or peft in a run or checkpoint, or such a folder itself.
-
-    Of a run it is that of the newest intact step; StorageError where a step is damaged and no
-    older one is left.
-    """
-    from trainer.checkpoint.commit import MANIFEST, committed_steps, step_folder
-    from trainer.directory import CHECKPOINTS
-
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return folder
-    if (folder / MANIFEST).is_file():
-        return _first_intact([folder])
-    if steps := committed_steps(folder / CHECKPOINTS):
-        return _first_intact([step_folder(folder / CHECKPOINTS, step) for step in steps])
-    raise ValueError(
-        f"checkpoint={folder} is no run with a checkpoint, no checkpoint and no model folder; "
-        "give one of these"
-    )
-
-
-def _first_intact(steps: list[Path]) -> Path:
-    """Return the model folder of the first step whose weights match its manifest."""
-    from trainer.checkpoint.commit import read_manifest, verify
-    from trainer.errors import StorageError
-
-    for step in steps:
-        model = step / ("model" if (step / "model").exists() else "adapter")
-        try:
-            files = read_manifest(step.resolve())["files"]
-            own = {Path(n).name: e for n, e in files.items() if Path(n).parent.name == model.name}
-            verify(model, {"files": own}, 0, 1)
-            return model
-        except StorageError as error:
-            if step == steps[-1]:
-                raise
-            print(f"tessera: {error}; trying the step before it", file=sys.stderr)
-    raise AssertionError("no step was given")
 
 
 def _generate(folder: Path, options: dict[str, Any]) -> int:

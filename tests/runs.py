@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from launch.binding import bind
+from launch.compose import compose
 from tests.conftest import tiny_spec
 from trainer.adapters.protocol import NoAdapter
 from trainer.best import BestSpec
@@ -84,6 +86,19 @@ def start_in(folder: Path, placement: Placement, request: StopRequest | None = N
 def train(placement: Placement, folder: Path, run: Run) -> bool:
     """Train one rank in `folder`: what `run_ranks` calls."""
     return fit(run, start_in(folder, placement))
+
+
+def train_words(placement: Placement, folder: Path, words: list[str]) -> bool:
+    """Train one rank of a command line in `folder`, which gets its resolved config."""
+    tree = compose(words).tree | {"name": folder.name}
+    run: Run = bind({key: value for key, value in tree.items() if key != "launch"})
+
+    def locate() -> Path:
+        attempt = new_attempt(folder)
+        (attempt / CONFIG).write_text(yaml.safe_dump(tree))
+        return attempt
+
+    return fit(run, Start(placement=placement, locate=locate, request=StopRequest()))
 
 
 class DieAt(Callback):

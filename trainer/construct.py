@@ -92,7 +92,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     )
     model_line, contents = describe_model(model), contents_of(run, model, ranks)
     engine = build_engine(run, model, ranks, mesh)
-    tokenizer, loader, eval_loader = _data(run, mesh)
+    tokenizer, loader, eval_loader = build_data(run, mesh)
     checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer, contents)
     progress = Progress(ranks.device)
     start.whereabouts.enter("resume")
@@ -141,7 +141,8 @@ def build_engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine
     return run.engine.build(laid_out, around)
 
 
-def _data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
+def build_data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
+    """Return the tokenizer and the loaders of this rank."""
     tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
     loader, eval_loader = run.data.build(
         tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size

@@ -37,14 +37,16 @@ class ConfusionCallback(Callback):
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         if self.table is None or not finished:
             return
-        names, counts = self.table["labels"], self.table["rows_are_truth"]
-        is_small = len(names) <= self.spec.max_labels
-        for line in (
-            table_lines(names, counts)
-            if is_small
-            else pair_lines(names, counts, self.spec.num_pairs)
-        ):
+        for line in lines_of(self.table, self.spec.max_labels, self.spec.num_pairs):
             log.info("%s", line)
+
+
+def lines_of(table: dict[str, Any], max_labels: int = 12, num_pairs: int = 10) -> list[str]:
+    """Return the table as text, or the pairs that are confused most where it is large."""
+    names, counts = table["labels"], table["rows_are_truth"]
+    if len(names) <= max_labels:
+        return table_lines(names, counts)
+    return pair_lines(names, counts, num_pairs)
 
 
 def table_lines(names: list[str], counts: list[list[int]]) -> list[str]:

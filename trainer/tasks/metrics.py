@@ -35,18 +35,28 @@ def of_classes(
     """Return metrics of (n,) labels, guesses and the probabilities of the guesses."""
     from sklearn import metrics
 
+    counts = metrics.confusion_matrix(truth, guess, labels=range(len(names)))
     found = {
         "accuracy": metrics.accuracy_score(truth, guess),
         "macro_f1": metrics.f1_score(truth, guess, average="macro", zero_division=0.0),
         "micro_f1": metrics.f1_score(truth, guess, average="micro", zero_division=0.0),
-        "mcc": metrics.matthews_corrcoef(truth, guess),
+        "mcc": _correlation(counts),
         "calibration_error": calibration_error(truth == guess, confidence),
     }
     table: dict[str, Any] = {name: float(value) for name, value in found.items()}
     if len(names) <= MAX_TABLE:
-        counts = metrics.confusion_matrix(truth, guess, labels=range(len(names)))
         table["confusion"] = {"labels": list(names), "rows_are_truth": counts.tolist()}
     return table
+
+
+def _correlation(counts: np.ndarray) -> float:
+    """Return Matthews' correlation of a confusion table; 0 where one side has one label only.
+
+    Source: Gorodkin 2004 (several classes). scikit-learn's own warns of such tables.
+    """
+    total, true, guessed = counts.sum(), counts.sum(1), counts.sum(0)
+    spread = float(total**2 - (true**2).sum()) * float(total**2 - (guessed**2).sum())
+    return float(counts.trace() * total - true @ guessed) / spread**0.5 if spread else 0.0
 
 
 def of_words(

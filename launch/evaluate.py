@@ -1,0 +1,145 @@
+"""`tessera evaluate`: what a run, a checkpoint or a Hugging Face folder does on held-out data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.model_folders import model_folder
+
+USAGE = """usage: tessera evaluate checkpoint=DIR [data.eval_path=FILE] [key=value] ...
+
+Evaluates every document once, in this process: loss and the task's metrics do not depend on how
+rows are packed or dealt.
+
+  checkpoint=runs/NAME                       the newest step of a run, with its own settings;
+  checkpoint=runs/NAME/checkpoints/best      or the best one
+  data.eval_path=FILE                        other data than what the run held out
+  checkpoint=FOLDER experiment=NAME data.eval_path=FILE
+                                             a Hugging Face model or peft adapter, and its task
+  json=true                                  one JSON object instead of a table
+"""
+_ALONE = {  # one process has no use for the rest
+    "mesh": {"_target_": "trainer.mesh.MeshSpec"},
+    "engine": {"_target_": "trainer.engines.native.NativeEngine"},
+    "best": {"_target_": "trainer.best.BestSpec"},
+    "callbacks": {},
+    "eval_every": 1,
+    "resume": "never",
+    "resume_step": None,
+}
+_LABELLED = (
+    "trainer.data.classification.SequenceEncoder",
+    "trainer.data.tagging.TokenEncoder",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Run `tessera evaluate` and return the exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE, end="")
+        return 0
+    own = {word.partition("=")[0]: word.partition("=")[2] for word in arguments if _is_own(word)}
+    words = [word for word in arguments if not _is_own(word)]
+    if "checkpoint" not in own:
+        raise ValueError("checkpoint is missing; set checkpoint=DIR")
+    if own.get("json", "false") not in ("true", "false"):
+        raise ValueError(f"json={own['json']} is neither true nor false; set it to one of them")
+    given = Path(own["checkpoint"]).expanduser()
+    folder = model_folder(given)
+    tree = _tree(folder, words)
+    _print(_evaluated(tree), is_json=own.get("json") == "true")
+    return 0
+
+
+def _is_own(word: str) -> bool:
+    return word.partition("=")[0] in ("checkpoint", "json")
+
+
+def _tree(folder: Path, words: list[str]) -> dict[str, Any]:
+    """Return the config that evaluates the weights in `folder`."""
+    is_adapter = (folder / "adapter_config.json").is_file()
+    is_named = any("." not in word.partition("=")[0] for word in words)  # experiment=, data=, ..
+    in_run = folder.resolve().parent.parent.name == "checkpoints"
+    config = folder.resolve().parents[2] / "config.yaml" if in_run else folder
+    if config.is_file() and not is_named:
+        tree = _of_run(config, words)
+    else:
+        tree = _composed(folder, words, is_adapter)
+    tree |= _ALONE
+    if is_adapter:
+        target = "trainer.adapters.pretrained.PretrainedAdapter"
+        tree["adapter"] = {"_target_": target, "path": str(folder)}
+    else:
+        tree["weights"] = str(folder)
+        tree["adapter"] = {"_target_": "trainer.adapters.protocol.NoAdapter"}
+    data = tree["data"]
+    if data.get("path") is None and not data.get("sources"):
+        data["path"] = data.get("eval_path")
+    encoder = data.get("encoder", {})
+    if encoder.get("_target_") in _LABELLED and encoder.get("labels") is None:
+        encoder["labels"] = _labels(folder)
+    return tree
+
+
+def _labels(folder: Path) -> list[str] | None:
+    """Return the names of the model's outputs, in their order: other data may lack some."""
+    path = folder / "config.json"
+    names = json.loads(path.read_text("utf-8")).get("id2label") if path.is_file() else None
+    return [names[str(number)] for number in range(len(names))] if names else None
+
+
+def _of_run(config: Path, words: list[str]) -> dict[str, Any]:
+    """Return a run's own settings with changes."""
+    import yaml
+
+    from launch.compose import parsed
+
+    tree: dict[str, Any] = yaml.safe_load(config.read_text())
+    for word in words:
+        key, value = parsed(word)
+        *groups, name = key.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return tree
+
+
+def _composed(folder: Path, words: list[str], is_adapter: bool) -> dict[str, Any]:
+    """Return the settings of the command line for a folder that belongs to no run of ours."""
+    from launch.compose import compose
+
+    base = folder
+    if is_adapter:
+        from trainer.adapters.merged import base_folder
+
+        base = base_folder(folder)
+    chosen = [] if any(word.startswith("model=") for word in words) else ["model=pretrained"]
+    tree = compose([*chosen, *words, f"model.path={base}"]).tree
+    tree["name"] = tree["name"] or "evaluate"
+    return tree
+
+
+def _evaluated(tree: dict[str, Any]) -> dict[str, Any]:
+    from launch.binding import bind
+    from launch.terminal import configure_logging
+    from trainer.evaluate_run import evaluate_run
+
+    configure_logging(rank=0)
+    run = bind({key: value for key, value in tree.items() if key != "launch"})
+    run.check(1)
+    return evaluate_run(run)
+
+
+def _print(found: dict[str, Any], *, is_json: bool) -> None:
+    from trainer.callbacks.confusion import lines_of
+
+    if is_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            text = f"{value:.6f}" if isinstance(value, float) else f"{value:,}"
+            print(f"  {name.replace('_', ' '):<24} {text:>14}")
+    if "confusion" in found:
+        print("\n".join(lines_of(found["confusion"])))

@@ -1,0 +1,128 @@
+"""`tessera evaluate` says what the run itself said, of runs, steps, folders and adapters."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cli import main
+from tests.ranks import run_ranks
+from tests.runs import train_words
+from trainer.distributed import Placement
+from trainer.record import read_lines
+
+ROWS = [
+    {"text": " ".join(("red", "blue", "sky")[(n * k) % 3] for k in range(1, n % 4 + 2)),
+     "label": ("bad", "good")[n * n % 5 > 1]}
+    for n in range(40)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:7]))
+    return folder
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return [
+        "experiment=sequence_classification", "tokenizer=byte", f"data.path={folder}/rows.jsonl",
+        "data.eval_fraction=0.3", "data.row_tokens=64", "data.global_documents=8", "precision=fp32",
+        f"data.cache={folder}/cache", "max_steps=4", "eval_every=2", "save_every=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, model_folder: Path) -> Path:
+    made = words(folder, f"model.path={model_folder}", "best.metric=loss", "optim.lr=1e-2")
+    run_ranks(1, train_words, folder / "run", made)
+    return folder / "run"
+
+
+def printed(_: Placement, words: list[str]) -> str:
+    """Return what the command prints; in a process of its own, which may start threads."""
+    with redirect_stdout(io.StringIO()) as text:
+        assert main(["evaluate", *words]) == 0
+    return text.getvalue()
+
+
+def evaluated(*given: str) -> dict[str, Any]:
+    (text,) = run_ranks(1, printed, ["json=true", *given])
+    found: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return found
+
+
+def said(run: Path, step: int) -> dict[str, Any]:
+    lines = read_lines(run / "metrics.jsonl")
+    (line,) = (line for line in lines if line["split"] == "eval" and line["step"] == step)
+    return {name: value for name, value in line.items() if name not in ("step", "split", "time")}
+
+
+def test_a_run_and_its_steps_are_evaluated_as_they_were_in_training(run: Path) -> None:
+    assert evaluated(f"checkpoint={run}") == said(run, 4)
+    assert evaluated(f"checkpoint={run}/checkpoints/step_00000002") == said(run, 2)
+    best = min((2, 4), key=lambda step: said(run, step)["loss"])
+    assert evaluated(f"checkpoint={run}/checkpoints/best") == said(run, best)
+    (text,) = run_ranks(1, printed, [f"checkpoint={run}"])
+    assert f"{said(run, 4)['loss']:.6f}" in text
+    assert "confusion (columns are guesses):" in text
+
+
+def test_other_data_and_other_rows_per_pass_give_what_they_should(run: Path, folder: Path) -> None:
+    test = f"data.eval_path={folder}/test.jsonl"
+    whole = evaluated(f"checkpoint={run}", test)
+    assert whole["num_targets"] == 7
+    off = evaluated(f"checkpoint={run}", test, "data.packing=off", "data.micro_rows=3")
+    assert off["confusion"] == whole["confusion"]
+    assert off["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_a_folder_of_transformers_is_evaluated_with_the_names_of_its_config(
+    run: Path, folder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(run / "checkpoints" / "step_00000004" / "model")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in model.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    (folder / "good.jsonl").write_text('{"text": "red sky", "label": "good"}\n' * 2)
+    found = evaluated(
+        f"checkpoint={moved}", "experiment=sequence_classification", "precision=fp32",
+        f"data.eval_path={folder}/good.jsonl", "data.row_tokens=64", f"data.cache={folder}/cache",
+    )  # fmt: skip
+    assert found["confusion"]["labels"] == ["bad", "good"]
+    assert found["num_targets"] == 2
+
+
+def test_an_adapter_is_evaluated_on_its_base(folder: Path, model_folder: Path) -> None:
+    made = words(folder, f"model.path={model_folder}", "adapter=lora", "optim.lr=1e-2")
+    run_ranks(1, train_words, folder / "adapted", made)
+    found = evaluated(f"checkpoint={folder / 'adapted'}")
+    expected = said(folder / "adapted", 4)
+    assert found.pop("confusion") == expected.pop("confusion")
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "checkpoint is missing; set checkpoint=DIR"),
+        (["checkpoint=nowhere"], "is no run with a checkpoint"),
+        (["checkpoint={run}", "json=yes"], "json=yes is neither true nor false"),
+        (["checkpoint={run}", "data.eval_pth=x"], "did you mean data.eval_path"),
+        (["checkpoint={run}", "data.eval_path=x"], "data.eval_path=x does not exist"),
+        (["checkpoint={run}", "data.eval_fraction=0"], "has nothing to evaluate on"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line(
+    run: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", *(word.format(run=run) for word in given)]) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

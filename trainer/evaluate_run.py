@@ -1,0 +1,28 @@
+"""An evaluation without training: the held-out data of a run's settings, on its weights."""
+
+from typing import Any
+
+import torch
+
+from trainer.construct import build_data, build_engine
+from trainer.distributed import Placement, Ranks
+from trainer.engines.topology_free import NUM_THREADS
+from trainer.evaluate import Evaluator
+from trainer.run import Run
+
+
+def evaluate_run(run: Run) -> dict[str, Any]:
+    """Return what an evaluation of `run` says before any step, in this process alone."""
+    if run.is_topology_free:
+        torch.set_num_threads(NUM_THREADS)
+    ranks = Ranks(Placement(), run.timeout_seconds)
+    mesh = run.chosen_mesh(1)[0].build(ranks=ranks)
+    engine = build_engine(run, run.trained_model(), ranks, mesh)
+    _, _, loader = build_data(run, mesh)
+    assert loader is not None
+    evaluator = Evaluator(
+        loader=loader, task=run.task, labels=run.data.labels, mesh=mesh, device=ranks.device
+    )
+    found = evaluator.evaluate(engine)
+    ranks.close()
+    return found
