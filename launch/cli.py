@@ -21,6 +21,10 @@ COMMANDS = {
         "launch.verify",
         "show that every layout computes the same: tessera verify experiment=demo",
     ),
+    "inspect": (
+        "launch.inspect",
+        "show a step as it is trained on: tessera inspect experiment=demo",
+    ),
     "tokenize": (
         "launch.tokenize",
         "texts to shards of tokens: tessera tokenize data.path=DIR output=DIR tokenizer=...",

@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     if "RANK" in os.environ and not request.is_dry:
         return _train_as_rank(request)
     folder = request.choose()  # before torch is imported: a refusal is fast
-    run, processes = _bind(request.tree)
+    run, processes = bind_run(request.tree)
     run.check(processes)
     if request.is_dry:
         import yaml
@@ -144,8 +144,8 @@ def _request(arguments: list[str]) -> Request:
     return Request(tree=tree, is_dry=is_dry == "true")
 
 
-def _bind(tree: dict[str, Any]) -> tuple[Any, int]:
-    """Return the checked Run, and how many processes to start."""
+def bind_run(tree: dict[str, Any]) -> tuple[Any, int]:
+    """Return the Run of a composed config, and how many processes to start."""
     run = bind({key: value for key, value in tree.items() if key != "launch"})
     local = bind(tree["launch"], "launch")
     local.check()
@@ -156,7 +156,7 @@ def _train_as_rank(request: Request) -> int:
     """Train as one rank of torchrun: rank 0 chooses the folder for all."""
     from launch.worker import execute, leave, placement_from
 
-    run, processes = _bind(request.tree)
+    run, processes = bind_run(request.tree)
     placement = placement_from(os.environ)
     if processes not in (1, placement.world_size):
         raise ValueError(

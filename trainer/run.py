@@ -98,25 +98,17 @@ class Run:
 
     def check(self, world_size: int) -> None:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
-        self.data.check()
-        self.task.check(self.model, self.data.labels)
+        self.check_data()
         axes = self.chosen_mesh(world_size)[0].axes(world_size)
         dp_size = axes["dp_replicate"] * axes["dp_shard"]
         micro_batches = self.data.micro_batches(dp_size)
         self.check_sums(axes)
-        if self.data.row_tokens > self.model.max_position_embeddings:
-            raise ValueError(
-                f"data.row_tokens={self.data.row_tokens} is longer than "
-                f"max_position_embeddings={self.model.max_position_embeddings}; "
-                "lower data.row_tokens"
-            )
         if self.eval_every and not self.data.holds_out():
             raise ValueError(
                 f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
         self.best.check(self._metric_names(), self.eval_every)
-        self._check_vocabulary()
         model = self.trained_model()
         self.engine.check(
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
@@ -165,6 +157,18 @@ class Run:
             max_steps=self.max_steps, lr_ratios=self.adapter.lr_ratios,
             undecayed=self.adapter.undecayed, is_topology_free=self.is_topology_free,
         )  # fmt: skip
+
+    def check_data(self) -> None:
+        """Raise ValueError where data, tokenizer, task and model do not fit each other."""
+        self.data.check()
+        self.task.check(self.model, self.data.labels)
+        if self.data.row_tokens > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.row_tokens={self.data.row_tokens} is longer than "
+                f"max_position_embeddings={self.model.max_position_embeddings}; "
+                "lower data.row_tokens"
+            )
+        self._check_vocabulary()
 
     def _check_vocabulary(self) -> None:
         if self.tokenizer_setting == BPE:

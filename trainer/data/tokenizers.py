@@ -54,8 +54,8 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def special_ids(self) -> set[int]:
-        """Ids that stand for no text."""
+    def special_ids(self) -> dict[int, str]:
+        """Ids that stand for no text, and how they are written."""
         ...
 
     @property
@@ -110,7 +110,8 @@ class ByteTokenizer:
     bos_token_id, eos_token_id, pad_token_id = 256, 257, 257
 
     def __init__(self, chat_template: str | None = None) -> None:
-        self.chat_template, self.special_ids = chat_template, {256, 257}
+        self.chat_template = chat_template
+        self.special_ids = {self.bos_token_id: BOS, self.eos_token_id: EOS}
         self.ends: tuple[list[int], list[int]] = ([], [])
         self.special_tokens = {"bos_token": BOS, "eos_token": EOS}
 
@@ -182,8 +183,9 @@ class FileTokenizer:
         self.pad_token_id = next((i for i in known if i is not None), None)
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         added = self._fast.get_added_tokens_decoder().items()
-        ends = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
-        self.special_ids = ends.union(i for i, token in added if token.special)
+        ends = [i for i in (self.bos_token_id, self.eos_token_id) if i is not None]
+        self.special_ids = {i: token.content for i, token in added if token.special}
+        self.special_ids |= {i: str(self._fast.id_to_token(i)) for i in ends}
         self.fingerprint = _fingerprint(self._json, self)
 
     def _special(self, kind: str) -> int | None:

@@ -1,0 +1,184 @@
+"""What `tessera inspect` says of a step, whatever it is shown in: facts, tables, numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from trainer.data.loader import StepLoader
+from trainer.data.tokenizers import Tokenizer
+from trainer.inspection.counts import Counts
+from trainer.inspection.words import SeenRow
+from trainer.run import Run
+
+MAX_CLASSES, MAX_LONGEST, BAR_WIDTH = 10, 5, 20
+
+
+class Table(NamedTuple):
+    """A small table; all columns but the last are numbers."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One step of a run."""
+
+    run: Run
+    step: int
+    tokenizer: Tokenizer
+    loader: StepLoader
+    num_held_out: int
+    counts: Counts
+    rows: list[SeenRow]
+
+    @property
+    def title(self) -> str:
+        return f"{self.run.name}, step {self.step}"
+
+    @property
+    def is_of_texts(self) -> bool:
+        """Whether whole documents are answered, and no token of them is trained."""
+        labels = self.run.data.labels
+        return labels is not None and labels.problem_type is not None
+
+    def legend(self, mark: str) -> str:
+        """Return what a mark in the text means."""
+        labels = self.run.data.labels
+        if labels is None:
+            return f"{mark}: trained, the model learns to write it; the rest is only read"
+        if labels.problem_type is None:
+            return "a class stands behind the token that is to answer it; the rest is only read"
+        return "the class of a document stands beside its place; its tokens are only read"
+
+    def facts(self) -> dict[str, str]:
+        """Return lines of text by name."""
+        counts, store = self.counts, self.loader.rows.store
+        paths = (f"{n} {s.path}".lstrip() for n, s in self.run.data.named_sources.items())
+        micro_batches = _number(counts.num_micro_batches, "micro-batch", "micro-batches")
+        found = {
+            "data": f"{', '.join(paths)}: {store.num_tokens:,} tokens in {store.num_documents:,} "
+            f"documents, {self.num_held_out:,} more held out",
+            "tokenizer": f"{self.run.tokenizer_setting}, {self.tokenizer.vocab_size:,} tokens",
+            "step": f"{self.step} of {self.run.max_steps}: {counts.num_rows} rows x "
+            f"{counts.row_tokens} tokens in {micro_batches}, "
+            f"{len(counts.documents):,} {self._documents}",
+            "trained": self._trained(),
+            "padding": f"{counts.num_padding:,} of {counts.num_rows * counts.row_tokens:,} places "
+            f"({_share(counts.num_padding, counts.num_rows * counts.row_tokens)})",
+        }
+        if counts.tokens_per_byte is not None:
+            found["text"] = (
+                f"{counts.tokens_per_byte:.3f} tokens per byte, "
+                f"{1 / counts.tokens_per_byte:.2f} bytes per token; special tokens left out"
+            )
+        if counts.num_astray:
+            found["DEFECT"] = (
+                f"{counts.num_astray:,} targets are not the next token of their document"
+            )
+        return found
+
+    @property
+    def _documents(self) -> str:
+        """What a segment is: rows of a fixed length cut documents."""
+        return "documents" if self.loader.rows.unit == "documents" else "documents or parts of them"
+
+    def _trained(self) -> str:
+        counts = self.counts
+        if self.is_of_texts:
+            number = sum(piece.num_targets > 0 for piece in counts.documents)
+            return f"{number:,} of {len(counts.documents):,} documents have a label"
+        labelled = " have a label" if self.run.data.labels else ""
+        behind = f", {counts.num_behind:,} of them the first behind a row"
+        share = _share(counts.num_targets, counts.num_tokens)
+        return (
+            f"{counts.num_targets:,} of {counts.num_tokens:,} tokens{labelled} ({share})"
+            f"{behind if counts.num_behind else ''}"
+        )
+
+    def tables(self) -> list[Table]:
+        counts = self.counts
+        sources = [
+            (
+                f"{one.num_documents:,}", f"{one.num_tokens:,}",
+                _share(one.num_tokens, counts.num_tokens), f"{one.num_targets:,}", name,
+            )
+            for name, one in counts.sources.items()
+        ]  # fmt: skip
+        total = sum(counts.classes.values())
+        classes = [
+            (f"{number:,}", _share(number, total), name)
+            for name, number in counts.classes.most_common(MAX_CLASSES)
+        ]
+        if len(counts.classes) > MAX_CLASSES:
+            classes.append(("", "", f".. and {len(counts.classes) - MAX_CLASSES} more"))
+        longest = [
+            (f"{piece.num_tokens:,}", f"{piece.num_targets:,}", piece.provenance)
+            for piece in counts.longest[:MAX_LONGEST]
+        ]
+        most = max((number for _, _, number in counts.lengths), default=1)
+        lengths = [
+            (str(first), str(last), f"{number:,}", "\u2588" * -(-number * BAR_WIDTH // most))
+            for first, last, number in counts.lengths
+        ]
+        tables = [
+            Table("sources", ("documents", "tokens", "share", "targets", "source"), sources),
+            Table("classes", ("targets", "share", "class"), classes),
+            Table(f"longest {self._documents}", ("tokens", "targets", "place"), longest),
+            Table("lengths", ("from", "to", "documents", ""), lengths),
+        ]
+        return [table for table in tables if table.rows]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the numbers, for scripts."""
+        counts, store = self.counts, self.loader.rows.store
+        return {
+            "step": self.step,
+            "micro_batches": counts.num_micro_batches,
+            "rows": counts.num_rows,
+            "row_tokens": counts.row_tokens,
+            "documents": len(counts.documents),
+            "tokens": counts.num_tokens,
+            "targets": counts.num_targets,
+            "targets_share": counts.num_targets / max(1, counts.num_tokens),
+            "targets_behind_rows": counts.num_behind,
+            "targets_astray": counts.num_astray,
+            "padding": counts.num_padding,
+            "padding_share": counts.num_padding / (counts.num_rows * counts.row_tokens),
+            "tokens_per_byte": counts.tokens_per_byte,
+            "classes": dict(counts.classes),
+            "sources": {
+                name: {
+                    "documents": one.num_documents,
+                    "tokens": one.num_tokens,
+                    "targets": one.num_targets,
+                }
+                for name, one in counts.sources.items()
+            },
+            "longest": [
+                {"provenance": piece.provenance, "tokens": piece.num_tokens}
+                for piece in counts.longest[:MAX_LONGEST]
+            ],
+            "lengths": [
+                {"from": first, "to": last, "documents": number}
+                for first, last, number in counts.lengths
+            ],
+            "data": {
+                "tokens": store.num_tokens,
+                "documents": store.num_documents,
+                "held_out_documents": self.num_held_out,
+            },
+            "tokenizer": {
+                "setting": self.run.tokenizer_setting,
+                "vocab_size": self.tokenizer.vocab_size,
+            },
+        }
+
+
+def _number(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "0.0%"

@@ -1,0 +1,91 @@
+"""Rows with their words: what each token says, and whether the model learns to write it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.nn.head import IGNORED
+from trainer.batch import Batch
+from trainer.data.examples import Labels
+from trainer.data.spelling import spell
+from trainer.data.tokenizers import Tokenizer
+from trainer.inspection.pieces import Piece, pieces_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenToken:
+    """One token, as a person asks about it."""
+
+    token_id: int
+    text: str
+    """What it adds to the text; empty where it shares a character with the one before."""
+    position: int
+    """In its segment."""
+    target: int | None
+    """What its position is to answer: the next token, or a class; None: nothing."""
+    label: str | None
+    """The name of that class."""
+    is_special: bool
+    is_trained: bool
+    """Whether the model learns to write it; where tokens have labels, whether this one has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenRow:
+    """A row with its words."""
+
+    number: int
+    """From 1, through the step."""
+    micro_batch: int
+    """From 1."""
+    pieces: Sequence[tuple[Piece, list[SeenToken]]]
+    """Padding has no tokens."""
+    next_text: str | None
+    """The token behind the row, where the row's last position is to predict it."""
+
+
+def read_rows(
+    batches: list[Batch], labels: Labels | None, tokenizer: Tokenizer, num_rows: int
+) -> list[SeenRow]:
+    """Return the first rows of a step with their words; `labels` are those of the data."""
+    places = [
+        (number, row)
+        for number, batch in enumerate(batches, start=1)
+        for row in range(batch.num_rows)
+    ]
+    rows = []
+    for number, (micro_batch, row) in enumerate(places[:num_rows], start=1):
+        batch = batches[micro_batch - 1]
+        pieces = pieces_of(batch, row, labels)
+        last = int(batch.labels[row, -1])
+        seen = SeenRow(
+            number=number, micro_batch=micro_batch,
+            pieces=[(piece, _tokens(batch, row, piece, labels, tokenizer)) for piece in pieces],
+            next_text=spell([last], tokenizer)[0] if labels is None and last != IGNORED else None,
+        )  # fmt: skip
+        rows.append(seen)
+    return rows
+
+
+def _tokens(
+    batch: Batch, row: int, piece: Piece, labels: Labels | None, tokenizer: Tokenizer
+) -> list[SeenToken]:
+    if piece.is_padding:
+        return []
+    run = slice(piece.start, piece.stop)
+    ids, targets = batch.input_ids[row, run].tolist(), batch.labels[row, run].tolist()
+    positions, texts = batch.position_ids[row, run].tolist(), spell(ids, tokenizer)
+    has_target = [target != IGNORED for target in targets]
+    # The target of a text stands one place before the token that is learnt.
+    is_trained = has_target if labels else [False, *has_target[:-1]]
+    return [
+        SeenToken(
+            token_id=token,
+            text=texts[n],
+            position=positions[n],
+            target=targets[n] if has_target[n] else None,
+            label=labels.names[targets[n]] if labels and has_target[n] else None,
+            is_special=token in tokenizer.special_ids,
+            is_trained=is_trained[n],
+        )
+        for n, token in enumerate(ids)
+    ]
