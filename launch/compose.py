@@ -43,7 +43,7 @@ def compose(overrides: list[str]) -> Composed:
 
 
 def parsed(override: str) -> tuple[str, Any]:
-    """Return key and plain value of `key=value`, read as compose reads it; ValueError for neither."""
+    """Return key and plain value of `key=value`, read as compose reads it; else ValueError."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
     from omegaconf import OmegaConf
