@@ -130,12 +130,11 @@ def test_a_step_is_the_same_on_any_ranks(folder: Path, num_ranks: int) -> None:
 def test_the_state_names_weights_and_epochs_and_other_weights_are_refused(folder: Path) -> None:
     loader = loader_of(documents(folder, **WEIGHTS))
     state = loader.state(10)
-    assert state["schedule"]["weights"] == ["1", "2", "1/2"]
-    assert set(state["epoch"]) == set(COUNTS)
-    assert len(json.dumps(state)) < 1024
+    assert state["epoch"] == min(map(int, loader.epochs(10).values())) == 0
+    assert len(json.dumps(state)) < 512
     assert taken(loader.resumed(10, state), range(10, 14)) == taken(loader, range(10, 14))
     other = loader_of(documents(folder))
-    with pytest.raises(ValueError, match=r"data.sources have weights .*made with \['1', '2', '1/2"):
+    with pytest.raises(ValueError, match="data.sources have other weights than the checkpoint"):
         other.resumed(10, state)
 
 

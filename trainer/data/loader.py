@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 
 from trainer.batch import Batch
 from trainer.data.prefetch import ahead
@@ -125,8 +126,10 @@ class StepLoader:
     def state(self, step: int) -> dict[str, Any]:
         """Return what says where the data stands after `step` steps: no world size in it."""
         sample = self.first_sample(step)
-        done = {name: int(epoch) for name, epoch in self.epochs(step).items()}
-        mix = {"weights": [str(weight) for weight in self.weights]} if self.is_mixed else {}
+        done = [int(epoch) for epoch in self.epochs(step).values()]
+        # A hash, like the fingerprint: the state does not grow with the number of sources.
+        weights = "/".join(map(str, self.weights))
+        mix = {"weights": xxhash.xxh3_64_hexdigest(weights.encode())} if self.is_mixed else {}
         return {
             "version": VERSION,
             "fingerprint": self.rows.store.fingerprint,
@@ -137,7 +140,7 @@ class StepLoader:
                 **mix,
             },
             "global_sample": sample,
-            "epoch": done if self.is_mixed else next(iter(done.values())),
+            "epoch": min(done),
         }
 
     @property
@@ -163,11 +166,11 @@ class StepLoader:
                     f"the data's {key} is {mine[key]}, the checkpoint was made with {state[key]}; "
                     "bring the old data back, or start anew with name=... or resume=never"
                 )
-        weights = state["schedule"].get("weights"), mine["schedule"].get("weights")
-        if weights[0] != weights[1]:
+        if state["schedule"].get("weights") != mine["schedule"].get("weights"):
             raise ValueError(
-                f"data.sources have weights {weights[1]}, the checkpoint was made with "
-                f"{weights[0]}; keep them, or start anew with name=... or resume=never"
+                "data.sources have other weights than the checkpoint was made with, so their order "
+                "is another one; bring the old ones back, or start anew with name=... or "
+                "resume=never"
             )
         return replace(self, anchor=(step, state["global_sample"]))
 
