@@ -8,7 +8,7 @@ import pytest
 
 from trainer.record import read_lines
 
-STEPS = 20
+STEPS = 10
 OPTIONS = (
     "experiment=demo",
     # The demo warms up for longer than this: its first steps do not depend on max_steps.

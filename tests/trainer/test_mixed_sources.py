@@ -134,7 +134,7 @@ def test_the_state_names_weights_and_epochs_and_other_weights_are_refused(folder
     assert len(json.dumps(state)) < 512
     assert taken(loader.resumed(10, state), range(10, 14)) == taken(loader, range(10, 14))
     other = loader_of(documents(folder))
-    with pytest.raises(ValueError, match="data.sources have other weights than the checkpoint"):
+    with pytest.raises(ValueError, match=r"data.sources have other weights than the checkpoint"):
         other.resumed(10, state)
 
 
