@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from launch.binding import bind
 from launch.compose import compose
-from trainer.data.sources import STANDARD_LIBRARY, TextSource
+from trainer.data.named_sources import Source
+from trainer.data.sources import STANDARD_LIBRARY, open_texts
 from trainer.files import write_json
 from trainer.parallel.materialise import materialise, random_values
 from trainer.parallel.pieces import unique_parameters
@@ -81,7 +82,7 @@ def _write_documents(path: Path, count: int, row_tokens: int) -> None:
 
 
 def _ascii_texts() -> Iterator[str]:
-    for document in TextSource(STANDARD_LIBRARY, "text").documents():
+    for document in open_texts(Source(path=STANDARD_LIBRARY), "text").documents():
         yield document.text.encode("ascii", "ignore").decode()
 
 

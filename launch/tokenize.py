@@ -15,8 +15,10 @@ USAGE = """usage: tessera tokenize data.path=DIR output=DIR tokenizer=FOLDER|byt
 Writes shards of tokens for `tessera train data=tokens data.path=OUTPUT`. What is finished is kept:
 after Ctrl-C or a crash the same command goes on. The bytes do not depend on the number of workers.
 
-  data.path=DIR            a folder or file of txt, jsonl or parquet; or stdlib
-  data.column=text         column of jsonl and parquet
+  data.path=DIR            a folder or file of txt, jsonl, csv, parquet or arrow; stdlib; or
+                           hf://datasets/OWNER/NAME[@REVISION], with data.subset and data.split
+  data.column=text         column of rows that holds the text
+  data.max_documents=N     the first N documents only
   data.eval_fraction=0.01  share of documents held out to evaluate on
   output=DIR               a new folder, or one that the same command began
   tokenizer=FOLDER         a folder with tokenizer.json; byte; or bpe with vocab_size=N

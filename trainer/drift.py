@@ -10,7 +10,8 @@ _RECORDED = (
     "engine.", "checkpoint.", "callbacks.", "launch.", "best.", "data.micro_rows",
     "data.packing", "data.cache", "data.eval_path", "data.eval_fraction",
     # A moved folder is no other data: the fingerprint of the tokens decides.
-    "data.path", "data.sources.",
+    "data.path", "data.sources.", "data.subset", "data.split", "data.max_documents",
+    "data.eval_subset", "data.eval_split",
 )  # fmt: skip
 _EXPLICIT = ("data.global_rows", "data.global_documents")
 MISSING = "(absent)"

@@ -168,10 +168,10 @@ class Run:
                 f"max_position_embeddings={self.model.max_position_embeddings}; "
                 "lower data.row_tokens"
             )
-        self._check_vocabulary()
+        self._check_tokenizer()
 
-    def _check_vocabulary(self) -> None:
-        if self.tokenizer_setting == BPE:
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer_setting == self.data.own_tokenizer == BPE:
             return  # trained to fit, on the data
         tokenizer = self.data.tokenizer(self.tokenizer_setting, self.model.vocab_size)
         if tokenizer.vocab_size > self.model.vocab_size:
@@ -180,6 +180,7 @@ class Run:
                 f"model.vocab_size={self.model.vocab_size} has fewer rows; "
                 f"set model.vocab_size to {tokenizer.vocab_size} or more, or take another tokenizer"
             )
+        self.data.check_encoding(tokenizer)
 
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""

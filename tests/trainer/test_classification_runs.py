@@ -14,7 +14,8 @@ from tests.runs import tiny_run, train
 from trainer.data.classification import SequenceEncoder
 from trainer.data.document_data import DocumentData
 from trainer.data.label_names import label_names
-from trainer.data.sources import TextSource
+from trainer.data.named_sources import Source
+from trainer.data.sources import open_rows
 from trainer.data.tagging import TokenEncoder
 from trainer.data.tokenizers import ByteTokenizer
 from trainer.mesh import MeshSpec
@@ -199,7 +200,7 @@ def test_labels_are_read_once_and_parquet_files_may_name_them(tmp_path: Path) ->
     rows = [{"y": 1, "tags": [0, 1], "n": 3}, {"y": 1, "tags": [0], "n": 20}]
     path = tmp_path / "rows.parquet"
     Dataset.from_list(rows, features=features).to_parquet(path)
-    source = TextSource(str(path), "")
+    source = open_rows(Source(path=str(path)))
     assert label_names([source], "y", cache=tmp_path) == ("no", "yes")
     assert label_names([source], "tags", cache=tmp_path) == ("O", "B")
     assert label_names([source], "n", cache=tmp_path) == ("3", "20")

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from models.nn.head import IGNORED
 from tests.token_folders import store_of
 from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.named_sources import Source
 from trainer.data.order import permute, round_keys
 from trainer.data.pretraining import PretrainingData
 from trainer.data.rows import PackedRows
-from trainer.data.sources import TextSource
+from trainer.data.sources import open_texts
 from trainer.data.tokenise import eval_rank
 from trainer.data.tokenizers import ByteTokenizer
 from trainer.errors import DataError
@@ -233,7 +234,7 @@ def write_corpus(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet", "arrow"])
 def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
-    source = TextSource(str(write_corpus(tmp_path / "in", kind)), "text")
+    source = open_texts(Source(path=str(write_corpus(tmp_path / "in", kind))), "text")
     found = [document.text for document in source.documents()]
     assert found == [f"document {n}: " + "word " * n for n in range(40)]
 
@@ -246,7 +247,7 @@ def test_held_out_documents_are_chosen_by_id_and_never_trained_on(tmp_path: Path
     train, held_out = data.stores(ByteTokenizer())
     assert held_out is not None
     assert train.num_documents + held_out.num_documents == 40
-    ids = [document.id for document in TextSource(data.path, "text").documents()]
+    ids = [document.id for document in open_texts(Source(path=data.path), "text").documents()]
     assert held_out.num_documents == sum(eval_rank(i) < 0.25 for i in ids)
     assert 0 < held_out.num_documents < 25
     (tmp_path / "in").rename(tmp_path / "moved")
@@ -292,26 +293,26 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None
     path = tmp_path / "1.txt"
     path.write_bytes(b"x" * ((1 << 20) - 1) + "\u00fc".encode() + b"gr\xfc\xdfe")
     with pytest.raises(DataError, match=rf"{path} is not UTF-8 at byte {(1 << 20) + 3}; convert"):
-        list(TextSource(str(tmp_path), "text").documents())
+        list(open_texts(Source(path=str(tmp_path)), "text").documents())
 
 
 def test_a_wrong_column_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"texts": "x", "id": 1}\n')
     with pytest.raises(ValueError, match=r"no column 'text', only id, texts; .* to texts, which"):
-        TextSource(str(tmp_path), "text").peek()
+        open_texts(Source(path=str(tmp_path)), "text").peek()
 
 
 def test_a_row_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"text": null}\n')
     with pytest.raises(DataError, match="row 1 of"):
-        list(TextSource(str(path), "text").documents())
+        list(open_texts(Source(path=str(path)), "text").documents())
     with pytest.raises(ValueError, match=r"no column 'body', only text; set data\.column"):
-        list(TextSource(str(path), "body").documents())
+        list(open_texts(Source(path=str(path)), "body").documents())
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
-    source = TextSource("stdlib", "text")
+    source = open_texts(Source(path="stdlib"), "text")
     names = {str(file.relative_to(source.root)) for file in source.files}
     assert "argparse.py" in names
     assert not any(set(name.split("/")) & {"test", "tests", "site-packages"} for name in names)

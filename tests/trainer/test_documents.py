@@ -179,7 +179,7 @@ def test_long_documents_are_cut_when_that_was_asked_for(data: DocumentData) -> N
     ("change", "message"),
     [
         (lambda d, p: replace(d, path="stdlib"), r"data.path=stdlib holds no rows"),
-        (lambda d, p: replace(d, path=written(p, [])), r"holds no rows; give a file"),
+        (lambda d, p: replace(d, path=written(p, [])), r"holds empty files only; give one"),
         (lambda d, p: replace(d, path=written(p, [{"promt": "a", "completion": "b"}])),
          r"the nearest is prompt \+ completion"),
         (lambda d, p: replace(d, global_documents=0), r"data.global_documents=0 is not positive"),
@@ -191,3 +191,24 @@ def test_settings_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises((ValueError, DataError), match=message):
         change(data, tmp_path / "rows.jsonl").check()
+
+
+def test_a_tokenizer_without_what_rows_need_is_refused_before_anything_starts(
+    tmp_path: Path, data: DocumentData
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = replace(data, path=written(tmp_path / "chat.jsonl", [{"messages": turns}]))
+    ByteTokenizer(chat_template="{% if %}").save(tmp_path)
+    run = replace(tiny_run(tmp_path / "cache"), data=chat)
+    for setting, message in (
+        ("byte", "the tokenizer has no chat template, which conversations need; put a"),
+        (str(tmp_path), "line 1 of the chat template is no Jinja: .*; correct chat_template"),
+        ("bpe", "tokenizer=bpe is trained on plain text; give a folder, or byte"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(run, tokenizer=setting).check(1)
+
+
+def test_a_bad_first_row_is_left_to_the_budget(tmp_path: Path, data: DocumentData) -> None:
+    path = written(tmp_path / "rows.jsonl", with_bad({0}))
+    replace(tiny_run(tmp_path / "cache"), data=replace(data, path=path)).check(1)

@@ -15,9 +15,10 @@ from trainer.data import tokenise
 from trainer.data.bpe import train_bpe
 from trainer.data.encoders import Encoders
 from trainer.data.folder_writer import FolderWriter
+from trainer.data.named_sources import Source
 from trainer.data.pretraining import PretrainingData, hold_out
 from trainer.data.shards import Shard
-from trainer.data.sources import TextSource
+from trainer.data.sources import open_texts
 from trainer.data.tokenise import build_folder, tokens_of
 from trainer.data.tokenise_job import Texts, TokeniseJob
 from trainer.data.tokenise_progress import TokeniseProgress
@@ -46,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def build(corpus: Path, folder: Path, progress: TokeniseProgress | None = None) -> Index:
     """Tokenise the corpus by bytes into several shards, in this process."""
-    source = TextSource(str(corpus), "text")
+    source = open_texts(Source(path=str(corpus)), "text")
     return build_folder(
         folder,
         {"of": "a test"},
@@ -68,7 +69,7 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_shards_hold_every_document_in_order(corpus: Path, uninterrupted: Path) -> None:
     expected: dict[str, list[list[int]]] = {TRAIN: [], EVAL: []}
-    for document in TextSource(str(corpus), "text").documents():
+    for document in open_texts(Source(path=str(corpus)), "text").documents():
         name = hold_out(0.1)(document.id)
         expected[name].append([256, *document.text.encode(), 257])
     index = Index.read(uninterrupted)
@@ -90,7 +91,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     """With a trained tokenizer, in messages so small that every worker gets many."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setattr(tokenise, "_CHUNK_BYTES", 5000)
-    texts = [document.text for document in TextSource(str(corpus), "text").documents()]
+    texts = [document.text for document in open_texts(Source(path=str(corpus)), "text").documents()]
     train_bpe(tmp_path / "bpe", texts, 300)
     found = []
     for workers in (1, 3):

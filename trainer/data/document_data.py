@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,9 @@ from trainer.data.examples import BadRowError, Encoder, Labels
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.label_names import label_names
 from trainer.data.loader import EvalLoader, StepLoader
-from trainer.data.named_sources import Source, key_of, named_sources
+from trainer.data.named_sources import EVAL_KEY, Source, eval_source, key_of, named_sources
 from trainer.data.pretraining import hold_out
-from trainer.data.sources import STANDARD_LIBRARY, TextSource
+from trainer.data.sources import RowSource, first_row, open_rows
 from trainer.data.tokenise import Tokens, Written, build_folder
 from trainer.data.tokenise_progress import TokeniseProgress
 from trainer.data.tokenizers import BPE, BYTE, Tokenizer, given_tokenizer
@@ -39,13 +40,24 @@ class DocumentData:
     texts with classes, words with tags."""
 
     path: str | None = None
-    """Folder or file with jsonl, csv, parquet or arrow."""
+    """Folder or file with jsonl, csv, parquet or arrow; or hf://datasets/OWNER/NAME[@REVISION], of
+    the Hub."""
+    subset: str | None = None
+    """Subset (config) of a data set of the Hub; None: its default."""
+    split: str | None = None
+    """Split of a data set of the Hub; None: train."""
     sources: dict[str, Source] | None = None
-    """Several such places by name, instead of `path`."""
+    """Several such places by name, instead of `path`, `subset` and `split`."""
     encoder: Encoder
     """Makes documents of rows, with what is to be learnt of each token."""
+    max_documents: int | None = None
+    """How many rows of each place are used, the first ones; None: all."""
     eval_path: str | None = None
-    """Folder or file to evaluate on; None: `eval_fraction` of the rows of `path`."""
+    """Place to evaluate on, as `path`; None: `eval_fraction` of the rows of `path`."""
+    eval_subset: str | None = None
+    """Subset of `eval_path`, as `subset`."""
+    eval_split: str | None = None
+    """Split of `eval_path`, as `split`."""
     eval_fraction: float = 0.01
     """Share of rows held out by hash of their content, when there is no eval_path."""
     row_tokens: int
@@ -63,10 +75,9 @@ class DocumentData:
 
     def __post_init__(self) -> None:
         check_sizes(
-            row_tokens=self.row_tokens,
-            global_documents=self.global_documents,
-            micro_rows=self.micro_rows,
-        )
+            row_tokens=self.row_tokens, global_documents=self.global_documents,
+            micro_rows=self.micro_rows, max_documents=self.max_documents,
+        )  # fmt: skip
         check_share(self.eval_fraction)
 
     @property
@@ -77,20 +88,23 @@ class DocumentData:
         """Return how many micro-batches a rank has in every step: it varies with the lengths."""
         return None
 
-    def check(self) -> None:
-        """Raise ValueError where the files cannot serve; reads names and the first row only."""
-        for name, source in self.named_sources.items():
-            self._check_first(key_of(name), source.path)
-        if self.eval_path is not None:
-            self._check_first("data.eval_path", self.eval_path)
+    @cached_property
+    def _first_rows(self) -> list[tuple[RowSource, dict[str, Any]]]:
+        """The first row of every place, which may be far away: read once."""
+        evaluation = self._eval_rows()
+        places = (*self._rows_of.values(), *([evaluation] if evaluation else []))
+        return [(place, first_row(place)) for place in places]
 
-    def _check_first(self, key: str, path: str) -> None:
-        if path == STANDARD_LIBRARY:
-            raise ValueError(f"{key}=stdlib holds no rows; give a folder or file of jsonl")
-        row = next(TextSource(path, "", key).rows(), None)
-        if row is None:
-            raise ValueError(f"{key}={path} holds no rows; give a file that has some")
-        self.encoder.check(row, f"{key}={path}")
+    def check(self) -> None:
+        """Raise ValueError where the rows cannot serve; reads names and the first row only."""
+        for place, row in self._first_rows:
+            self.encoder.check(row, f"{place.name}={place.path}")
+
+    def check_encoding(self, tokenizer: Tokenizer) -> None:
+        """Raise ValueError where the tokenizer lacks what the first row needs."""
+        for _, row in self._first_rows:
+            with suppress(BadRowError):  # as any other bad row: counted when all are read
+                self._encoder.encode(row, tokenizer)
 
     def holds_out(self) -> bool:
         return bool(self.eval_path or self.eval_fraction)
@@ -104,14 +118,24 @@ class DocumentData:
         """The encoder with its labels, which are looked up in the training data if need be."""
 
         def find(column: str) -> tuple[str, ...]:
-            sources = [TextSource(source.path, "") for source in self.named_sources.values()]
-            return label_names(sources, column, cache=self._cache)
+            return label_names(list(self._rows_of.values()), column, cache=self._cache)
 
         return self.encoder.with_labels(find)
 
     @cached_property
     def named_sources(self) -> dict[str, Source]:
-        return named_sources(self.path, self.sources)
+        return named_sources(self.path, self.sources, subset=self.subset, split=self.split)
+
+    @property
+    def _rows_of(self) -> dict[str, RowSource]:
+        return {
+            name: open_rows(source, key_of(name), self.max_documents)
+            for name, source in self.named_sources.items()
+        }
+
+    def _eval_rows(self) -> RowSource | None:
+        source = eval_source(self.eval_path, subset=self.eval_subset, split=self.eval_split)
+        return None if source is None else open_rows(source, EVAL_KEY, self.max_documents)
 
     @property
     def _cache(self) -> Path:
@@ -129,14 +153,15 @@ class DocumentData:
         """Return the loaders of one data-parallel rank; DataError for documents that do not fit."""
         fraction = 0.0 if self.eval_path else self.eval_fraction
         parts, held_out = [], []
-        for name, one in self.named_sources.items():
-            folder, kinds = self._folder(one.path, tokenizer, fraction, hold_out(fraction))
+        for name, one in self._rows_of.items():
+            folder, kinds = self._folder(one, tokenizer, fraction, hold_out(fraction))
             if TRAIN not in kinds:
-                raise DataError(f"{key_of(name)}={one.path} left no training document; add rows")
+                raise DataError(f"{one.name}={one.path} left no training document; add rows")
             parts.append(Part(folder, TRAIN, name))
             held_out += [Part(folder, EVAL, name)] if EVAL in kinds else []
-        if self.eval_path:
-            folder, kinds = self._folder(self.eval_path, tokenizer, EVAL, lambda _: EVAL)
+        evaluation = self._eval_rows()
+        if evaluation is not None:
+            folder, kinds = self._folder(evaluation, tokenizer, EVAL, lambda _: EVAL)
             held_out = [Part(folder, EVAL)] if EVAL in kinds else []
         return loaders(
             self._rows(parts, TRAIN), self._rows(held_out, EVAL) if held_out else None,
@@ -163,10 +188,9 @@ class DocumentData:
         return PackedDocuments(store, self.row_tokens, is_packed=self.packing == "best_fit")
 
     def _folder(
-        self, path: str, tokenizer: Tokenizer, split: object, route: Callable[[str], str]
+        self, source: RowSource, tokenizer: Tokenizer, split: object, route: Callable[[str], str]
     ) -> tuple[Path, list[str]]:
-        """Make or find the documents of `path` in the cache; return their folder and stores."""
-        source = TextSource(path, "")
+        """Make or find the documents of a place in the cache; return their folder and stores."""
         recipe = {
             "files": source.key(),
             "tokenizer": tokenizer.fingerprint,
@@ -177,13 +201,13 @@ class DocumentData:
         folder = self._cache / "documents" / key
         index = build_folder(
             folder, recipe, lambda writer: self._documents(source, tokenizer, route, writer),
-            tokenizer, TokeniseProgress(path, source.num_bytes()), shard_tokens=SHARD_TOKENS,
+            tokenizer, TokeniseProgress(source.path, source.num_bytes()), shard_tokens=SHARD_TOKENS,
         )  # fmt: skip
         return folder, list(index.stores)
 
     def _documents(
         self,
-        source: TextSource,
+        source: RowSource,
         tokenizer: Tokenizer,
         route: Callable[[str], str],
         writer: FolderWriter,

@@ -35,9 +35,10 @@ def no_targets(labels: Labels | None) -> dict[str, np.ndarray]:
 class DocumentStore(TokenStore):
     """A store whose shards say what is to be learnt of each token."""
 
-    def lengths(self, documents: list[int]) -> np.ndarray:
-        """Return how many tokens each document has; 0: a bad row stood there."""
-        return np.array([stop - start for _, start, stop in map(self._place, documents)], np.int64)
+    def length(self, document: int) -> int:
+        """Return how many tokens a document has; 0: a bad row stood there."""
+        _, start, stop = self._place(document)
+        return stop - start
 
     def all_lengths(self) -> np.ndarray:
         """Return the length of every document, in order."""

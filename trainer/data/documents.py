@@ -40,8 +40,8 @@ class PackedDocuments:
     ) -> Dealt:
         """Return one rank's micro-batches; the last ones may hold rows of padding alone."""
         documents = locate(np.array(samples, np.int64))
-        found = [self._instead(document) for document in documents]
-        lengths = np.minimum(self._documents.lengths(found), self.row_tokens)
+        found, whole = zip(*map(self._instead, documents), strict=True)
+        lengths = np.minimum(whole, self.row_tokens)
         row_of = best_fit(lengths, self.row_tokens) if self.is_packed else np.arange(len(found))
         order = np.argsort(row_of, kind="stable")
         rows = np.split(order, np.cumsum(np.bincount(row_of))[:-1])
@@ -55,12 +55,15 @@ class PackedDocuments:
             dealt.append((batch, _ranges(numbers)))
         return dealt
 
-    def _instead(self, document: int) -> int:
-        """Return the document, or the next one of its part that is no bad row: places stay."""
+    def _instead(self, document: int) -> tuple[int, int]:
+        """Return the document, or the next one of its part that is no bad row; and its length.
+
+        No other document moves.
+        """
         number, own = self.store.part_of(document)
         for _ in own:
-            if self._documents.lengths([document])[0]:
-                return document
+            if length := self._documents.length(document):
+                return document, length
             document = document + 1 if document + 1 in own else own.start
         raise DataError(f"{self.store.parts[number].folder} holds bad rows alone; correct the data")
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import xxhash
 
 from trainer.data.labels import found_labels
-from trainer.data.sources import TextSource
+from trainer.data.sources import RowSource
 from trainer.files import exclusive, read_json, write_json
 
 
-def label_names(sources: list[TextSource], column: str, *, cache: Path) -> tuple[str, ...]:
+def label_names(sources: list[RowSource], column: str, *, cache: Path) -> tuple[str, ...]:
     """Return the labels of a column: those that the files name, else all that occur in it.
 
     Reads all of the sources, unless somebody did before; ValueError where that gives no two labels.
@@ -31,7 +31,7 @@ def label_names(sources: list[TextSource], column: str, *, cache: Path) -> tuple
     return names
 
 
-def _look_up(sources: list[TextSource], column: str) -> tuple[str, ...]:
+def _look_up(sources: list[RowSource], column: str) -> tuple[str, ...]:
     given = sources[0].class_names(column)
     if given and all(source.class_names(column) == given for source in sources[1:]):
         return tuple(given)

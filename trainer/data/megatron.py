@@ -46,6 +46,10 @@ class MegatronFiles:
     def num_documents(self) -> int:
         return len(self.starts) - 1
 
+    @property
+    def place(self) -> str:
+        return str(self.path.with_suffix("").absolute())
+
     def key(self) -> str:
         """Return a hash that changes when a file changes; reads none."""
         parts = [self.path.resolve()]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+EVAL_KEY = "data.eval_path"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -11,6 +13,10 @@ class Source:
 
     path: str
     """As `data.path`."""
+    subset: str | None = None
+    """As `data.subset`."""
+    split: str | None = None
+    """As `data.split`."""
     weight: float | None = None
     """Share of the samples, beside the weights of the others."""
     epochs: float | None = None
@@ -24,14 +30,34 @@ class Source:
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is no positive number; correct it")
 
+    def refuse_hub_settings(self, key: str) -> None:
+        """Raise ValueError where a subset or split is given for what is not on the Hub."""
+        for name, value in (("subset", self.subset), ("split", self.split)):
+            if value is not None:
+                raise ValueError(
+                    f"{key.removesuffix('path')}{name}={value} has no effect on "
+                    f"{key}={self.path}; it belongs to hf://datasets/OWNER/NAME; leave it out"
+                )
 
-def named_sources(path: str | None, sources: Mapping[str, Source] | None) -> dict[str, Source]:
+
+def named_sources(
+    path: str | None,
+    sources: Mapping[str, Source] | None,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+) -> dict[str, Source]:
     """Return the sources of a data spec by name; a single one has none. ValueError: none, or two
     ways to say it."""
     if path is not None and sources:
         raise ValueError("data.path and data.sources are both set; leave one of them out")
     if path is not None:
-        return {"": Source(path=path)}
+        return {"": Source(path=path, subset=subset, split=split)}
+    for name, value in (("subset", subset), ("split", split)):
+        if value is not None and sources:
+            raise ValueError(
+                f"data.{name}={value} belongs to data.path; set data.sources.NAME.{name}"
+            )
     if not sources:
         raise ValueError(
             "data.path is missing; set data.path=..., or data.sources={NAME: {path: ...}, ..}"
@@ -47,6 +73,18 @@ def named_sources(path: str | None, sources: Mapping[str, Source] | None) -> dic
         if not name.replace("-", "_").isidentifier():
             raise ValueError(f"data.sources.{name} is no name; use letters, digits, - and _")
     return dict(sources)
+
+
+def eval_source(path: str | None, *, subset: str | None, split: str | None) -> Source | None:
+    """Return what `data.eval_path` names; ValueError for settings of it where it is not set."""
+    if path is not None:
+        return Source(path=path, subset=subset, split=split)
+    for name, value in (("subset", subset), ("split", split)):
+        if value is not None:
+            raise ValueError(
+                f"data.eval_{name}={value} has no effect without data.eval_path; set that too"
+            )
+    return None
 
 
 def key_of(name: str) -> str:

@@ -10,9 +10,9 @@ import xxhash
 from trainer.data.batching import check_share, check_sizes, loaders, rows_per_micro_batch
 from trainer.data.bpe import train_bpe
 from trainer.data.loader import EvalLoader, StepLoader
-from trainer.data.named_sources import Source, key_of, named_sources
+from trainer.data.named_sources import EVAL_KEY, Source, eval_source, key_of, named_sources
 from trainer.data.rows import PackedRows
-from trainer.data.sources import TextSource
+from trainer.data.sources import TextSource, open_texts
 from trainer.data.tokenise import build_folder, eval_rank, tokens_of
 from trainer.data.tokenise_progress import TokeniseProgress
 from trainer.data.tokenizers import BPE, FileTokenizer, Tokenizer, given_tokenizer
@@ -26,13 +26,24 @@ class PretrainingData:
     """Rows of `row_tokens` tokens for causal language modelling."""
 
     path: str | None = None
-    """Folder or file with text, jsonl or parquet; `stdlib`: the running Python's source files."""
+    """Folder or file with text, jsonl, csv, parquet or arrow; hf://datasets/OWNER/NAME[@REVISION],
+    of the Hub; or `stdlib`, the running Python's source files."""
+    subset: str | None = None
+    """Subset (config) of a data set of the Hub; None: its default."""
+    split: str | None = None
+    """Split of a data set of the Hub; None: train."""
     sources: dict[str, Source] | None = None
-    """Several such places by name, instead of `path`."""
+    """Several such places by name, instead of `path`, `subset` and `split`."""
     column: str = "text"
-    """Column of jsonl and parquet files that holds the text."""
+    """Column of rows that holds the text."""
+    max_documents: int | None = None
+    """How many documents of each place are used, the first ones; None: all."""
     eval_path: str | None = None
-    """Folder or file to evaluate on; None: `eval_fraction` of the documents of `path`."""
+    """Place to evaluate on, as `path`; None: `eval_fraction` of the documents of `path`."""
+    eval_subset: str | None = None
+    """Subset of `eval_path`, as `subset`."""
+    eval_split: str | None = None
+    """Split of `eval_path`, as `split`."""
     eval_fraction: float = 0.01
     """Share of documents held out by hash of their id, when there is no eval_path."""
     row_tokens: int
@@ -46,8 +57,9 @@ class PretrainingData:
 
     def __post_init__(self) -> None:
         check_sizes(
-            row_tokens=self.row_tokens, global_rows=self.global_rows, micro_rows=self.micro_rows
-        )
+            row_tokens=self.row_tokens, global_rows=self.global_rows, micro_rows=self.micro_rows,
+            max_documents=self.max_documents,
+        )  # fmt: skip
         check_share(self.eval_fraction)
 
     @property
@@ -68,20 +80,28 @@ class PretrainingData:
 
     @cached_property
     def named_sources(self) -> dict[str, Source]:
-        return named_sources(self.path, self.sources)
+        return named_sources(self.path, self.sources, subset=self.subset, split=self.split)
 
     def _texts(self) -> dict[str, TextSource]:
         return {
-            name: TextSource(source.path, self.column, key_of(name))
+            name: open_texts(source, self.column, key_of(name), self.max_documents)
             for name, source in self.named_sources.items()
         }
 
+    def _eval_texts(self) -> TextSource | None:
+        source = eval_source(self.eval_path, subset=self.eval_subset, split=self.eval_split)
+        if source is None:
+            return None
+        return open_texts(source, self.column, EVAL_KEY, self.max_documents)
+
     def check(self) -> None:
-        """Raise ValueError where the files cannot serve; reads names and the first row only."""
-        for texts in self._texts().values():
+        """Raise ValueError where the texts cannot serve; reads names and the first text only."""
+        evaluation = self._eval_texts()
+        for texts in (*self._texts().values(), *([evaluation] if evaluation else [])):
             texts.peek()
-        if self.eval_path is not None:
-            TextSource(self.eval_path, self.column, "data.eval_path").peek()
+
+    def check_encoding(self, tokenizer: Tokenizer) -> None:
+        """Do nothing: any text can be tokenised."""
 
     def holds_out(self) -> bool:
         return bool(self.eval_path or self.eval_fraction)
@@ -103,9 +123,9 @@ class PretrainingData:
                 raise DataError(f"{source.name}={source.path} left no training document; add some")
             parts.append(Part(folder, TRAIN, name))
             held_out += [Part(folder, EVAL, name)] if EVAL in index.stores else []
-        if self.eval_path is not None:
-            source = TextSource(self.eval_path, self.column, "data.eval_path")
-            folder, index = self._tokens(source, tokenizer, EVAL, lambda _: EVAL)
+        evaluation = self._eval_texts()
+        if evaluation is not None:
+            folder, index = self._tokens(evaluation, tokenizer, EVAL, lambda _: EVAL)
             held_out = [Part(folder, EVAL)] if EVAL in index.stores else []
         return TokenStore(*parts), TokenStore(*held_out) if held_out else None
 

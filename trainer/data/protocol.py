@@ -59,6 +59,10 @@ class DataSpec(Protocol):
         """Return the tokenizer of a `tokenizer=` setting."""
         ...
 
+    def check_encoding(self, tokenizer: Tokenizer) -> None:
+        """Raise ValueError where documents of the first rows cannot be made with `tokenizer`."""
+        ...
+
     def build(
         self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
     ) -> tuple[StepLoader, EvalLoader | None]:

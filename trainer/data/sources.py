@@ -1,24 +1,57 @@
-"""Where texts come from: files read through `datasets`, or this Python's standard library."""
+"""Where rows and texts come from: files, the Hub, or this Python's standard library."""
 
 import os
 import sysconfig
-from codecs import getincrementaldecoder
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
+from trainer.data.hub import HubRows, is_on_hub
+from trainer.data.local_files import LocalFiles, hash_of
+from trainer.data.named_sources import Source
 from trainer.errors import DataError
 
 STANDARD_LIBRARY = "stdlib"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_FORMATS = {
-    ".txt": "text", ".md": "text", ".py": "text", ".rst": "text",
-    ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
-}  # fmt: skip
+
+
+class Readable(Protocol):
+    """What rows and texts have in common. Making one reads names only."""
+
+    name: str
+    """Config key of the path."""
+    path: str
+
+    @property
+    def place(self) -> str:
+        """What exactly is read: an absolute path, or a data set with its commit."""
+        ...
+
+    def key(self) -> str:
+        """Return a hash that changes with what is read; reads none of it."""
+        ...
+
+    def num_bytes(self) -> int | None:
+        """Return about how many bytes of text there are, markup included; None: unknown."""
+        ...
+
+    def in_words(self) -> str:
+        """Return what there is to read, for people."""
+        ...
+
+
+class RowSource(Readable, Protocol):
+    """Rows, each a dict of its columns, in a fixed order."""
+
+    def rows(self) -> Iterator[dict[str, Any]]: ...
+
+    def class_names(self, column: str) -> list[str] | None:
+        """Return the names that the source gives to the integers of a column; None: it has none."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,95 +62,67 @@ class Document:
     text: str
 
 
-def _standard_library_files(root: Path) -> Iterator[Path]:
-    """Yield the modules, without entering what is left out: site-packages can be huge."""
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in _LEFT_OUT]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-class TextSource:
-    """All texts under a path, in a fixed order. Making one reads names only."""
-
-    def __init__(self, path: str, column: str, key: str = "data.path") -> None:
-        self.path, self.column, self.name = path, column, key
-        self.is_standard_library = path == STANDARD_LIBRARY
-        self.root = (
-            Path(sysconfig.get_path("stdlib"))
-            if self.is_standard_library
-            else Path(path).expanduser()
-        )
-        self.files = list(self._list_files())
-        if not self.files:
-            raise ValueError(
-                f"{key}={path} holds no file that can be read; give a folder or file with "
-                f"{', '.join(_FORMATS)}"
-            )
-        self.format = "text" if self.is_standard_library else self._detect_format()
-
-    def _list_files(self) -> Iterable[Path]:
-        if self.is_standard_library:
-            return sorted(_standard_library_files(self.root))
-        if not self.root.exists():
-            raise ValueError(
-                f"{self.name}={self.path} does not exist; give an existing folder or file"
-            )
-        if self.root.is_file():
-            return [self.root]
-        return sorted(f for f in self.root.rglob("*") if f.suffix in _FORMATS and f.is_file())
-
-    def _detect_format(self) -> str:
-        suffixes = {file.suffix for file in self.files}
-        unknown = suffixes - set(_FORMATS)
-        if unknown:
-            raise ValueError(
-                f"{self.name}={self.path} ends in {unknown.pop()!r}; "
-                f"give one of {', '.join(_FORMATS)}"
-            )
-        formats = {_FORMATS[suffix] for suffix in suffixes}
-        if len(formats) > 1:
-            raise ValueError(
-                f"{self.name}={self.path} mixes {', '.join(sorted(formats))} files; "
-                "keep one kind in the folder or give a single file"
-            )
-        return formats.pop()
-
-    def key(self) -> str:
-        """Return a hash that changes when a file is added, removed or changed; reads none."""
-        hasher = xxhash.xxh3_128(f"{self.format}/{self.column}".encode())
-        for file in self.files:
-            info = file.stat()
-            hasher.update(f"{file}/{info.st_size}/{info.st_mtime_ns}\n".encode())
-        return hasher.hexdigest()
-
-    def num_bytes(self) -> int | None:
-        """Return about how many bytes of text there are, markup included; None: compressed."""
-        if self.format in ("parquet", "arrow"):
-            return None
-        return sum(file.stat().st_size for file in self.files)
+class TextSource(Readable, Protocol):
+    """Texts in a fixed order."""
 
     def documents(self) -> Iterator[Document]:
-        """Yield every text with an id that is stable while the files stay the same."""
-        if self.is_standard_library:
-            for file in self.files:
-                # A few old files are not UTF-8; a replaced byte does no harm to training.
-                text = file.read_text(encoding="utf-8", errors="replace")
-                yield Document(id=str(file.relative_to(self.root)), text=text)
-            return
-        for number, row in enumerate(self.rows()):
+        """Yield every text with an id that is stable while the source stays the same."""
+        ...
+
+    def peek(self) -> None:
+        """Read the first text: what cannot be read is found before training."""
+        ...
+
+
+def open_rows(source: Source, key: str = "data.path", limit: int | None = None) -> RowSource:
+    """Return the rows of a source, or its first `limit`; `key` is the config key of its path."""
+    if source.path == STANDARD_LIBRARY:
+        raise ValueError(f"{key}=stdlib holds no rows; give a folder or file of jsonl")
+    return (HubRows if is_on_hub(source.path) else LocalFiles)(source, key, limit)
+
+
+def open_texts(
+    source: Source, column: str, key: str = "data.path", limit: int | None = None
+) -> TextSource:
+    """Return the texts of a source, or its first `limit`; of rows, those of a column."""
+    if source.path == STANDARD_LIBRARY:
+        return StandardLibrary(source, key, limit)
+    return ColumnTexts(open_rows(source, key, limit), column)
+
+
+def first_row(source: RowSource) -> dict[str, Any]:
+    """Return the first row; ValueError if there is none."""
+    row = next(source.rows(), None)
+    if row is None:
+        raise ValueError(f"{source.name}={source.path} holds no rows; give a file that has some")
+    return row
+
+
+class ColumnTexts:
+    """The texts in a column of rows."""
+
+    def __init__(self, source: RowSource, column: str) -> None:
+        self.source, self.column = source, column
+        self.name, self.path = source.name, source.path
+        self.num_bytes, self.in_words = source.num_bytes, source.in_words
+
+    @property
+    def place(self) -> str:
+        return self.source.place
+
+    def key(self) -> str:
+        return xxhash.xxh3_128_hexdigest(f"{self.source.key()}/{self.column}".encode())
+
+    def documents(self) -> Iterator[Document]:
+        for number, row in enumerate(self.source.rows()):
             text = self._text(row, number)
             # By content: the hold-out stays the same when files are moved, renamed or added.
             yield Document(id=xxhash.xxh3_128_hexdigest(text.encode()), text=text)
 
     def peek(self) -> None:
-        """Read the first row: a wrong column or an unreadable file is found before training."""
-        if not self.is_standard_library:
-            for row in self.rows():
-                self._text(row, 0)
-                return
-            raise ValueError(f"{self.name}={self.path} holds no rows; give a file that has some")
+        self._text(first_row(self.source), 0)
 
-    def _text(self, row: dict[str, object], number: int) -> str:
+    def _text(self, row: dict[str, Any], number: int) -> str:
         if self.column not in row:
             near = get_close_matches(self.column, row, n=1)
             raise ValueError(
@@ -127,61 +132,48 @@ class TextSource:
             )
         text = row[self.column]
         if not isinstance(text, str):
+            found = "null" if text is None else type(text).__name__
             raise DataError(
-                f"row {number} of {self.path}: column {self.column!r} holds "
-                f"{type(text).__name__}, needed text; correct the row or drop it"
+                f"row {number} of {self.path}: column {self.column!r} holds {found}, needed text; "
+                "correct the row or drop it"
             )
         return text
 
-    def class_names(self, column: str) -> list[str] | None:
-        """Return the names that the files give to the integers of a column; None: they give none.
 
-        Parquet and arrow files that `datasets` wrote have them.
-        """
-        import datasets
+class StandardLibrary:
+    """The source files of the running Python, without its tests."""
 
-        features = self._load().features or {}
-        feature = features.get(column)
-        while isinstance(feature, datasets.List | datasets.LargeList):
-            feature = feature.feature
-        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    def __init__(self, source: Source, key: str, limit: int | None) -> None:
+        self.name, self.path = key, source.path
+        source.refuse_hub_settings(key)
+        self.root = Path(sysconfig.get_path("stdlib"))
+        self.files = sorted(_modules(self.root))[:limit]
 
-    def _load(self) -> Any:
-        import datasets
+    @property
+    def place(self) -> str:
+        return self.path
 
-        names = [str(file) for file in self.files]
-        options = {"sample_by": "document"} if self.format == "text" else {}
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says it all
-        # Streaming: datasets' own cache would copy the corpus once more.
-        return datasets.load_dataset(
-            self.format, data_files=names, split="train", streaming=True, **options
-        )
+    def key(self) -> str:
+        return hash_of(self.files, STANDARD_LIBRARY)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield every row as a dict of its columns."""
-        import datasets
+    def num_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
-        try:
-            yield from self._load()
-        except StopIteration:  # datasets' way to say that a JSON file is empty
-            return
-        except UnicodeDecodeError as error:
-            raise DataError(self._not_utf8(error)) from error
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{self.name}={self.path} cannot be read: {error}") from error
+    def in_words(self) -> str:
+        return f"{len(self.files):,} files"
 
-    def _not_utf8(self, error: UnicodeDecodeError) -> str:
-        """Say which file it is: `datasets` does not. Reads all files up to that one."""
+    def documents(self) -> Iterator[Document]:
         for file in self.files:
-            decoder, start = getincrementaldecoder("utf-8")(), 0
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    kept = len(decoder.getstate()[0])  # of a letter that the last block cut
-                    try:
-                        decoder.decode(block)
-                    except UnicodeDecodeError as found:
-                        return (
-                            f"{file} is not UTF-8 at byte {start - kept + found.start}; convert it"
-                        )
-                    start += len(block)
-        return f"{self.name}={self.path} is not UTF-8: {error}; convert it"
+            # A few old files are not UTF-8; a replaced byte does no harm to training.
+            text = file.read_text(encoding="utf-8", errors="replace")
+            yield Document(id=str(file.relative_to(self.root)), text=text)
+
+    def peek(self) -> None:
+        """Do nothing: the modules are there, as this process runs them."""
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """Yield the modules, without entering what is left out: site-packages can be huge."""
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _LEFT_OUT]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))

@@ -91,6 +91,9 @@ class TokenFolder:
             )
         return found
 
+    def check_encoding(self, tokenizer: Tokenizer) -> None:
+        """Do nothing: the documents are made."""
+
     @property
     def _vocabulary(self) -> Vocabulary:
         name, source = next(iter(self.named_sources.items()))
@@ -100,6 +103,7 @@ class TokenFolder:
         """Return the training tokens, and those to evaluate on; opens no shard."""
         parts, held_out = [], []
         for name, source in self.named_sources.items():
+            source.refuse_hub_settings(key_of(name))
             index, folder = _opened(key_of(name), source.path), _folder(source.path)
             parts.append(Part(folder, TRAIN, name))
             held_out += [Part(folder, EVAL, name)] if EVAL in index.stores else []

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.data.batching import check_share, check_sizes
 from trainer.data.folder_writer import claim, refuse_other
 from trainer.data.megatron import open_megatron
+from trainer.data.named_sources import Source
 from trainer.data.pretraining import hold_out, trained_bpe
-from trainer.data.sources import TextSource
+from trainer.data.sources import TextSource, open_texts
 from trainer.data.tokenise import SHARD_TOKENS, build_folder, tokens_of, vocabulary_of
 from trainer.data.tokenise_progress import TokeniseProgress
 from trainer.data.tokenizers import BPE, Tokenizer, given_tokenizer
@@ -20,9 +22,16 @@ class Texts:
     """What is tokenised; the same names as in a run."""
 
     path: str | None = None
-    """Folder or file with text, jsonl or parquet; `stdlib`: the running Python's source files."""
+    """Folder or file with text, jsonl, csv, parquet or arrow; hf://datasets/OWNER/NAME[@REVISION],
+    of the Hub; or `stdlib`, the running Python's source files."""
+    subset: str | None = None
+    """Subset (config) of a data set of the Hub; None: its default."""
+    split: str | None = None
+    """Split of a data set of the Hub; None: train."""
     column: str = "text"
-    """Column of jsonl and parquet files that holds the text."""
+    """Column of rows that holds the text."""
+    max_documents: int | None = None
+    """How many documents are used, the first ones; None: all."""
     eval_fraction: float = 0.01
     """Share of documents held out by hash of their content."""
 
@@ -50,11 +59,8 @@ class TokeniseJob:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
-        if not 0.0 <= self.data.eval_fraction < 1.0:
-            raise ValueError(
-                f"data.eval_fraction={self.data.eval_fraction} is no share below 1; "
-                "set it to 0 or more and less than 1"
-            )
+        check_sizes(max_documents=self.data.max_documents)
+        check_share(self.data.eval_fraction)
         if (self.data.path is None) == (self.megatron is None):
             raise ValueError("give either data.path=TEXT or megatron=PREFIX, and not both")
         if (self.tokenizer == BPE) != (self.vocab_size is not None):
@@ -65,6 +71,11 @@ class TokeniseJob:
         if self.megatron and (self.tokenizer == BPE or self.workers is not None):
             raise ValueError(
                 "megatron= brings tokens: give the tokenizer that made them, and no workers="
+            )
+        if self.megatron and self.data != Texts(eval_fraction=self.data.eval_fraction):
+            raise ValueError(
+                "megatron= brings tokens, so settings of data. have no effect but "
+                "data.eval_fraction; leave them out"
             )
 
     @property
@@ -83,8 +94,7 @@ class TokeniseJob:
         else:
             source = self._source()
             source.peek()
-            size = source.num_bytes()
-            work = f"{len(source.files):,} files" + (f", {size / 1e6:,.1f} MB" if size else "")
+            work = source.in_words()
         if self.tokenizer != BPE:
             self._tokenizer()
         refuse_other(self.folder, self._recipe())
@@ -121,8 +131,10 @@ class TokeniseJob:
         return index, progress
 
     def _source(self) -> TextSource:
-        assert self.data.path is not None
-        return TextSource(self.data.path, self.data.column)
+        data = self.data
+        assert data.path is not None
+        source = Source(path=data.path, subset=data.subset, split=data.split)
+        return open_texts(source, data.column, limit=data.max_documents)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer != BPE:
@@ -136,7 +148,10 @@ class TokeniseJob:
         is_bpe = self.tokenizer == BPE
         return {
             "version": VERSION,
-            "data.path": str(Path(self.megatron or str(self.data.path)).expanduser().absolute()),
+            "data.path": files.place,
+            "data.subset": self.data.subset,
+            "data.split": self.data.split,
+            "data.max_documents": self.data.max_documents,
             "data.eval_fraction": self.data.eval_fraction,
             "tokenizer": f"bpe/{self.vocab_size}" if is_bpe else self._tokenizer().fingerprint,
             "shard_tokens": self.shard_tokens,

@@ -1,0 +1,39 @@
+"""Streams of rows through `datasets`: what those of files and of the Hub have in common."""
+
+from typing import Any
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "text": {"sample_by": "document", "encoding": "utf-8-sig"},  # a byte order mark is no text
+    "csv": {"keep_default_na": False, "na_values": [""]},  # the words NA and None are text
+    # datasets' default is the first row group, whose rows may be many, or none, which fails.
+    "parquet": {"batch_size": 1000},
+    "json": {},
+    "arrow": {},
+}
+"""How each format is read."""
+
+
+def quiet_datasets() -> Any:
+    """Return the package, told to be silent: our errors say it all."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
+def class_names(stream: Any, column: str) -> list[str] | None:
+    """Return the names that a stream gives to the integers of a column; None: it gives none.
+
+    Parquet and arrow files that `datasets` wrote have them, and data sets of the Hub.
+    """
+    import datasets
+
+    feature = (stream.features or {}).get(column)
+    while isinstance(feature, datasets.List | datasets.LargeList):
+        feature = feature.feature
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error says, of which packages make paragraphs."""
+    return " ".join(str(error).split())[:300].rstrip(".")
