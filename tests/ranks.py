@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+# Slow to import: forked ranks inherit them, where each would take seconds of its own.
+import datasets  # noqa: F401
+import scipy.stats  # noqa: F401
+import sklearn.metrics  # noqa: F401
+
 from trainer.verify.forked import run_ranks
 
 __all__ = ["COLLECTIVE_SECONDS", "cache_folder", "run_ranks"]
