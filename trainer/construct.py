@@ -19,7 +19,7 @@ from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
 from trainer.distributed import Placement, Ranks
@@ -37,6 +37,7 @@ from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.record import RunRecord
 from trainer.run import Run
+from trainer.run_data import build_data
 from trainer.whereabouts import Whereabouts
 
 
@@ -92,7 +93,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     )
     model_line, contents = describe_model(model), contents_of(run, model, ranks)
     engine = build_engine(run, model, ranks, mesh)
-    tokenizer, loader, eval_loader = build_data(run, mesh)
+    tokenizer, loader, eval_loader = build_data(run, ranks, mesh)
     checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer, contents)
     progress = Progress(ranks.device)
     start.whereabouts.enter("resume")
@@ -139,20 +140,6 @@ def build_engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
     return run.engine.build(laid_out, around)
-
-
-def build_data(run: Run, mesh: Mesh) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
-    """Return the tokenizer and the loaders of this rank."""
-    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
-    loader, eval_loader = run.data.build(
-        tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size
-    )
-    if run.eval_every and eval_loader is None:
-        raise ValueError(
-            f"none of the data's documents is held out for eval_every={run.eval_every}: there are "
-            "too few; set data.eval_path, or eval_every=null"
-        )
-    return tokenizer, loader, eval_loader
 
 
 def _checkpoints(

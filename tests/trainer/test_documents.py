@@ -20,6 +20,7 @@ from trainer.data.chat import ChatEncoder
 from trainer.data.document_data import DocumentData
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import ByteTokenizer
+from trainer.distributed import Placement
 from trainer.errors import DataError
 from trainer.mesh import MeshSpec
 from trainer.record import read_lines
@@ -212,3 +213,17 @@ def test_a_tokenizer_without_what_rows_need_is_refused_before_anything_starts(
 def test_a_bad_first_row_is_left_to_the_budget(tmp_path: Path, data: DocumentData) -> None:
     path = written(tmp_path / "rows.jsonl", with_bad({0}))
     replace(tiny_run(tmp_path / "cache"), data=replace(data, path=path)).check(1)
+
+
+def train_on_own(placement: Placement, folder: Path, run: Any) -> bool:
+    """Train on a file that differs from rank to rank, as on nodes that were not kept alike."""
+    path = written(folder / f"{placement.rank}.jsonl", ROWS[placement.rank :])
+    return train(placement, folder / "run", replace(run, data=replace(run.data, path=path)))
+
+
+def test_ranks_that_read_other_data_are_refused(
+    tmp_path: Path, cache: Path, data: DocumentData
+) -> None:
+    run = run_on(data, cache, mesh=MeshSpec(dp_shard=2))
+    with pytest.raises(Exception, match=r"DataError: rank 1 reads other data .* than rank 0"):
+        run_ranks(2, train_on_own, tmp_path, run)

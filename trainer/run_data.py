@@ -1,0 +1,37 @@
+"""What a run reads: the loaders of each rank, which must be of the same data."""
+
+from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.tokenizers import Tokenizer
+from trainer.distributed import Ranks
+from trainer.errors import DataError
+from trainer.mesh import Mesh
+from trainer.run import Run
+
+
+def build_data(
+    run: Run, ranks: Ranks, mesh: Mesh
+) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
+    """Return the tokenizer and the loaders of this rank. Collective."""
+    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
+    loader, eval_loader = run.data.build(
+        tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size
+    )
+    if run.eval_every and eval_loader is None:
+        raise ValueError(
+            f"none of the data's documents is held out for eval_every={run.eval_every}: there are "
+            "too few; set data.eval_path, or eval_every=null"
+        )
+    _check_alike(ranks, loader)
+    return tokenizer, loader, eval_loader
+
+
+def _check_alike(ranks: Ranks, loader: StepLoader) -> None:
+    """Raise DataError on a rank whose machine has other data than rank 0's. Collective."""
+    mine = loader.rows.store.fingerprint
+    first = ranks.broadcast_text(mine)
+    if mine != first:
+        raise DataError(
+            f"rank {ranks.placement.rank} reads other data (fingerprint {mine}) than rank 0 "
+            f"({first}); give every node the same files, or a commit behind the @ of a data set of "
+            "the Hub"
+        )
