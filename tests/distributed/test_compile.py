@@ -56,6 +56,7 @@ def test_traced_blocks_give_the_same_bits(
     assert stats["unique_graphs"] == 1  # for both blocks and all steps
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # a C++ compiler at work on a busy machine
 def test_inductor_s_code_gives_the_same_numbers_and_is_made_once(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
