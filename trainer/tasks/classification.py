@@ -1,6 +1,6 @@
 """Classification: a class for every text, or for every word. Heads as in Hugging Face."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -15,14 +15,14 @@ from models.heads import (
     sequence_classifier,
     token_classifier,
 )
-from models.nn.classifiers import PROBLEM_TYPES, Emphasis, classification_loss
+from models.nn.classifiers import PROBLEM_TYPES, classification_loss
 from models.nn.head import IGNORED
 from models.nn.model import DecoderModel
 from trainer.batch import Batch
 from trainer.data.examples import Labels
 from trainer.protocols import Engine
 from trainer.tasks import metrics
-from trainer.tasks.emphasis import check_emphasis, emphasis_of
+from trainer.tasks.emphasis import Emphasised
 from trainer.tasks.entities import is_tagging
 from trainer.tasks.protocol import Judged, Totals
 
@@ -30,16 +30,8 @@ SINGLE_LABEL = PROBLEM_TYPES[0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceClassificationTask:
+class SequenceClassificationTask(Emphasised):
     """Train trunk and `score` on one answer per text: a class, several, or numbers."""
-
-    label_smoothing: float = 0.0
-    """Share of each target that is spread over all classes in training; losses are logged plain."""
-    class_weights: dict[str, float] = field(default_factory=dict)
-    """What a target of each label counts in training, by name; the others count 1."""
-
-    def __post_init__(self) -> None:
-        check_emphasis(self.label_smoothing, self.class_weights)
 
     @property
     def head(self) -> str:
@@ -53,18 +45,15 @@ class SequenceClassificationTask:
                 f"{_what(labels)}; set data=sequence_labels, or task={_task_of(labels)}"
             )
         decoder(spec)
-        self._emphasis(labels)
+        self.emphasis(labels)
 
     def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         assert labels is not None
         assert labels.problem_type is not None
         return sequence_classifier(
             decoder(spec), num_labels=len(labels.names), problem_type=labels.problem_type,
-            emphasis=self._emphasis(labels),
+            emphasis=self.emphasis(labels),
         )  # fmt: skip
-
-    def _emphasis(self, labels: Labels) -> Emphasis:
-        return emphasis_of(self.label_smoothing, self.class_weights, labels)
 
     def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
         """Answers: place, logits and label or labels of each text that has some."""
@@ -102,18 +91,14 @@ class SequenceClassificationTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassificationTask:
+class TokenClassificationTask(Emphasised):
     """Train trunk and token head on one class per word."""
 
     dropout: float | None = None
     """Before the head, in training; None: the family's own, as in Hugging Face."""
-    label_smoothing: float = 0.0
-    """Share of each target that is spread over all classes in training; losses are logged plain."""
-    class_weights: dict[str, float] = field(default_factory=dict)
-    """What a target of each label counts in training, by name; the others count 1."""
 
     def __post_init__(self) -> None:
-        check_emphasis(self.label_smoothing, self.class_weights)
+        super().__post_init__()
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(
                 f"task.dropout={self.dropout} is no probability below 1; set it to 0.1"
@@ -131,17 +116,14 @@ class TokenClassificationTask:
                 f"{_what(labels)}; set data=token_labels, or task={_task_of(labels)}"
             )
         decoder(spec)
-        self._emphasis(labels)
+        self.emphasis(labels)
 
     def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         assert labels is not None
         return token_classifier(
             decoder(spec), num_labels=len(labels.names), dropout=self.dropout,
-            emphasis=self._emphasis(labels),
+            emphasis=self.emphasis(labels),
         )  # fmt: skip
-
-    def _emphasis(self, labels: Labels) -> Emphasis:
-        return emphasis_of(self.label_smoothing, self.class_weights, labels)
 
     def judge(self, engine: Engine, batch: Batch, number: int, labels: Labels | None) -> Judged:
         """Answers: place, label, guess and the guess's probability of each word with a label."""
