@@ -8,6 +8,7 @@ from trainer.mesh import Mesh
 from trainer.meter import Meter
 from trainer.parallel.pieces import unique_parameters
 from trainer.run import Run
+from trainer.trained import Trained
 
 
 def _back_ends(model: nn.Module) -> set[str]:
@@ -18,9 +19,8 @@ def _back_ends(model: nn.Module) -> set[str]:
 
 def describe_model(model: nn.Module) -> str:
     """Return a line on the size of the whole model, which is not laid out yet."""
-    sizes = [(p.numel(), p.requires_grad) for _, p in unique_parameters(model)]
-    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-    return f"{total / 1e6:.2f} M parameters, {trained / total:.1%} trained" + "".join(
+    total = sum(parameter.numel() for _, parameter in unique_parameters(model))
+    return f"{total / 1e6:.2f} M parameters" + "".join(
         f", attention by {name}" for name in sorted(_back_ends(model))
     )
 
@@ -34,6 +34,7 @@ def _passes(loader: StepLoader, max_steps: int) -> str:
 def describe(
     run: Run,
     model_line: str,
+    trained: Trained,
     mesh: Mesh,
     reason: str,
     ranks: Ranks,
@@ -41,12 +42,13 @@ def describe(
     eval_loader: EvalLoader | None,
     meter: Meter,
 ) -> dict[str, str]:
-    """Return one line each on model, layout, batch, data and the FLOP formula."""
+    """Return one line each on model, what trains, layout, batch, data and the FLOP formula."""
     chosen = f" (mesh=auto: {reason})" if reason else ""
     store, unit = loader.rows.store, loader.rows.unit
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     return {
         "model": model_line,
+        "trains": trained.describe(),
         "layout": f"{mesh.describe()}{chosen} on {ranks.device.type}, precision {run.precision}"
         + (
             ", topology-free: the same bits on 1, 2, 4, .. data ranks"

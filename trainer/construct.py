@@ -31,7 +31,8 @@ from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
 from trainer.model_files import write_model_files
-from trainer.parallel.materialise import random_values
+from trainer.parallel.materialise import Values, random_values
+from trainer.phases import PhasedEngine
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
@@ -83,40 +84,41 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     folder = attempt.parent.parent
     mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
+    progress = Progress(ranks.device)
+    engine = PhasedEngine(
+        run, lambda model, values: build_engine(run, model, ranks, mesh, values), progress.stopwatch
+    )
     model = run.trained_model()
     meter = Meter(
         flops_per_token=run.model.flops_per_token(num_matmul_weights(model), run.data.row_tokens),
         world_size=start.placement.world_size,
         device=ranks.device,
-        has_peak=PRECISIONS[run.precision].compute == torch.bfloat16
-        and all(parameter.requires_grad for parameter in model.parameters()),
+        has_peak=lambda: (
+            PRECISIONS[run.precision].compute == torch.bfloat16 and engine.trained.is_all
+        ),
     )
     model_line, contents = describe_model(model), contents_of(run, model, ranks)
-    engine = build_engine(run, model, ranks, mesh)
     tokenizer, loader, eval_loader = build_data(run, ranks, mesh)
     checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer, contents)
-    progress = Progress(ranks.device)
     start.whereabouts.enter("resume")
     best = Best(run.best)
     loader, skipped_in_a_row = _resume(run, checkpoints, ranks, engine, loader, progress, best)
     record = _record(folder, attempt, ranks, progress)
+    engine.on_change = lambda trained: record.metrics(trained.step, "phase", trained.metrics())
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
-        banner=describe(run, model_line, mesh, reason, ranks, loader, eval_loader, meter),
+        banner=describe(
+            run, model_line, engine.trained, mesh, reason, ranks, loader, eval_loader, meter
+        ),
     )  # fmt: skip
-    evaluator = (
-        Evaluator(
-            loader=eval_loader,
-            task=run.task,
-            labels=run.data.labels,
-            mesh=mesh,
+    evaluator = None
+    if eval_loader:
+        evaluator = Evaluator(
+            loader=eval_loader, task=run.task, labels=run.data.labels, mesh=mesh,
             device=ranks.device,
-        )
-        if eval_loader
-        else None
-    )
+        )  # fmt: skip
     loop = Loop(
         engine=engine, loader=loader, progress=progress, plan=run.plan, evaluator=evaluator,
         checkpoints=checkpoints, control=ControlWord(ranks, start.request), record=record,
@@ -129,17 +131,25 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     return is_finished
 
 
-def build_engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine:
-    """Lay the meta model out, give it weights, and put the optimizer on the pieces."""
-    source = run.weight_source(model)
-    std = run.model.initializer_range
-    # Of the whole model: how a weight starts may follow from its shape.
-    values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
-    values = run.adapter.values(model, values)
-    around = run.surroundings(mesh, ranks.device)
+def build_engine(
+    run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh, values: Values | None = None
+) -> Engine:
+    """Lay the meta model out, give it weights, and put the optimizer on the pieces.
+
+    `values` are those to start from; None: what the run's settings say.
+    """
+    values = values or _initial_values(run, model)
+    around = run.surroundings(model, mesh, ranks.device)
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
     return run.engine.build(laid_out, around)
+
+
+def _initial_values(run: Run, model: nn.Module) -> Values:
+    """Of the whole model: how a weight starts may follow from its shape."""
+    source, std = run.weight_source(model), run.model.initializer_range
+    values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
+    return run.adapter.values(model, values)
 
 
 def _checkpoints(
@@ -170,7 +180,7 @@ def _resume(
     run: Run,
     checkpoints: Checkpoints,
     ranks: Ranks,
-    engine: Engine,
+    engine: PhasedEngine,
     loader: StepLoader,
     progress: Progress,
     best: Best,
@@ -192,8 +202,9 @@ def _resume(
                 f"set it to one of {steps}"
             )
         steps = [run.resume_step]
-    state = checkpoints.restore(engine, steps)
+    state = checkpoints.restore(engine.at, steps)
     if state is None:
+        engine.at(1)
         return loader, 0
     progress.load(state["progress"])
     if "best" in state:  # checkpoints of version 0.1 had none

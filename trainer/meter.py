@@ -1,5 +1,6 @@
 """How well the hardware is used: MFU by a stated formula, and peak memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +34,15 @@ class Meter:
     flops_per_token: int
     world_size: int
     device: torch.device
-    has_peak: bool
-    """Whether the stated peak and the formula fit: bf16 compute, and nothing frozen."""
+    has_peak: Callable[[], bool]
+    """Whether the stated peak and the formula fit: bf16 compute, and nothing frozen by now."""
 
     def measure(self, tokens_per_second: float) -> dict[str, float | None]:
         """Return `mfu` (None on a device of unknown peak) and `memory_gib`, this rank's peak."""
         return {"mfu": self._mfu(tokens_per_second), "memory_gib": self._memory_gib()}
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        if self.device.type != "cuda" or not self.has_peak:
+        if self.device.type != "cuda" or not self.has_peak():
             return None
         peak = PEAKS.get(torch.cuda.get_device_name(self.device))
         return tokens_per_second * self.flops_per_token / (peak * self.world_size) if peak else None

@@ -1,13 +1,47 @@
 """Optimizers over the local pieces of the weights, with weight decay by group."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.pieces import Piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Which weights are updated otherwise than the rest.
+
+    Names are whole ones; those that begin with a dot are endings of names.
+    """
+
+    no_decay: tuple[str, ...] = ()
+    """Whole names or any endings of matrices that weight decay spares."""
+    lr_ratios: dict[str, float] = field(default_factory=dict)
+    """Learning rates over that of the optimizer."""
+    weight_decays: dict[str, float] = field(default_factory=dict)
+    """In place of that of the optimizer."""
+    unfrozen_at: dict[str, int] = field(default_factory=dict)
+    """After how many steps a weight began to train, where not at the start."""
+
+    def lr_ratio(self, name: str) -> float:
+        """Return the first ratio that fits, else 1."""
+        return next((ratio for key, ratio in self.lr_ratios.items() if _is_of(name, key)), 1.0)
+
+    def decays(self, name: str, num_dims: int) -> bool:
+        """Return whether weight decay acts on a weight: by the shape of the *whole* tensor, since a
+        shard's own does not say what it is."""
+        return num_dims >= 2 and not name.endswith(self.no_decay)
+
+    def weight_decay(self, name: str, piece: Piece, usual: float) -> float:
+        found = (decay for key, decay in self.weight_decays.items() if _is_of(name, key))
+        return next(found, usual) if self.decays(name, len(piece.shape)) else 0.0
+
+
+def _is_of(name: str, key: str) -> bool:
+    return name == key or (key.startswith(".") and name.endswith(key))
 
 
 class OptimSpec(Protocol):
@@ -23,11 +57,8 @@ class OptimSpec(Protocol):
         """Gradients are scaled down to this global norm; None: no clipping."""
         ...
 
-    def build(
-        self, *, pieces: dict[str, Piece], no_decay: tuple[str, ...], lr_ratios: dict[str, float]
-    ) -> torch.optim.Optimizer:
-        """`no_decay`: endings of names that weight decay spares. `lr_ratios`: learning rates over
-        `lr`, by ending of names."""
+    def build(self, *, pieces: dict[str, Piece], rules: Rules) -> torch.optim.Optimizer:
+        """Return torch's optimizer over the local parts of `pieces`."""
         ...
 
 
@@ -51,10 +82,8 @@ class AdamW:
                     f"optim.betas={list(self.betas)}: set each to 0 or more and below 1"
                 )
 
-    def build(
-        self, *, pieces: dict[str, Piece], no_decay: tuple[str, ...], lr_ratios: dict[str, float]
-    ) -> torch.optim.Optimizer:
-        groups = _groups(self, pieces, no_decay, lr_ratios)
+    def build(self, *, pieces: dict[str, Piece], rules: Rules) -> torch.optim.Optimizer:
+        groups = _groups(self, pieces, rules)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -71,10 +100,8 @@ class SGD:
     def __post_init__(self) -> None:
         _check(self.lr, self.weight_decay, self.max_grad_norm)
 
-    def build(
-        self, *, pieces: dict[str, Piece], no_decay: tuple[str, ...], lr_ratios: dict[str, float]
-    ) -> torch.optim.Optimizer:
-        groups = _groups(self, pieces, no_decay, lr_ratios)
+    def build(self, *, pieces: dict[str, Piece], rules: Rules) -> torch.optim.Optimizer:
+        groups = _groups(self, pieces, rules)
         return torch.optim.SGD(groups, lr=self.lr, fused=True)
 
 
@@ -90,19 +117,17 @@ def _check(lr: float, weight_decay: float, max_grad_norm: float | None) -> None:
         )
 
 
-def _groups(
-    spec: "AdamW | SGD",
-    pieces: dict[str, Piece],
-    no_decay: tuple[str, ...],
-    lr_ratios: dict[str, float],
-) -> list[dict[str, Any]]:
-    """Split by the shape of the *whole* tensor: a shard's own shape does not say what it is."""
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
+def _groups(spec: "AdamW | SGD", pieces: dict[str, Piece], rules: Rules) -> list[dict[str, Any]]:
+    """Split by how weights are updated."""
+    groups: dict[tuple[float, float, int], list[Tensor]] = {}
     for name, piece in pieces.items():
-        ratio = next((r for end, r in lr_ratios.items() if name.endswith(end)), 1.0)
-        is_plain = len(piece.shape) < 2 or name.endswith(no_decay)
-        groups.setdefault((ratio, is_plain), []).append(piece.local)
+        key = (
+            spec.lr * rules.lr_ratio(name),
+            rules.weight_decay(name, piece, spec.weight_decay),
+            rules.unfrozen_at.get(name, 0),
+        )
+        groups.setdefault(key, []).append(piece.local)
     return [
-        {"params": tensors, "lr": spec.lr * ratio, "weight_decay": spec.weight_decay * (not plain)}
-        for (ratio, plain), tensors in sorted(groups.items(), key=lambda item: item[0])
+        {"params": tensors, "lr": lr, "weight_decay": decay}
+        for (lr, decay, _), tensors in sorted(groups.items(), key=lambda item: item[0])
     ]

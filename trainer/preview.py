@@ -32,9 +32,8 @@ def lay_out(run: Run, world_size: int, rank: int) -> tuple[LaidOut, Mesh]:
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = Mesh("cpu", run.chosen_mesh(world_size)[0].axes(world_size))
-    return run.engine.lay_out(
-        run.trained_model(), run.surroundings(mesh, torch.device("cpu"))
-    ), mesh
+    model = run.trained_model()
+    return run.engine.lay_out(model, run.surroundings(model, mesh, torch.device("cpu"))), mesh
 
 
 def shards(run: Run, world_size: int, rank: int = 0) -> list[Shard]:

@@ -61,3 +61,7 @@ class Engine(Protocol):
     def loaded(self) -> None:
         """Take over what was written into the pieces that both last returned."""
         ...
+
+    def close(self) -> None:
+        """Let go of what would outlive this engine; it is not used again."""
+        ...

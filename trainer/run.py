@@ -19,7 +19,7 @@ from trainer.engines.topology_free import check_topology_free
 from trainer.freeze import FreezeSpec
 from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
-from trainer.optim import OptimSpec
+from trainer.optim import OptimSpec, Rules
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
 from trainer.tasks.protocol import Task
@@ -109,7 +109,9 @@ class Run:
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
         self.best.check(self._metric_names(), self.eval_every)
+        self.freeze.check(self.max_steps)
         model = self.trained_model()
+        self.rules(model)
         self.engine.check(
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
             micro_batches=micro_batches, precision=PRECISIONS[self.precision],
@@ -149,14 +151,19 @@ class Run:
             shards_itself=not self.engine.can_shard,
         )
 
-    def surroundings(self, mesh: Mesh, device: torch.device) -> Surroundings:
-        """Return what the engine is built from on a built mesh."""
+    def surroundings(self, model: nn.Module, mesh: Mesh, device: torch.device) -> Surroundings:
+        """Return what the engine of a planned model is built from on a built mesh."""
         return Surroundings(
             layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
             device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
-            max_steps=self.max_steps, lr_ratios=self.adapter.lr_ratios,
-            undecayed=self.adapter.undecayed, is_topology_free=self.is_topology_free,
+            max_steps=self.max_steps, rules=self.rules(model),
+            is_topology_free=self.is_topology_free,
         )  # fmt: skip
+
+    def rules(self, model: nn.Module) -> Rules:
+        """Return how the weights of the planned model are updated; ValueError: without effect."""
+        no_decay = (f"{self.model.layout.embedding}.weight", *self.adapter.undecayed)
+        return self.freeze.rules(model, no_decay, self.adapter.lr_ratios)
 
     def check_data(self) -> None:
         """Raise ValueError where data, tokenizer, task and model do not fit each other."""
@@ -189,16 +196,17 @@ class Run:
             model = self.task.build_model(self.model, labels)
         return model.to(PRECISIONS[self.precision].master)
 
-    def trained_model(self) -> nn.Module:
-        """Return the planned model, frozen and with its adapters: what is laid out."""
-        if self.freeze.frozen and not isinstance(self.adapter, NoAdapter):
+    def trained_model(self, step: int = 1) -> nn.Module:
+        """Return the planned model with its adapters, frozen as optimizer step `step` needs it:
+        what is laid out."""
+        if not isinstance(self.adapter, NoAdapter) and (freezes := self.freeze.freezes):
             raise ValueError(
-                f"freeze.frozen={list(self.freeze.frozen)} has no effect on a model with adapters, "
-                "which freezes all else; set freeze=none"
+                f"{freezes} has no effect on a model with adapters, which freezes all else; "
+                "set freeze=none"
             )
         model = self.plan_model()
-        self.freeze.apply(model)
         self.adapter.apply(model, self.model.layout)
+        self.freeze.apply(model, step)
         if not isinstance(self.adapter, NoAdapter):
             # No update ever needs more of them: each pass computes with these very numbers.
             for parameter in model.parameters():

@@ -18,7 +18,7 @@ from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.native import NativeEngine
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
-from trainer.optim import SGD, AdamW, OptimSpec
+from trainer.optim import SGD, AdamW, OptimSpec, Rules
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.tree import TreeSum, pairwise_sum, row_square_sum, summed_share
 from trainer.pieces import Piece, Rows
@@ -202,7 +202,7 @@ def updated(optim: OptimSpec, weight: Tensor, gradients: list[Tensor]) -> Tensor
     from trainer.engines.update import _without_fused_kernels
 
     weight = weight.clone()
-    optimizer = optim.build(pieces={"w": Piece.of(weight)}, no_decay=(), lr_ratios={})
+    optimizer = optim.build(pieces={"w": Piece.of(weight)}, rules=Rules())
     _without_fused_kernels(optimizer)
     for gradient in gradients:
         weight.grad = gradient.clone()

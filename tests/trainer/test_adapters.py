@@ -17,7 +17,7 @@ from tests.tasks import HeadTask
 from trainer.adapters.lora import IA3, LoRA
 from trainer.adapters.targets import ALL_LINEAR, find_targets
 from trainer.freeze import FreezeSpec
-from trainer.optim import SGD, AdamW
+from trainer.optim import SGD, AdamW, Rules
 from trainer.parallel.materialise import random_values
 from trainer.pieces import Piece
 from trainer.run import Run
@@ -118,10 +118,10 @@ def test_b_has_its_own_learning_rate_and_ia3_no_decay() -> None:
     names = ("x.lora_A.weight", "x.lora_B.weight", "score.weight", "x.ia3_l")
     weights = {name: torch.ones(2, 3, requires_grad=True) for name in names}
     pieces = {name: Piece.of(weight.detach()) for name, weight in weights.items()}
-    around = {"no_decay": IA3().undecayed, "lr_ratios": run.adapter.lr_ratios}
+    rules = Rules(no_decay=IA3().undecayed, lr_ratios=run.adapter.lr_ratios)
     for spec in (SGD(lr=0.01), AdamW(lr=0.01, weight_decay=0.0)):
         before = {name: piece.local.clone() for name, piece in pieces.items()}
-        optimizer = spec.build(pieces=pieces, **around)
+        optimizer = spec.build(pieces=pieces, rules=rules)
         for piece in pieces.values():
             piece.local.grad = torch.ones(2, 3)
         optimizer.step()
@@ -130,7 +130,7 @@ def test_b_has_its_own_learning_rate_and_ia3_no_decay() -> None:
         assert moved["score.weight"] == pytest.approx(moved["x.lora_A.weight"], rel=1e-4)
     decays = {
         id(weight): group["weight_decay"]
-        for group in AdamW(lr=0.01, weight_decay=0.5).build(pieces=pieces, **around).param_groups
+        for group in AdamW(lr=0.01, weight_decay=0.5).build(pieces=pieces, rules=rules).param_groups
         for weight in group["params"]
     }
     assert [decays[id(pieces[name].local)] for name in names] == [0.5, 0.5, 0.5, 0.0]

@@ -20,7 +20,7 @@ from trainer.engines.native import NativeEngine
 from trainer.engines.protocol import Surroundings
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
-from trainer.optim import SGD, AdamW
+from trainer.optim import SGD, AdamW, Rules
 from trainer.parallel.materialise import random_values
 from trainer.parallel.pieces import named_pieces, unique_parameters
 from trainer.precision import PRECISIONS
@@ -254,7 +254,7 @@ def test_weight_decay_spares_norms_biases_and_embeddings_on_every_layout() -> No
     model: nn.Module = spec.build_causal_lm(chunk_tokens=8)
     pieces = named_pieces(unique_parameters(model))
     optimizer = AdamW(lr=1e-2, weight_decay=0.3).build(
-        pieces=pieces, no_decay=("model.embed_tokens.weight",), lr_ratios={}
+        pieces=pieces, rules=Rules(no_decay=("model.embed_tokens.weight",))
     )
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     for name, piece in pieces.items():

@@ -202,15 +202,19 @@ class Checkpoints:
         facts = {"step": step, "generation": self.generation, **self.facts}
         commit.commit(staging, final, facts, pieces, self.lock.check)
 
-    def restore(self, engine: Engine, steps: list[int]) -> dict[str, Any] | None:
+    def restore(
+        self, engine_at: Callable[[int], Engine], steps: list[int]
+    ) -> dict[str, Any] | None:
         """Load the first of `steps` that verifies; return its state, or None where there is none.
+
+        `engine_at` returns the engine of a step.
 
         A damaged step is set aside with a loud line, on the way to the next older one.
         """
         for step in steps:
             folder = commit.step_folder(self.folder, step)
             if self._verifies(folder):
-                return load(engine, folder, self.contents)
+                return load(engine_at(step), folder, self.contents)
             if self.lock:
                 aside = commit.set_aside(folder, "bad")
                 log.error("step %d is damaged and was renamed to %s", step, aside.name)

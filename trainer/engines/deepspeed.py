@@ -117,14 +117,18 @@ class DeepSpeedEngine:
             for name, parameter in parameters.items()
             if parameter.requires_grad
         }
-        optimizer = around.optim.build(
-            pieces=trained, no_decay=around.no_decay, lr_ratios=around.lr_ratios
-        )
+        optimizer = around.optim.build(pieces=trained, rules=around.rules)
+        number_of = {
+            id(parameter): number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        groups = {name: number_of[id(piece.local)] for name, piece in trained.items()}
         lrs = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # stage 3 takes a step over zero gradients when it is built
         masters = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         config = config_for(self, around)
         engine = initialize(model, optimizer, config, around.mesh, around.device)
-        state = ShardedState(engine, self.stage, around.mesh, masters, pieces)
+        state = ShardedState(engine, self.stage, around.mesh, masters, pieces, groups)
         return DeepSpeedTrainer(state, lrs, around)

@@ -9,18 +9,17 @@ import sys
 import warnings
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.engines.deepspeed_counts import STEP, StepCounts
 from trainer.mesh import Mesh
 from trainer.parallel.pieces import narrowed
 from trainer.pieces import Piece
-
-STEP = "step"
 
 
 def import_deepspeed(device_type: str) -> None:
@@ -88,8 +87,12 @@ class ShardedState:
         mesh: Mesh,
         masters: dict[str, Tensor],
         pieces: dict[str, Piece],
+        groups: dict[str, int],
     ) -> None:
-        """`masters`: the fp32 values that the weights start from, cut as `pieces`. Collective."""
+        """`masters`: the fp32 values that the weights start from, cut as `pieces`. `groups`: the
+        number of the optimizer's group of each weight that trains. Collective."""
+        self.counts = StepCounts(engine, stage, groups)
+        self.base = self.counts.base
         self.engine, self.stage, self.mesh, self.pieces = engine, stage, mesh, pieces
         self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
@@ -118,7 +121,7 @@ class ShardedState:
         for name in self.trained:
             for kind in self._kinds:
                 state[f"{kind}/{name}"] = (
-                    Piece.of(self._step_count().clone(), is_own=is_first)
+                    Piece.of(self.counts.get(name).clone(), is_own=is_first)
                     if kind == STEP
                     else self._share(name, self._get(name, kind))
                 )
@@ -131,18 +134,12 @@ class ShardedState:
             for kind in (None, *self._kinds):
                 key = name if kind is None else f"{kind}/{name}"
                 if kind == STEP:
-                    self._set_step_count(self.shares[key].local)
+                    self.counts.set(name, self.shares[key].local)
                 else:
                     self._set(name, kind, self._whole(name, self.shares[key]))
         for name, share in self.frozen.items():
             self._set(name, None, self._whole(name, share))
         self.shares = {}
-
-    @property
-    def base(self) -> torch.optim.Optimizer:
-        """The torch optimizer inside DeepSpeed's."""
-        optimizer = self.engine.optimizer
-        return cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))
 
     def _make_state(self) -> None:
         """Make the optimizer's state before the first save or load, and count its steps from 0."""
@@ -165,18 +162,11 @@ class ShardedState:
             weight.grad = grad
         if self.stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
-        self._set_step_count(torch.zeros(()))
+        for name in self.trained:
+            self.counts.set(name, torch.zeros(()))
         first: dict[str, Any] = next(iter(base.state.values()), {})
         self._kinds = tuple(first)
         """What the optimizer keeps for every weight."""
-
-    def _step_count(self) -> Tensor:
-        return cast(Tensor, next(iter(self.base.state.values()))[STEP])
-
-    def _set_step_count(self, count: Tensor) -> None:
-        for state in self.base.state.values():
-            if STEP in state:
-                state[STEP].copy_(count)
 
     def _get(self, name: str, kind: str | None) -> Tensor:
         """Return a weight in fp32, or what the optimizer keeps for it. Collective."""

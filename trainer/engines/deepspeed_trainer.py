@@ -91,6 +91,9 @@ class DeepSpeedTrainer:
     def loaded(self) -> None:
         self.state.take_over()
 
+    def close(self) -> None:
+        self.engine.destroy()
+
 
 class _DeepSpeedPasses(PlainPasses):
     """Backward passes through DeepSpeed, which reduces gradients as its stage does."""

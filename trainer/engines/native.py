@@ -187,3 +187,6 @@ class NativeTrainer:
 
     def loaded(self) -> None:
         self.update.loaded()
+
+    def close(self) -> None:
+        torch.compiler.reset()  # graphs, where blocks were compiled

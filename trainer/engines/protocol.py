@@ -9,7 +9,7 @@ from torch import nn
 from models.layout import Layout
 from trainer.engines.update import FAST, TOPOLOGY_FREE, Update
 from trainer.mesh import Mesh
-from trainer.optim import OptimSpec
+from trainer.optim import OptimSpec, Rules
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.laid_out import LaidOut
 from trainer.precision import Precision
@@ -29,23 +29,16 @@ class Surroundings:
     schedule: Schedule
     seed: int
     max_steps: int
-    lr_ratios: dict[str, float] = field(default_factory=dict)
-    """Learning rates over that of `optim`, by ending of names."""
-    undecayed: tuple[str, ...] = ()
-    """Endings of names of two-dimensional parameters that are no matrices."""
+    rules: Rules = field(default_factory=Rules)
+    """Which weights are updated otherwise than the rest."""
     is_topology_free: bool = False
     """Whether sums are taken in an order that no number of data ranks changes."""
-
-    @property
-    def no_decay(self) -> tuple[str, ...]:
-        """Endings of names of matrices that weight decay spares."""
-        return (f"{self.layout.embedding}.weight", *self.undecayed)
 
     def update(self, laid_out: LaidOut, *, is_offloaded: bool = False) -> Update:
         """Return the end of a step over materialised weights."""
         return Update(
             laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=self.mesh,
-            optim=self.optim, no_decay=self.no_decay, lr_ratios=self.lr_ratios,
+            optim=self.optim, rules=self.rules,
             schedule=self.schedule, max_steps=self.max_steps, device=self.device,
             sums=TOPOLOGY_FREE if self.is_topology_free else FAST, is_offloaded=is_offloaded,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.engines.host_copies import HostCopies
 from trainer.mesh import Mesh
-from trainer.optim import OptimSpec
+from trainer.optim import OptimSpec, Rules
 from trainer.parallel.pieces import global_square_sum, local_tensor, sum_shared
 from trainer.parallel.pipeline import absent
 from trainer.parallel.tree import row_square_sum
@@ -56,8 +56,7 @@ class Update:
         *,
         mesh: Mesh,
         optim: OptimSpec,
-        no_decay: tuple[str, ...],
-        lr_ratios: dict[str, float],
+        rules: Rules,
         schedule: Schedule,
         max_steps: int,
         device: torch.device,
@@ -77,9 +76,7 @@ class Update:
         """What the optimizer sees and changes."""
         # A pipeline stage may hold frozen layers alone; torch has no optimizer over nothing.
         nothing = {"": Piece.of(torch.zeros(0, device=device))}
-        self.optimizer = optim.build(
-            pieces=self.updated or nothing, no_decay=no_decay, lr_ratios=lr_ratios
-        )
+        self.optimizer = optim.build(pieces=self.updated or nothing, rules=rules)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
         # Make every weight's state before the first save or load, by an update that is skipped.
         _skip_a_step(self.optimizer, [piece.local for piece in self.updated.values()])
@@ -181,7 +178,7 @@ class Update:
         """Return the shapes of what another stage has: what this optimizer keeps for a weight."""
         piece = self.elsewhere[name]
         weight = torch.zeros(2, dtype=piece.local.dtype)
-        optimizer = self.optim.build(pieces={"": Piece.of(weight)}, no_decay=(), lr_ratios={})
+        optimizer = self.optim.build(pieces={"": Piece.of(weight)}, rules=Rules())
         _skip_a_step(optimizer, [weight])
         return {
             f"{kind}/{name}": piece.like(torch.empty_like(piece.local, dtype=value.dtype))

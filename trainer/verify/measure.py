@@ -110,7 +110,7 @@ class _Asked:
     def resumed(self, folder: Path) -> dict[str, Tensors]:
         """What the checkpoint of another layout gives here, and the weights one step on."""
         engine = self._engine(self.run.optim)
-        state = self._checkpoints(folder).restore(engine, [SAVED_STEP])
+        state = self._checkpoints(folder).restore(lambda _: engine, [SAVED_STEP])
         assert state is not None
         loaded = self._state(engine)
         self._step(engine, SAVED_STEP + 1)

@@ -2,12 +2,10 @@
 
 import dataclasses
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from math import lcm
 from typing import Any
 
 from trainer.adapters.targets import ALL_LINEAR, fits
-from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
 from trainer.verify.made_labels import MadeLabels
 from trainer.verify.measure import ADAM_EPS
@@ -36,8 +34,8 @@ def shrink(run: Run) -> Small:
             "change; verify with a family of ours"
         )
     small, notes = shrink_spec(spec)
-    frozen, lost = _frozen(run, small)
-    if lost:
+    freeze = run.freeze.fitting(replace(run, model=small).plan_model())
+    if lost := [p for p in run.freeze.patterns if p not in freeze.patterns]:
         notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
     adapter, more = _adapter(run, small)
     notes += more
@@ -64,7 +62,7 @@ def shrink(run: Run) -> Small:
     )
     changed = replace(
         run, model=small, task=task, engine=engine, optim=optim, precision="fp64", weights=RANDOM,
-        tokenizer="byte", freeze=FreezeSpec(frozen=frozen), adapter=adapter,
+        tokenizer="byte", freeze=freeze, adapter=adapter,
         data=replace(run.data, micro_rows=rows.micro_rows),
     )  # fmt: skip
     return Small(run=changed, rows=rows, notes=tuple(notes))
@@ -140,13 +138,6 @@ def _bigcode(spec: Any) -> dict[str, Any]:
         "n_layer": LAYERS,
         "n_inner": None if spec.n_inner is None else 2 * width,
     }
-
-
-def _frozen(run: Run, small: Any) -> tuple[tuple[str, ...], list[str]]:
-    """Return the freeze patterns that match the small model, and those that do not any more."""
-    names = [name for name, _ in replace(run, model=small).plan_model().named_parameters()]
-    kept = [p for p in run.freeze.frozen if any(fnmatchcase(name, p) for name in names)]
-    return tuple(kept), [p for p in run.freeze.frozen if p not in kept]
 
 
 def _adapter(run: Run, small: Any) -> tuple[Any, list[str]]:
