@@ -6,6 +6,7 @@ from math import lcm
 from typing import Any
 
 from trainer.adapters.targets import ALL_LINEAR, fits
+from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
 from trainer.verify.made_labels import MadeLabels
 from trainer.verify.measure import ADAM_EPS
@@ -34,11 +35,12 @@ def shrink(run: Run) -> Small:
             "change; verify with a family of ours"
         )
     small, notes = shrink_spec(spec)
-    freeze = run.freeze.fitting(replace(run, model=small).plan_model())
-    if lost := [p for p in run.freeze.patterns if p not in freeze.patterns]:
-        notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
     adapter, more = _adapter(run, small)
     notes += more
+    whole = replace(run, model=small, adapter=adapter, freeze=FreezeSpec()).trained_model()
+    freeze = run.freeze.fitting(whole)
+    if lost := [p for p in run.freeze.patterns if p not in freeze.patterns]:
+        notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
     engine: Any = run.engine
     if getattr(engine, "compile", False):
         notes.append("engine.compile=false")
