@@ -43,7 +43,8 @@ LOWER, HEAD, EMBEDDING = "model.layers.0.", "lm_head.weight", "model.embed_token
 GROUPS = FreezeSpec(
     frozen=("model.layers.1.mlp.up_proj.weight",),
     groups={
-        "lower": Group(names=(f"{LOWER}*",), unfreeze_at=BORDER, lr_ratio=0.5),
+        "lower": Group(names=(f"{LOWER}[!s]*",), unfreeze_at=BORDER, lr_ratio=0.5),
+        "attention": Group(names=(f"{LOWER}s*",), unfreeze_at=BORDER),  # as the rest, but later
         "head": Group(names=(r"re:lm_head\.w.+",), lr_ratio=10.0, weight_decay=0.02),
     },
 )  # fmt: skip
@@ -57,12 +58,16 @@ def phased_run(cache: Path, **changes: Any) -> Run:
     return tiny_run(cache, **(settings | changes))
 
 
+def ratio(name: str) -> float:
+    return 0.5 if name.startswith(LOWER) and "self_attn" not in name else 1.0
+
+
 def groups_by_hand(model: nn.Module, names: list[str]) -> list[dict[str, Any]]:
     """Return a parameter group for each name, as torch wants them."""
     return [
         {
             "params": [model.get_parameter(name)],
-            "lr": LR * (10.0 if name == HEAD else 0.5 if name.startswith(LOWER) else 1.0),
+            "lr": LR * (10.0 if name == HEAD else ratio(name)),
             "weight_decay": 0.0
             if "norm" in name or name == EMBEDDING
             else (0.02 if name == HEAD else DECAY),

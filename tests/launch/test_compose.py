@@ -32,6 +32,9 @@ MANDATORY = {
     ],
     "experiment=sft": ["data.path={rows}", "model.path={folder}", "data.row_tokens=64"],
     "experiment=pretrain_tokens": ["data.path={tokens}", "eval_every=null"],
+    "freeze=groups": [
+        "freeze.groups.low.names=['model.layers.[0-1].*']", "freeze.groups.low.unfreeze_at=9",
+    ],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],

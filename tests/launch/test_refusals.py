@@ -247,6 +247,18 @@ REFUSALS = {
         [*TINY, "freeze.frozen=[model.embed_token.weight]"],
         ["'model.embed_token.weight' matches no parameter", "model.embed_tokens.weight"],
     ),
+    "group without a match": (
+        [*TINY, "freeze=groups", "freeze.groups.a={names: [lm_haed.*], lr_ratio: 2}"],
+        ["freeze.groups.a='lm_haed.*' matches no parameter", "lm_head.weight"],
+    ),
+    "group that unfreezes at the end": (
+        [*TINY, "freeze=groups", "freeze.groups.a={names: [lm_head.*], unfreeze_at: 1}"],
+        ["freeze.groups.a.unfreeze_at=1 is not before the end, max_steps=1", "lower it"],
+    ),
+    "rate of a frozen group": (
+        [*TINY, "freeze=groups", "freeze.groups.a={names: [x], frozen: true, lr_ratio: 2}"],
+        ["freeze.groups.a: lr_ratio=2.0 has no effect on a group that is frozen", "remove one"],
+    ),
     "nothing left to train": ([*TINY, "freeze.frozen=['*']"], ["nothing to train", "remove"]),
     # What is adapted.
     "adapter of a name that is not there": (
