@@ -1,5 +1,6 @@
 """Which parameters train: patterns, groups, what is said of them, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,12 @@ def test_beside_an_adapter_groups_set_rates_and_freeze_nothing(cache: Path) -> N
         with pytest.raises(ValueError) as caught:  # noqa: PT011
             run.check(1)
         assert says in str(caught.value)
+
+
+def test_a_smaller_model_keeps_the_patterns_that_still_match() -> None:
+    low = Group(names=("model.layers.0.*", "model.layers.30.*"), unfreeze_at=2)
+    gone = Group(names=("model.layers.31.*",), lr_ratio=2.0)
+    freeze = FreezeSpec(frozen=("lm_head.*", "score.*"), groups={"low": low, "gone": gone})
+    kept = freeze.fitting(model_of())
+    assert kept.patterns == ["lm_head.*", "model.layers.0.*"]
+    assert kept.groups == {"low": replace(low, names=("model.layers.0.*",))}
