@@ -8,6 +8,7 @@ from typing import Any
 from launch.menu import config_folder, groups
 
 ROOT = "train"
+LENGTHS = ("max_steps", "max_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Composed:
 
 def compose(overrides: list[str]) -> Composed:
     """Compose `configs/train.yaml` with overrides; ValueError in one line for what does not fit."""
-    overrides = [_settable(override) for override in overrides]
+    overrides = [_settable(override) for override in [*overrides, *_other_length(overrides)]]
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.errors import HydraException, OverrideParseException
@@ -76,6 +77,12 @@ def _settable(override: str) -> str:
         hint = f"did you mean {near[0]}?" if near else "see tessera train --help"
         raise ValueError(f"unknown key {key}; {hint}")
     return f"++{override}"
+
+
+def _other_length(overrides: list[str]) -> list[str]:
+    """Return what the length on the command line takes the place of, in a recipe of either kind."""
+    named = {key for key in LENGTHS for override in overrides if override.startswith(f"{key}=")}
+    return [f"{key}=null" for key in LENGTHS if len(named) == 1 and key not in named]
 
 
 def _root_keys() -> list[str]:

@@ -24,6 +24,8 @@ _ALONE = {  # one process has no use for the rest
     "best": {"_target_": "trainer.best.BestSpec"},
     "callbacks": {},
     "eval_every": 1,
+    "max_steps": 1,
+    "max_epochs": None,
     "resume": "never",
     "resume_step": None,
 }

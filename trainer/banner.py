@@ -56,7 +56,7 @@ def describe(
         "batch": f"{loader.global_samples} {unit} per step, in rows of {loader.rows.row_tokens} "
         f"tokens: {loader.num_ranks} ranks x micro-batches of {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
-        f"{_passes(loader, run.max_steps)}; "
+        f"{run.num_steps:,} steps = {_passes(loader, run.num_steps)}; "
         f"{held_out} documents held out",
         "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
         "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal, one segment)",

@@ -17,6 +17,7 @@ from trainer.data.tokenizers import BPE
 from trainer.engines.protocol import EngineSpec, Surroundings
 from trainer.engines.topology_free import check_topology_free
 from trainer.freeze import FreezeSpec
+from trainer.length import check_epochs, check_length
 from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import OptimSpec
@@ -52,7 +53,10 @@ class Run:
     runs: str
     """Parent folder of runs."""
     seed: int
-    max_steps: int
+    max_steps: int | None
+    """Optimizer steps; null: as many as `max_epochs` needs."""
+    max_epochs: float | None = None
+    """How often the data is gone through, instead of `max_steps`; see `settle`."""
     log_every: int
     """Steps between log points."""
     eval_every: int | None
@@ -82,10 +86,11 @@ class Run:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row")
-        for name in (*counts, "timeout_seconds"):
+        for name in (*counts, "max_epochs", "timeout_seconds"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
+        check_length(self.max_steps, self.max_epochs)
         if self.deterministic not in DETERMINISTIC:
             raise ValueError(
                 f"deterministic={self.deterministic!r} is unknown; "
@@ -154,13 +159,15 @@ class Run:
         return Surroundings(
             layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
             device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
-            max_steps=self.max_steps, lr_ratios=self.adapter.lr_ratios,
+            max_steps=self.num_steps, lr_ratios=self.adapter.lr_ratios,
             undecayed=self.adapter.undecayed, is_topology_free=self.is_topology_free,
         )  # fmt: skip
 
     def check_data(self) -> None:
         """Raise ValueError where data, tokenizer, task and model do not fit each other."""
         self.data.check()
+        if self.max_epochs is not None:
+            check_epochs(self.data.named_sources)
         self.task.check(self.model, self.data.labels)
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(
@@ -231,9 +238,15 @@ class Run:
         )
 
     @property
+    def num_steps(self) -> int:
+        """`max_steps`; of `max_epochs`, after `settle`."""
+        assert self.max_steps is not None
+        return self.max_steps
+
+    @property
     def plan(self) -> Plan:
         return Plan(
-            max_steps=self.max_steps,
+            max_steps=self.num_steps,
             log_every=self.log_every,
             eval_every=self.eval_every,
             save_every=self.save_every,
