@@ -145,6 +145,10 @@ REFUSALS = {
         [*TINY, "optim._target_=os.system"],
         ["optim._target_='os.system'", "not one of Tessera's specs"],
     ),
+    "weights of classes in another word": (
+        [*TINY, "task=sequence_classification", "task.class_weights=balance"],
+        ["task.class_weights='balance' is unknown", "'balanced' or a group of keys"],
+    ),
     "number for the name": ([*TINY, "name=2024"], ["name=2024", "text"]),
     "number for the parent folder": ([*TINY, "runs=5"], ["runs=5", "text"]),
     "null for resume": ([*TINY, "resume=null"], ["resume=None", "null", "text"]),

@@ -9,6 +9,7 @@ from typing import Any
 from trainer.adapters.targets import ALL_LINEAR, fits
 from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
+from trainer.tasks.emphasis import BALANCED
 from trainer.verify.made_labels import MadeLabels
 from trainer.verify.measure import ADAM_EPS
 from trainer.verify.rows import MadeRows
@@ -61,6 +62,10 @@ def shrink(run: Run) -> Small:
     if max_steps is None:
         notes.append(f"max_steps={MAX_STEPS} for max_epochs, as no data is read")
         max_steps = MAX_STEPS
+    if labels and getattr(task, "class_weights", None) == BALANCED:
+        notes.append("task.class_weights=1, 2, .. for balanced, as no data is read")
+        weights = {name: place + 1.0 for place, name in enumerate(labels.names)}
+        task = replace(task, class_weights=weights)
     rows = MadeRows(
         vocab_size=small.vocab_size + getattr(small, "additional_vocab_size", 0),
         tokens=TOKENS,
