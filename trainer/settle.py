@@ -8,6 +8,7 @@ from trainer.data.document_store import DocumentStore
 from trainer.data.loader import StepLoader
 from trainer.length import steps_of
 from trainer.run import Run
+from trainer.run_data import data_of
 from trainer.tasks.emphasis import BALANCED, Emphasised
 
 
@@ -19,8 +20,7 @@ def settle(run: Run) -> Run:
     task = run.task if getattr(run.task, "class_weights", None) == BALANCED else None
     if run.max_epochs is None and task is None:
         return run
-    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
-    loader, _ = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
+    _, loader, _ = data_of(run)
     if run.max_epochs is not None:
         run = replace(run, max_epochs=None, max_steps=steps_of(run.max_epochs, loader))
     if task is not None:
