@@ -107,7 +107,7 @@ def _value(text: str) -> Any:
 
 def bound(words: list[str]) -> Any:
     """Return the Run of a command line, its data checked; ValueError as `tessera train` has it."""
-    composed = compose(words)
+    composed = compose(words, command="inspect", options=Options.__dataclass_fields__)
     name = composed.tree["name"] or composed.experiment or "run"
     run, _ = bind_run(composed.tree | {"name": name})
     run.check_data()
