@@ -19,13 +19,13 @@ def check_length(max_steps: int | None, max_epochs: float | None) -> None:
         )
 
 
-def check_epochs(sources: Mapping[str, Source]) -> None:
-    """Raise ValueError for sources that have no epoch together."""
+def check_epochs(max_epochs: float | None, sources: Mapping[str, Source]) -> None:
+    """Raise ValueError for epochs of sources that have none together."""
     for name, source in sources.items():
-        if source.weight is not None:
+        if max_epochs is not None and source.weight is not None:
             raise ValueError(
-                f"max_epochs has no meaning with data.sources.{name}.weight={source.weight:g}, as "
-                "each source ends at another time; set max_steps, or data.sources.NAME.epochs in "
+                f"max_epochs={max_epochs:g} has no meaning with "
+                f"data.sources.{name}.weight={source.weight:g}, as each source ends at another time; set max_steps, or data.sources.NAME.epochs in "
                 "place of the weights"
             )
 

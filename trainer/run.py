@@ -91,15 +91,11 @@ class Run:
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
         check_length(self.max_steps, self.max_epochs)
-        if self.deterministic not in DETERMINISTIC:
-            raise ValueError(
-                f"deterministic={self.deterministic!r} is unknown; "
-                f"set it to one of {', '.join(DETERMINISTIC)}"
-            )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision={self.precision!r} is unknown; set it to one of {', '.join(PRECISIONS)}"
-            )
+        for name, known in (("deterministic", DETERMINISTIC), ("precision", tuple(PRECISIONS))):
+            value = getattr(self, name)
+            if value not in known:
+                names = ", ".join(known)
+                raise ValueError(f"{name}={value!r} is unknown; set it to one of {names}")
 
     def check(self, world_size: int) -> None:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
@@ -166,8 +162,7 @@ class Run:
     def check_data(self) -> None:
         """Raise ValueError where data, tokenizer, task and model do not fit each other."""
         self.data.check()
-        if self.max_epochs is not None:
-            check_epochs(self.data.named_sources)
+        check_epochs(self.max_epochs, self.data.named_sources)
         self.task.check(self.model, self.data.labels)
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(

@@ -36,6 +36,15 @@ def data_of(
     return tokenizer, loader, eval_loader
 
 
+def eval_data_of(run: Run) -> EvalLoader:
+    """Return what a single process evaluates; ValueError where nothing is held out."""
+    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
+    loader = run.data.build_eval(tokenizer=tokenizer)
+    if loader is None:
+        raise ValueError("none of the data's documents is held out; set data.eval_path")
+    return loader
+
+
 def _check_alike(ranks: Ranks, loader: StepLoader) -> None:
     """Raise DataError on a rank whose machine has other data than rank 0's. Collective."""
     mine = loader.rows.store.fingerprint

@@ -177,7 +177,7 @@ REFUSALS = {
             "data.path=null",
             "data.sources={a: {path: stdlib, weight: 2}, b: {path: stdlib, weight: 1}}",
         ],
-        ["max_epochs has no meaning with data.sources.a.weight=2", "set max_steps", "epochs"],
+        ["max_epochs=1 has no meaning with data.sources.a.weight=2", "set max_steps", "epochs"],
     ),
     "no processes": ([*TINY, "launch.processes=0"], ["launch.processes=0", "1 or more"]),
     "negative learning rate": ([*TINY, "optim.lr=-1"], ["optim.lr=-1", "above 0"]),
