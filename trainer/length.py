@@ -25,8 +25,8 @@ def check_epochs(max_epochs: float | None, sources: Mapping[str, Source]) -> Non
         if max_epochs is not None and source.weight is not None:
             raise ValueError(
                 f"max_epochs={max_epochs:g} has no meaning with "
-                f"data.sources.{name}.weight={source.weight:g}, as each source ends at another time; set max_steps, or data.sources.NAME.epochs in "
-                "place of the weights"
+                f"data.sources.{name}.weight={source.weight:g}, as each source ends at another "
+                "time; set max_steps, or data.sources.NAME.epochs in place of the weights"
             )
 
 
