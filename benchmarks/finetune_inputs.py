@@ -122,7 +122,7 @@ def _write_documents(run: Run, folder: Path, settings: Settings, texts: list[str
     data = replace(run.data, packing="off", micro_rows=1)
     tokenizer = data.tokenizer(run.tokenizer, run.model.vocab_size)
     loader, _ = data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
-    batches = [batch for step in range(run.max_steps) for batch in loader.step(step).micro_batches]
+    batches = [batch for step in range(run.num_steps) for batch in loader.step(step).micro_batches]
     documents = [batch.input_ids[batch.segment_ids > 0].tolist() for batch in batches]
     torch.save(documents, folder / DOCUMENTS)
     lengths = [len(ids) for ids in tokenizer.encode_documents(texts)]

@@ -47,7 +47,7 @@ def ours(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
     train_ours(run, inputs, output, epoch)
     tokenizer = run.data.tokenizer(run.tokenizer, run.model.vocab_size)
     loader, _ = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
-    for number in range(run.max_steps):  # what was trained on, read again
+    for number in range(run.num_steps):  # what was trained on, read again
         step = loader.step(number)
         epoch.tokens.append(step.num_tokens)
         epoch.positions.append(sum(batch.input_ids.numel() for batch in step.micro_batches))
@@ -79,7 +79,7 @@ def trl(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
     settings = json.loads((inputs / "settings.json").read_text())
     tokens = json.loads((inputs / FACTS).read_text())["tokens"]
     micro_tokens = settings["micro_rows"] * settings["max_tokens"]
-    accumulation = max(1, round(tokens / run.max_steps / micro_tokens))
+    accumulation = max(1, round(tokens / run.num_steps / micro_tokens))
     model = AutoModelForCausalLM.from_pretrained(
         inputs / WEIGHTS, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -156,7 +156,7 @@ def _optimizers(run: Run, model: nn.Module) -> tuple[Any, Any]:
     assert isinstance(run.optim, AdamW)
     optimizer = our_optimizer(run.optim, model, run.model.layout.embedding)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: run.schedule.factor(done + 1, run.max_steps)
+        optimizer, lambda done: run.schedule.factor(done + 1, run.num_steps)
     )
     return optimizer, schedule
 

@@ -102,7 +102,7 @@ def _rows_in_order(run: Run) -> torch.Tensor:
     """Return the (steps * rows, row_tokens) ids in the order in which our loader hands them out."""
     tokenizer = run.data.tokenizer(run.tokenizer, run.model.vocab_size)
     loader, _ = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
-    batches = [batch for step in range(run.max_steps) for batch in loader.step(step).micro_batches]
+    batches = [batch for step in range(run.num_steps) for batch in loader.step(step).micro_batches]
     for batch in batches:
         assert (batch.segment_ids == 1).all(), "a row holds more than one document, or padding"
         assert (batch.labels[:, :-1] == batch.input_ids[:, 1:]).all()

@@ -90,7 +90,7 @@ class _Recorder(Callback):
 def ours(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
     """Train by the function that `tessera train` ends in: data, steps, logs, last checkpoint."""
 
-    def locate() -> Path:
+    def locate(_: int) -> Path:
         attempt = new_attempt(output / "ours")
         (attempt / CONFIG).write_text("{}\n")  # the run's record copies it; nobody reads it here
         return attempt
@@ -122,7 +122,7 @@ def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
     )
     assert isinstance(run.optim, AdamW)
     arguments = TrainingArguments(
-        output_dir=str(output), max_steps=run.max_steps, logging_steps=1, disable_tqdm=True,
+        output_dir=str(output), max_steps=run.num_steps, logging_steps=1, disable_tqdm=True,
         per_device_train_batch_size=run.data.micro_rows, train_sampling_strategy="sequential",
         bf16=run.precision == "bf16", use_cpu=not torch.cuda.is_available(), use_cache=False,
         dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(),
@@ -132,7 +132,7 @@ def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
     rows = torch.load(inputs / ROWS)
     optimizer = our_optimizer(run.optim, model, run.model.layout.embedding)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: run.schedule.factor(done + 1, run.max_steps)
+        optimizer, lambda done: run.schedule.factor(done + 1, run.num_steps)
     )
     trainer = Trainer(
         model=model,

@@ -81,8 +81,13 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         options = [option for option in get_args(hint) if option is not type(None)]
         if value is None and len(options) < len(get_args(hint)):
             return None
-        (option,) = options
-        return convert(value, option, path)
+        for option in options[:-1]:  # words that stand in place of the value
+            if isinstance(value, str) and value in get_args(option):
+                return value
+        if isinstance(value, str) and len(options) > 1:
+            names = " or ".join([*map(_name, options[:-1]), "a group of keys"])
+            raise ValueError(f"{path}={value!r} is unknown; needed {names}")
+        return convert(value, options[-1], path)
     if isinstance(value, Mapping) and TARGET in value:
         return _check_kind(bind(value, path), hint, path)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):

@@ -1,5 +1,7 @@
 """The `tessera` command: find the subcommand, run it, turn a refusal into one line and a code."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -35,7 +37,17 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; 141 where nobody reads what it says any more."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()  # here, not when Python ends, which would complain
+    except BrokenPipeError:  # `tessera list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())

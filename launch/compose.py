@@ -1,6 +1,7 @@
 """From the command line to one resolved, plain config tree. The home of Hydra."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from launch.menu import config_folder, groups
 
 ROOT = "train"
+LENGTHS = ("max_steps", "max_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +20,16 @@ class Composed:
     experiment: str | None
 
 
-def compose(overrides: list[str]) -> Composed:
-    """Compose `configs/train.yaml` with overrides; ValueError in one line for what does not fit."""
-    overrides = [_settable(override) for override in overrides]
+def compose(
+    overrides: list[str], *, command: str = "train", options: Iterable[str] = ()
+) -> Composed:
+    """Compose `configs/train.yaml` with overrides; ValueError in one line for what does not fit.
+
+    The `command` has some `options` of its own, which are suggested too.
+    """
+    for override in overrides:
+        _check_key(override, command, options)
+    overrides = [_settable(override) for override in [*overrides, *_other_length(overrides)]]
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.errors import HydraException, OverrideParseException
@@ -60,22 +69,35 @@ def parsed(override: str) -> tuple[str, Any]:
 
 
 def _settable(override: str) -> str:
-    """Check the first part of a key, and let fields be set that stand at their default in no YAML.
+    """Let fields be set that stand at their default in no YAML: Hydra wants `+key` for those."""
+    key = override.partition("=")[0]
+    return override if _is_hydras(key) else f"++{override}"
 
-    Hydra wants `+key` for those; which keys exist is the specs' business, and binding checks it.
-    """
+
+def _is_hydras(key: str) -> bool:
+    """Whether Hydra itself judges the key."""
+    return key.startswith(("+", "~", "hydra.")) or key in groups()
+
+
+def _check_key(override: str, command: str, options: Iterable[str]) -> None:
+    """Check the first part of a key; the rest is the specs' business, and binding checks it."""
     key, separator, _ = override.partition("=")
     if override.startswith("-") or not separator:
         raise ValueError(f"{override!r} is no option; write key=value, for example max_steps=100")
-    if key.startswith(("+", "~", "hydra.")) or key in groups():
-        return override
+    if _is_hydras(key):
+        return
     known = [*groups(), *_root_keys()]
     head = key.partition(".")[0]
     if head not in known:
-        near = get_close_matches(head, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see tessera train --help"
+        near = get_close_matches(head, [*known, *options], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see tessera {command} --help"
         raise ValueError(f"unknown key {key}; {hint}")
-    return f"++{override}"
+
+
+def _other_length(overrides: list[str]) -> list[str]:
+    """Return what the length on the command line takes the place of, in a recipe of either kind."""
+    named = {key for key in LENGTHS for override in overrides if override.startswith(f"{key}=")}
+    return [f"{key}=null" for key in LENGTHS if len(named) == 1 and key not in named]
 
 
 def _root_keys() -> list[str]:

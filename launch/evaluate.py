@@ -24,6 +24,8 @@ _ALONE = {  # one process has no use for the rest
     "best": {"_target_": "trainer.best.BestSpec"},
     "callbacks": {},
     "eval_every": 1,
+    "max_steps": 1,
+    "max_epochs": None,
     "resume": "never",
     "resume_step": None,
 }
@@ -115,7 +117,7 @@ def _composed(folder: Path, words: list[str], is_adapter: bool) -> dict[str, Any
 
         base = base_folder(folder)
     chosen = [] if any(word.startswith("model=") for word in words) else ["model=pretrained"]
-    tree = compose([*chosen, *words, f"model.path={base}"]).tree
+    tree = compose([*chosen, *words, f"model.path={base}"], command="evaluate").tree
     tree["name"] = tree["name"] or "evaluate"
     return tree
 
@@ -135,7 +137,9 @@ def _print(found: dict[str, Any], *, is_json: bool) -> None:
     from trainer.callbacks.confusion import lines_of
 
     if is_json:
-        print(json.dumps(found))
+        from trainer.record import plain
+
+        print(json.dumps({name: plain(value) for name, value in found.items()}))
         return
     for name, value in found.items():
         if not isinstance(value, dict):

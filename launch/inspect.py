@@ -107,7 +107,7 @@ def _value(text: str) -> Any:
 
 def bound(words: list[str]) -> Any:
     """Return the Run of a command line, its data checked; ValueError as `tessera train` has it."""
-    composed = compose(words)
+    composed = compose(words, command="inspect", options=Options.__dataclass_fields__)
     name = composed.tree["name"] or composed.experiment or "run"
     run, _ = bind_run(composed.tree | {"name": name})
     run.check_data()
@@ -119,8 +119,10 @@ def report_of(run: Any, options: Options) -> "Report":
     from launch.inspect_report import Report
     from trainer.inspection.counts import count
     from trainer.inspection.words import read_rows
+    from trainer.settle import settle
 
     tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
+    run = settle(run)
     loader, eval_loader = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
     batches = loader.step(options.step - 1).micro_batches
     return Report(

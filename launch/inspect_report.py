@@ -61,7 +61,7 @@ class Report:
             "data": f"{', '.join(paths)}: {store.num_tokens:,} tokens in {store.num_documents:,} "
             f"documents, {self.num_held_out:,} more held out",
             "tokenizer": f"{self.run.tokenizer_setting}, {self.tokenizer.vocab_size:,} tokens",
-            "step": f"{self.step} of {self.run.max_steps}: {counts.num_rows} rows x "
+            "step": f"{self.step} of {self.run.num_steps}: {counts.num_rows} rows x "
             f"{counts.row_tokens} tokens in {micro_batches}, "
             f"{len(counts.documents):,} {self._documents}",
             "trained": self._trained(),

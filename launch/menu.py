@@ -32,7 +32,7 @@ def lines() -> Iterator[str]:
     """Yield the menu, line by line."""
     yield "experiments (experiment=NAME):"
     for name in groups().get("experiment", []):
-        yield f"  {name:<16} {headline(config_folder() / 'experiment' / f'{name}.yaml')}"
+        yield f"  {name:<24} {headline(config_folder() / 'experiment' / f'{name}.yaml')}"
     yield ""
     yield "groups (GROUP=CHOICE):"
     for group, choices in groups().items():

@@ -25,7 +25,8 @@ _NEEDED_FIRST: dict[str, Any] = {
     "name": str,
     "runs": str,
     "resume": str,
-    "max_steps": int,
+    "max_steps": int | None,
+    "max_epochs": float | None,
     "resume_step": int | None,
     "resume_allow": list[str],
 }
@@ -39,13 +40,14 @@ class Request:
     """The resolved config, `launch` included: what config.yaml stores."""
     is_dry: bool
 
-    def locate(self) -> Path:
+    def locate(self, num_steps: int) -> Path:
         """Choose the run's folder, refuse what it cannot go on with; return a new attempt in it."""
-        folder = self.choose()
+        folder = self.choose(num_steps)
         return self.write(folder)
 
-    def choose(self) -> Path:
-        """Return the run's folder; ValueError when it is in use or belongs to another config."""
+    def choose(self, num_steps: int) -> Path:
+        """Return the folder of a run so long; ValueError when it is in use or belongs to another
+        config."""
         import yaml
 
         from trainer.checkpoint.commit import committed_steps
@@ -54,7 +56,7 @@ class Request:
         from trainer.drift import check_drift
 
         tree = self.tree
-        folder = choose_run(tree["runs"], tree["name"], tree["max_steps"], tree["resume"])
+        folder = choose_run(tree["runs"], tree["name"], num_steps, tree["resume"])
         refuse_if_locked(folder)
         steps = committed_steps(folder / CHECKPOINTS)
         has_rewound = read_rewind(folder) == tree["resume_step"]
@@ -91,16 +93,21 @@ def main(arguments: list[str]) -> int:
     request = _request(arguments)
     if "RANK" in os.environ and not request.is_dry:
         return _train_as_rank(request)
-    folder = request.choose()  # before torch is imported: a refusal is fast
+    max_steps = request.tree["max_steps"]
+    # Before torch is imported, where that is possible: a refusal is fast.
+    folder = None if max_steps is None else request.choose(max_steps)
     run, processes = bind_run(request.tree)
     run.check(processes)
+    run = _settled(run)
+    folder = folder or request.choose(run.num_steps)
     if request.is_dry:
         import yaml
 
         print(yaml.safe_dump(request.tree, sort_keys=False), end="")
         _print_shards(run, processes)
         print(
-            f"# checked for {processes} process(es); would train in {folder}; nothing was started"
+            f"# checked for {processes} process(es); would train {run.num_steps} steps in "
+            f"{folder}; nothing was started"
         )
         return 0
     # From here on a signal means: stop with 75. It waits until a handler can say so.
@@ -110,8 +117,17 @@ def main(arguments: list[str]) -> int:
         from launch.worker import execute
         from trainer.distributed import Placement
 
-        return execute(run, Placement(), lambda: attempt)
+        return execute(run, Placement(), lambda _: attempt)
     return _become_supervisor(processes, attempt)
+
+
+def _settled(run: Any) -> Any:
+    """Return the run with what its data says, before anything is started."""
+    from launch.terminal import configure_logging
+    from trainer.settle import settle
+
+    configure_logging(rank=0)  # making the data may take a while
+    return settle(run)
 
 
 def _print_shards(run: Any, processes: int) -> None:

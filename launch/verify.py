@@ -79,7 +79,7 @@ def _small(words: list[str]) -> Any:
     from launch.compose import compose
     from trainer.verify.shrink import shrink
 
-    composed = compose(words)
+    composed = compose(words, command="verify", options=OWN)
     tree = composed.tree | {"name": composed.tree["name"] or "verify"}
     return shrink(bind({key: value for key, value in tree.items() if key != "launch"}))
 

@@ -42,7 +42,7 @@ def placement_from(environ: Mapping[str, str]) -> "Placement":
         ) from None
 
 
-def execute(run: "Run", placement: "Placement", locate: Callable[[], Path]) -> int:
+def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -> int:
     """Train as one rank; return the exit code, after leaving a record beside the config."""
     from launch.terminal import configure_logging, show_cursor
     from trainer.construct import Start, fit
@@ -110,7 +110,7 @@ def main() -> None:
     attempt = Path(os.environ[ATTEMPT])
     tree: dict[str, Any] = yaml.safe_load((attempt / "config.yaml").read_text())
     tree.pop("launch")
-    leave(execute(bind(tree), placement_from(os.environ), lambda: attempt))
+    leave(execute(bind(tree), placement_from(os.environ), lambda _: attempt))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
         "runs": "runs",
         "seed": 0,
         "max_steps": 10,
+        "max_epochs": None,
         "log_every": 1,
         "eval_every": None,
         "save_every": None,
@@ -75,7 +76,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
 def start_in(folder: Path, placement: Placement, request: StopRequest | None = None) -> Start:
     """Return a Start whose attempt lies in `folder`."""
 
-    def locate() -> Path:
+    def locate(_: int) -> Path:
         attempt = new_attempt(folder)
         (attempt / CONFIG).write_text(yaml.safe_dump({"made": "by a test"}))
         return attempt
@@ -93,7 +94,7 @@ def train_words(placement: Placement, folder: Path, words: list[str]) -> bool:
     tree = compose(words).tree | {"name": folder.name}
     run: Run = bind({key: value for key, value in tree.items() if key != "launch"})
 
-    def locate() -> Path:
+    def locate(_: int) -> Path:
         attempt = new_attempt(folder)
         (attempt / CONFIG).write_text(yaml.safe_dump(tree))
         return attempt

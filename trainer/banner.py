@@ -10,6 +10,8 @@ from trainer.parallel.pieces import unique_parameters
 from trainer.run import Run
 from trainer.trained import Trained
 
+MAX_CLASSES = 12  # whose weights are shown
+
 
 def _back_ends(model: nn.Module) -> set[str]:
     """Return the names of the attention back-ends that the model's modules use."""
@@ -31,6 +33,13 @@ def _passes(loader: StepLoader, max_steps: int) -> str:
     return f"{', '.join(each)} epochs"
 
 
+def _weights(weights: dict[str, float]) -> str:
+    """Return what targets of each class count in training."""
+    each = [f"{name} {weight:.4g}" for name, weight in weights.items()]
+    more = f", and {len(each) - MAX_CLASSES} more" if len(each) > MAX_CLASSES else ""
+    return f"weights {', '.join(each[:MAX_CLASSES])}{more}"
+
+
 def describe(
     run: Run,
     model_line: str,
@@ -46,6 +55,7 @@ def describe(
     chosen = f" (mesh=auto: {reason})" if reason else ""
     store, unit = loader.rows.store, loader.rows.unit
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
+    weights = getattr(run.task, "class_weights", {})
     return {
         "model": model_line,
         "trains": trained.describe(),
@@ -58,8 +68,9 @@ def describe(
         "batch": f"{loader.global_samples} {unit} per step, in rows of {loader.rows.row_tokens} "
         f"tokens: {loader.num_ranks} ranks x micro-batches of {loader.micro_rows} rows",
         "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
-        f"{_passes(loader, run.max_steps)}; "
+        f"{run.num_steps:,} steps = {_passes(loader, run.num_steps)}; "
         f"{held_out} documents held out",
+        **({"classes": _weights(weights)} if weights else {}),
         "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
         "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal, one segment)",
     }

@@ -39,6 +39,7 @@ from trainer.protocols import Engine
 from trainer.record import RunRecord
 from trainer.run import Run
 from trainer.run_data import build_data
+from trainer.settle import settle
 from trainer.whereabouts import Whereabouts
 
 
@@ -47,8 +48,9 @@ class Start:
     """One start of a run."""
 
     placement: Placement
-    locate: Callable[[], Path]
-    """Returns this start's folder, RUN/attempts/NNN with its config.yaml; called on rank 0 only."""
+    locate: Callable[[int], Path]
+    """Returns the folder of this start of a run of so many steps, RUN/attempts/NNN with its
+    config.yaml; called on rank 0 only."""
     request: StopRequest
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
@@ -60,13 +62,15 @@ def fit(run: Run, start: Start) -> bool:
     fit.
     """
     run.check(start.placement.world_size)
+    run = settle(run)
     # Before any thread is started, which inherits it: denormal numbers made a CPU step 1.5x slower.
     torch.set_flush_denormal(True)
     if run.is_topology_free:
         torch.set_num_threads(NUM_THREADS)
     start.whereabouts.enter("connect")
     ranks = Ranks(start.placement, run.timeout_seconds)
-    attempt = Path(ranks.broadcast_text(str(start.locate()) if start.placement.is_main else ""))
+    located = str(start.locate(run.num_steps)) if start.placement.is_main else ""
+    attempt = Path(ranks.broadcast_text(located))
     start.whereabouts.share(attempt, start.placement.rank)
     folder = attempt.parent.parent
     lock = RunLock(folder) if start.placement.is_main else None

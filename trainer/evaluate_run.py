@@ -9,7 +9,7 @@ from trainer.distributed import Placement, Ranks
 from trainer.engines.topology_free import NUM_THREADS
 from trainer.evaluate import Evaluator
 from trainer.run import Run
-from trainer.run_data import build_data
+from trainer.run_data import eval_data_of
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
@@ -19,8 +19,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     ranks = Ranks(Placement(), run.timeout_seconds)
     mesh = run.chosen_mesh(1)[0].build(ranks=ranks)
     engine = build_engine(run, run.trained_model(), ranks, mesh)
-    _, _, loader = build_data(run, ranks, mesh)
-    assert loader is not None
+    loader = eval_data_of(run)
     evaluator = Evaluator(
         loader=loader, task=run.task, labels=run.data.labels, mesh=mesh, device=ranks.device
     )

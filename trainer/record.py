@@ -38,7 +38,7 @@ class RunRecord:
         """Append one object; NaN and infinities become strings."""
         if self._metrics is not None:
             line = {"step": step, "split": split, **values, "time": round(time.time(), 3)}
-            self._metrics.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
+            self._metrics.write(json.dumps({k: plain(v) for k, v in line.items()}) + "\n")
             self._metrics.flush()
 
     def consumes(self, step: int, ranges: list[tuple[int, int]]) -> None:
@@ -72,7 +72,8 @@ class RunRecord:
                 file.close()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value that JSON has: NaN and infinities as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
     return value

@@ -17,6 +17,7 @@ from trainer.data.tokenizers import BPE
 from trainer.engines.protocol import EngineSpec, Surroundings
 from trainer.engines.topology_free import check_topology_free
 from trainer.freeze import FreezeSpec
+from trainer.length import check_epochs, check_length
 from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import OptimSpec, Rules
@@ -52,7 +53,10 @@ class Run:
     runs: str
     """Parent folder of runs."""
     seed: int
-    max_steps: int
+    max_steps: int | None
+    """Optimizer steps; null: as many as `max_epochs` needs."""
+    max_epochs: float | None = None
+    """How often the data is gone through, instead of `max_steps`; see `settle`."""
     log_every: int
     """Steps between log points."""
     eval_every: int | None
@@ -82,19 +86,16 @@ class Run:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row")
-        for name in (*counts, "timeout_seconds"):
+        for name in (*counts, "max_epochs", "timeout_seconds"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
-        if self.deterministic not in DETERMINISTIC:
-            raise ValueError(
-                f"deterministic={self.deterministic!r} is unknown; "
-                f"set it to one of {', '.join(DETERMINISTIC)}"
-            )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision={self.precision!r} is unknown; set it to one of {', '.join(PRECISIONS)}"
-            )
+        check_length(self.max_steps, self.max_epochs)
+        for name, known in (("deterministic", DETERMINISTIC), ("precision", tuple(PRECISIONS))):
+            value = getattr(self, name)
+            if value not in known:
+                names = ", ".join(known)
+                raise ValueError(f"{name}={value!r} is unknown; set it to one of {names}")
 
     def check(self, world_size: int) -> None:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
@@ -109,7 +110,8 @@ class Run:
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
         self.best.check(self._metric_names(), self.eval_every)
-        self.freeze.check(self.max_steps)
+        if self.max_steps is not None:  # of max_epochs they are counted later
+            self.freeze.check(self.max_steps)
         model = self.trained_model()
         self.rules(model)
         self.engine.check(
@@ -156,7 +158,7 @@ class Run:
         return Surroundings(
             layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
             device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
-            max_steps=self.max_steps, rules=self.rules(model),
+            max_steps=self.num_steps, rules=self.rules(model),
             is_topology_free=self.is_topology_free,
         )  # fmt: skip
 
@@ -168,6 +170,7 @@ class Run:
     def check_data(self) -> None:
         """Raise ValueError where data, tokenizer, task and model do not fit each other."""
         self.data.check()
+        check_epochs(self.max_epochs, self.data.named_sources)
         self.task.check(self.model, self.data.labels)
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(
@@ -239,9 +242,15 @@ class Run:
         )
 
     @property
+    def num_steps(self) -> int:
+        """`max_steps`; of `max_epochs`, after `settle`."""
+        assert self.max_steps is not None
+        return self.max_steps
+
+    @property
     def plan(self) -> Plan:
         return Plan(
-            max_steps=self.max_steps,
+            max_steps=self.num_steps,
             log_every=self.log_every,
             eval_every=self.eval_every,
             save_every=self.save_every,

@@ -12,17 +12,37 @@ def build_data(
     run: Run, ranks: Ranks, mesh: Mesh
 ) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
     """Return the tokenizer and the loaders of this rank. Collective."""
+    tokenizer, loader, eval_loader = data_of(run, rank=mesh.dp_rank, num_ranks=mesh.dp_size)
+    _check_alike(ranks, loader)
+    return tokenizer, loader, eval_loader
+
+
+def data_of(
+    run: Run, *, rank: int = 0, num_ranks: int = 1
+) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
+    """Return the tokenizer and the loaders of one data-parallel rank, made or found in the cache.
+
+    ValueError or DataError for data that cannot serve.
+    """
     tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
     loader, eval_loader = run.data.build(
-        tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size
+        tokenizer=tokenizer, seed=run.seed, rank=rank, num_ranks=num_ranks
     )
     if run.eval_every and eval_loader is None:
         raise ValueError(
             f"none of the data's documents is held out for eval_every={run.eval_every}: there are "
-            "too few; set data.eval_path, or eval_every=null"
+            "too few; raise data.eval_fraction, or set data.eval_path, or eval_every=null"
         )
-    _check_alike(ranks, loader)
     return tokenizer, loader, eval_loader
+
+
+def eval_data_of(run: Run) -> EvalLoader:
+    """Return what a single process evaluates; ValueError where nothing is held out."""
+    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
+    loader = run.data.build_eval(tokenizer=tokenizer)
+    if loader is None:
+        raise ValueError("none of the data's documents is held out; set data.eval_path")
+    return loader
 
 
 def _check_alike(ranks: Ranks, loader: StepLoader) -> None:

@@ -112,7 +112,7 @@ def test_missing_value_is_named_with_its_path(tree: dict[str, Any], path: str) -
         ("max_steps", "ten", ["max_steps='ten'", "text", "needed a whole number"]),
         ("max_steps", True, ["max_steps=True", "true or false", "needed a whole number"]),
         ("max_steps", 10.0, ["max_steps=10.0", "needed a whole number"]),
-        ("max_steps", None, ["max_steps=None", "null", "needed a whole number"]),
+        ("seed", None, ["seed=None", "null", "needed a whole number"]),
         ("eval_every", False, ["eval_every=False", "true or false", "needed a whole number"]),
         ("model.tie_word_embeddings", 1, ["model.tie_word_embeddings=1", "needed true or false"]),
         ("model.vocab_size", {"a": 1}, ["model.vocab_size=", "a group of keys", "whole number"]),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -254,3 +255,14 @@ def test_dry_run_under_torchruns_variables_starts_nothing(
     assert main(["train", "experiment=demo", f"runs={tmp_path}", "dry_run=true"]) == 0
     assert "nothing was started" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["--help", "list"])
+def test_reader_that_leaves_is_no_error_of_ours(words: str) -> None:
+    # `true` reads nothing and is gone long before Python has started.
+    command = f"{sys.executable} -m launch {words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE

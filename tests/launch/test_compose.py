@@ -23,6 +23,9 @@ MANDATORY = {
     "data=text": ["data.path=stdlib"],
     "data=token_labels": ["data.path={words}", "task=token_classification"],
     "data=tokens": ["data.path={tokens}"],
+    "experiment=continued_pretraining": [
+        "data.path={rows}", "data.column=prompt", "model.path={folder}", "data.row_tokens=64",
+    ],
     "experiment=pretrain_text": ["data.path=stdlib"],
     "experiment=sequence_classification": [
         "data.path={texts}", "model.path={folder}", "data.row_tokens=64",

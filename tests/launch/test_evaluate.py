@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main
+from launch.evaluate import _print
 from tests.ranks import run_ranks
 from tests.runs import train_words
 from trainer.distributed import Placement
@@ -126,3 +127,20 @@ def test_a_wrong_command_is_refused_in_one_line(
     assert main(["evaluate", *(word.format(run=run) for word in given)]) == 64
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_numbers_that_json_lacks_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    _print({"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}, is_json=True)
+    found = json.loads(capsys.readouterr().out)  # a bare NaN would be read as a float
+    assert found == {"loss": "NaN", "perplexity": "Infinity", "accuracy": 0.5}
+
+
+def test_file_to_evaluate_on_is_tokenised_once(folder: Path, run: Path, tmp_path: Path) -> None:
+    given = [
+        f"checkpoint={run}/checkpoints/step_00000004/model",
+        "experiment=sequence_classification",
+    ]
+    cache = tmp_path / "cache"
+    alone = [f"data.eval_path={folder}/test.jsonl", f"data.cache={cache}", "data.row_tokens=64"]
+    assert evaluated(*given, *alone)["num_targets"] == 7
+    assert len(list((cache / "documents").iterdir())) == 1

@@ -202,6 +202,8 @@ def test_html_has_the_classes_of_words(tmp_path: Path, capsys: pytest.CaptureFix
         (["html=nowhere/page.html"], "html=nowhere/page.html lies in no folder; make nowhere"),
         (["html=."], "html=. is a folder; name a file"),
         (["max_stepz=3"], "unknown key max_stepz; did you mean max_steps?"),
+        (["jsno=true"], "unknown key jsno; did you mean json?"),
+        (["xyzzy=3"], "unknown key xyzzy; see tessera inspect --help"),
         (["data.row_token=3"], "unknown key data.row_token; did you mean data.row_tokens?"),
         (["launch.process=2"], "unknown key launch.process"),
         (["data.row_tokens=9999"], "data.row_tokens=9999 is longer than"),

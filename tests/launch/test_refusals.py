@@ -145,6 +145,10 @@ REFUSALS = {
         [*TINY, "optim._target_=os.system"],
         ["optim._target_='os.system'", "not one of Tessera's specs"],
     ),
+    "weights of classes in another word": (
+        [*TINY, "task=sequence_classification", "task.class_weights=balance"],
+        ["task.class_weights='balance' is unknown", "'balanced' or a group of keys"],
+    ),
     "number for the name": ([*TINY, "name=2024"], ["name=2024", "text"]),
     "number for the parent folder": ([*TINY, "runs=5"], ["runs=5", "text"]),
     "null for resume": ([*TINY, "resume=null"], ["resume=None", "null", "text"]),
@@ -153,6 +157,28 @@ REFUSALS = {
     "name that is a path": ([*TINY, "name=../elsewhere"], ["name='../elsewhere'", "letters"]),
     "name with a slash": ([*TINY, "name=a/b"], ["name='a/b'", "letters"]),
     "no steps": ([*TINY, "max_steps=0"], ["max_steps=0", "1 or more"]),
+    "two lengths": (
+        [*TINY, "max_epochs=2"],
+        ["max_steps=1 and max_epochs=2 are two lengths", "set one of them to null"],
+    ),
+    "no length": (
+        [*TINY, "max_steps=null", "max_epochs=null"],
+        ["max_steps and max_epochs are both null", "set one of them"],
+    ),
+    "no epochs": (
+        ["train", "experiment=demo", "max_epochs=-1"],
+        ["max_epochs=-1.0 is not positive"],
+    ),
+    "epochs of sources that end at other times": (
+        [
+            "train",
+            "experiment=demo",
+            "max_epochs=1",
+            "data.path=null",
+            "data.sources={a: {path: stdlib, weight: 2}, b: {path: stdlib, weight: 1}}",
+        ],
+        ["max_epochs=1 has no meaning with data.sources.a.weight=2", "set max_steps", "epochs"],
+    ),
     "no processes": ([*TINY, "launch.processes=0"], ["launch.processes=0", "1 or more"]),
     "negative learning rate": ([*TINY, "optim.lr=-1"], ["optim.lr=-1", "above 0"]),
     "learning rate that is no number": ([*TINY, "optim.lr=nan"], ["optim.lr=nan", "above 0"]),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,10 @@ from trainer.data.named_sources import Source
 from trainer.data.sources import open_rows
 from trainer.data.tagging import TokenEncoder
 from trainer.data.tokenizers import ByteTokenizer
+from trainer.errors import DataError
 from trainer.mesh import MeshSpec
 from trainer.record import read_lines
+from trainer.settle import settle
 from trainer.tasks.causal_lm import CausalLMTask
 from trainer.tasks.classification import SequenceClassificationTask, TokenClassificationTask
 
@@ -232,6 +235,70 @@ def test_data_without_labels_is_refused(folder: Path, tmp_path: Path, cache: Pat
     )
     with pytest.raises(ValueError, match="column 'label' holds 1 different labels; needed 2"):
         one.check(1)
+
+
+@pytest.mark.parametrize("case", ["single", "token"])
+def test_balanced_weights_are_those_of_scikit_learn_over_the_training_documents(
+    folder: Path, tmp_path: Path, cache: Path, case: str
+) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    task = replace(CASES[case][0], class_weights="balanced")
+    run = replace(run_on(folder, case, cache), task=task)
+    loader, held_out = run.data.build(tokenizer=ByteTokenizer(), seed=0, rank=0, num_ranks=1)
+    assert held_out is not None
+    store: Any = loader.rows.store
+    examples = [store.example(number) for number in range(store.num_documents)]
+    of_all = np.concatenate(
+        [np.ravel(e.classes if case == "single" else e.labels) for e in examples]
+    )
+    classes = np.arange(len(run.data.labels.names))
+    expected = compute_class_weight("balanced", classes=classes, y=of_all[of_all != -100])
+    weights = settle(run).task.class_weights
+    assert tuple(weights) == run.data.labels.names
+    assert list(weights.values()) == pytest.approx(expected.tolist(), rel=1e-12)
+    if case == "single":  # trained with them, as if they were given, on any ranks
+        run_ranks(2, train, tmp_path / "balanced", run)
+        given = replace(run, task=replace(task, class_weights=weights))
+        run_ranks(1, train, tmp_path / "given", given)
+        pairs = zip(numbers(tmp_path / "balanced"), numbers(tmp_path / "given"), strict=True)
+        for balanced, by_name in pairs:
+            assert balanced[:-1] == by_name[:-1]
+            assert balanced[-1] == pytest.approx(by_name[-1], rel=1e-12)
+
+
+def test_balanced_weights_count_a_source_as_often_as_it_is_trained_on(
+    folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    for name, labels in (("a", "xxy"), ("b", "yyyyx")):
+        lines = [json.dumps({"text": f"{n}", "label": label}) for n, label in enumerate(labels)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = {"a": Source(path=str(tmp_path / "a.jsonl"), epochs=3.0)}
+    sources["b"] = Source(path=str(tmp_path / "b.jsonl"))
+    changes: dict[str, Any] = {"path": None, "sources": sources, "eval_fraction": 0.0}
+    mixed = data(folder, SequenceEncoder(), **changes, global_documents=14)
+    run = replace(
+        run_on(folder, "single", cache, eval_every=None), data=mixed,
+        task=SequenceClassificationTask(class_weights="balanced"),
+    )  # fmt: skip
+    weights = settle(run).task.class_weights
+    assert weights == pytest.approx({"x": 14 / (2 * 7), "y": 14 / (2 * 7)}, rel=1e-12)
+
+
+def test_balanced_weights_without_a_meaning_are_refused(
+    folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    task = SequenceClassificationTask(class_weights="balanced")
+    for case, message in (("multi", "exclude each other"), ("regression", "no effect on numbers")):
+        with pytest.raises(ValueError, match=message):
+            replace(run_on(folder, case, cache), task=task).check(1)
+    names = ("bad", "good", "so-so", "never")
+    run = replace(
+        run_on(folder, "single", cache), task=task,
+        data=data(folder, SequenceEncoder(label="mood", labels=names)),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="label 'never' is of no training document"):
+        settle(run)
 
 
 def test_weights_of_classes_are_the_same_on_any_ranks_and_bad_ones_are_refused(

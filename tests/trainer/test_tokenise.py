@@ -16,7 +16,8 @@ from trainer.data.bpe import train_bpe
 from trainer.data.encoders import Encoders
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.named_sources import Source
-from trainer.data.pretraining import PretrainingData, hold_out
+from trainer.data.places import hold_out
+from trainer.data.pretraining import PretrainingData
 from trainer.data.shards import Shard
 from trainer.data.sources import open_texts
 from trainer.data.tokenise import build_folder, tokens_of

@@ -35,7 +35,7 @@ class ConsoleCallback(Callback):
         self.bar: Bar | None = None
 
     def on_start(self, view: RunView, progress: Progress) -> None:
-        self.view, self.max_steps = view, view.run.max_steps
+        self.view, self.max_steps = view, view.run.num_steps
         self.started, self.first_step = time.monotonic(), progress.step
         for name, text in view.banner.items():
             log.info("%-8s%s", name, text)

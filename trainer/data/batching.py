@@ -63,3 +63,8 @@ def loaders(
     if eval_rows is None:
         return loader, None
     return loader, EvalLoader(rows=eval_rows, micro_rows=micro_rows, rank=rank, num_ranks=num_ranks)
+
+
+def eval_loader(rows: Rows | None, micro_rows: int) -> EvalLoader | None:
+    """Return the loader of an evaluation in one process."""
+    return EvalLoader(rows=rows, micro_rows=micro_rows, rank=0, num_ranks=1) if rows else None

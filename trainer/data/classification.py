@@ -1,5 +1,6 @@
 """Texts with labels to documents: one text or two, and what the whole of it is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -8,7 +9,7 @@ import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.data.examples import BadRowError, Example, Labels
-from trainer.data.labels import check_labels, column_of, label_index
+from trainer.data.labels import check_labels, column_of, is_missing, label_index
 from trainer.data.tokenizers import Tokenizer, with_ends
 
 
@@ -94,6 +95,8 @@ class SequenceEncoder:
         )
 
     def _classes(self, value: Any) -> np.ndarray:
+        if is_missing(value):
+            value = None
         if value is None and not self.allow_missing:
             raise BadRowError(
                 f"column {self.label} is null; give a label, or set data.encoder.allow_missing"
@@ -118,10 +121,14 @@ class SequenceEncoder:
     def _vector(self, values: Any, allowed: set[int] | None) -> np.ndarray:
         """Return numbers, one per output; null where none is known, if that is allowed."""
         for item in values:
-            is_left_open = item is None and self.allow_missing
-            if not is_left_open and not isinstance(item, int | float):
-                raise BadRowError(f"column {self.label} holds {item!r}, needed a number")
-            if allowed is not None and item is not None and item not in allowed:
+            if is_missing(item) and self.allow_missing:
+                continue
+            if not isinstance(item, int | float) or not math.isfinite(item):
+                raise BadRowError(
+                    f"column {self.label} holds {item!r}, needed a number; correct the row, or "
+                    "set another data.encoder.problem_type"
+                )
+            if allowed is not None and item not in allowed:
                 raise BadRowError(f"column {self.label} holds {item!r}, needed 0, 1 or names")
         if len(values) != len(self.names):
             raise BadRowError(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,15 +12,15 @@ import numpy as np
 import xxhash
 
 from trainer.data.bad_rows import BadRows
-from trainer.data.batching import check_share, check_sizes, loaders
+from trainer.data.batching import check_sizes, eval_loader, loaders
 from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
 from trainer.data.examples import BadRowError, Encoder, Labels
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.label_names import label_names
 from trainer.data.loader import EvalLoader, StepLoader
-from trainer.data.named_sources import EVAL_KEY, Source, eval_source, key_of, named_sources
-from trainer.data.pretraining import hold_out
+from trainer.data.named_sources import Source
+from trainer.data.places import Places, Route
 from trainer.data.sources import RowSource, first_row, open_rows
 from trainer.data.tokenise import Tokens, Written, build_folder
 from trainer.data.tokenise_progress import TokeniseProgress
@@ -35,31 +34,12 @@ BAD = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentData:
+class DocumentData(Places[RowSource]):
     """Documents that an encoder makes of rows: conversations, prompts with completions, texts,
     texts with classes, words with tags."""
 
-    path: str | None = None
-    """Folder or file with jsonl, csv, parquet or arrow; or hf://datasets/OWNER/NAME[@REVISION], of
-    the Hub."""
-    subset: str | None = None
-    """Subset (config) of a data set of the Hub; None: its default."""
-    split: str | None = None
-    """Split of a data set of the Hub; None: train."""
-    sources: dict[str, Source] | None = None
-    """Several such places by name, instead of `path`, `subset` and `split`."""
     encoder: Encoder
     """Makes documents of rows, with what is to be learnt of each token."""
-    max_documents: int | None = None
-    """How many rows of each place are used, the first ones; None: all."""
-    eval_path: str | None = None
-    """Place to evaluate on, as `path`; None: `eval_fraction` of the rows of `path`."""
-    eval_subset: str | None = None
-    """Subset of `eval_path`, as `subset`."""
-    eval_split: str | None = None
-    """Split of `eval_path`, as `split`."""
-    eval_fraction: float = 0.01
-    """Share of rows held out by hash of their content, when there is no eval_path."""
     row_tokens: int
     """Length of a row, in tokens: the longest document."""
     global_documents: int
@@ -70,15 +50,13 @@ class DocumentData:
     """Whether several documents of a step share a row; the losses are the same."""
     too_long: Literal["refuse", "cut"] = "refuse"
     """What happens to documents longer than a row; `cut` keeps their first row_tokens tokens."""
-    cache: str = "~/.cache/tessera"
-    """Folder for tokenised data."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sizes(
             row_tokens=self.row_tokens, global_documents=self.global_documents,
             micro_rows=self.micro_rows, max_documents=self.max_documents,
         )  # fmt: skip
-        check_share(self.eval_fraction)
 
     @property
     def own_tokenizer(self) -> str:
@@ -91,9 +69,7 @@ class DocumentData:
     @cached_property
     def _first_rows(self) -> list[tuple[RowSource, dict[str, Any]]]:
         """The first row of every place, which may be far away: read once."""
-        evaluation = self._eval_rows()
-        places = (*self._rows_of.values(), *([evaluation] if evaluation else []))
-        return [(place, first_row(place)) for place in places]
+        return [(place, first_row(place)) for place in self.all_places]
 
     def check(self) -> None:
         """Raise ValueError where the rows cannot serve; reads names and the first row only."""
@@ -106,9 +82,6 @@ class DocumentData:
             with suppress(BadRowError):  # as any other bad row: counted when all are read
                 self._encoder.encode(row, tokenizer)
 
-    def holds_out(self) -> bool:
-        return bool(self.eval_path or self.eval_fraction)
-
     @property
     def labels(self) -> Labels | None:
         return self._encoder.outputs
@@ -118,28 +91,12 @@ class DocumentData:
         """The encoder with its labels, which are looked up in the training data if need be."""
 
         def find(column: str) -> tuple[str, ...]:
-            return label_names(list(self._rows_of.values()), column, cache=self._cache)
+            return label_names(list(self.places.values()), column, cache=self.cache_folder)
 
         return self.encoder.with_labels(find)
 
-    @cached_property
-    def named_sources(self) -> dict[str, Source]:
-        return named_sources(self.path, self.sources, subset=self.subset, split=self.split)
-
-    @property
-    def _rows_of(self) -> dict[str, RowSource]:
-        return {
-            name: open_rows(source, key_of(name), self.max_documents)
-            for name, source in self.named_sources.items()
-        }
-
-    def _eval_rows(self) -> RowSource | None:
-        source = eval_source(self.eval_path, subset=self.eval_subset, split=self.eval_split)
-        return None if source is None else open_rows(source, EVAL_KEY, self.max_documents)
-
-    @property
-    def _cache(self) -> Path:
-        return Path(self.cache).expanduser()
+    def open_place(self, source: Source, key: str) -> RowSource:
+        return open_rows(source, key, self.max_documents)
 
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
         """Return the tokenizer of a `tokenizer=` setting: byte or a folder."""
@@ -151,23 +108,16 @@ class DocumentData:
         self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
     ) -> tuple[StepLoader, EvalLoader | None]:
         """Return the loaders of one data-parallel rank; DataError for documents that do not fit."""
-        fraction = 0.0 if self.eval_path else self.eval_fraction
-        parts, held_out = [], []
-        for name, one in self._rows_of.items():
-            folder, kinds = self._folder(one, tokenizer, fraction, hold_out(fraction))
-            if TRAIN not in kinds:
-                raise DataError(f"{one.name}={one.path} left no training document; add rows")
-            parts.append(Part(folder, TRAIN, name))
-            held_out += [Part(folder, EVAL, name)] if EVAL in kinds else []
-        evaluation = self._eval_rows()
-        if evaluation is not None:
-            folder, kinds = self._folder(evaluation, tokenizer, EVAL, lambda _: EVAL)
-            held_out = [Part(folder, EVAL)] if EVAL in kinds else []
+        parts, held_out = self.parts(tokenizer)
         return loaders(
             self._rows(parts, TRAIN), self._rows(held_out, EVAL) if held_out else None,
             self.named_sources, global_samples=self.global_documents,
             micro_rows=self.micro_rows, seed=seed, rank=rank, num_ranks=num_ranks,
         )  # fmt: skip
+
+    def build_eval(self, *, tokenizer: Tokenizer) -> EvalLoader | None:
+        parts = self.eval_parts(tokenizer)
+        return eval_loader(self._rows(parts, EVAL) if parts else None, self.micro_rows)
 
     def _rows(self, parts: list[Part], name: str) -> PackedDocuments:
         store = DocumentStore(*parts)
@@ -187,21 +137,20 @@ class DocumentData:
             log.info("%s: cut, %d of %d tokens are lost", found, lost, lengths.sum())
         return PackedDocuments(store, self.row_tokens, is_packed=self.packing == "best_fit")
 
-    def _folder(
-        self, source: RowSource, tokenizer: Tokenizer, split: object, route: Callable[[str], str]
+    def make(
+        self, place: RowSource, tokenizer: Tokenizer, split: object, route: Route
     ) -> tuple[Path, list[str]]:
-        """Make or find the documents of a place in the cache; return their folder and stores."""
         recipe = {
-            "files": source.key(),
+            "files": place.key(),
             "tokenizer": tokenizer.fingerprint,
             "encoder": f"{type(self.encoder).__name__}/{_settings(self._encoder)}",
             "split": split,
         }
         key = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, recipe]).encode())
-        folder = self._cache / "documents" / key
+        folder = self.cache_folder / "documents" / key
         index = build_folder(
-            folder, recipe, lambda writer: self._documents(source, tokenizer, route, writer),
-            tokenizer, TokeniseProgress(source.path, source.num_bytes()), shard_tokens=SHARD_TOKENS,
+            folder, recipe, lambda writer: self._documents(place, tokenizer, route, writer),
+            tokenizer, TokeniseProgress(place.path, place.num_bytes()), shard_tokens=SHARD_TOKENS,
         )  # fmt: skip
         return folder, list(index.stores)
 
@@ -209,7 +158,7 @@ class DocumentData:
         self,
         source: RowSource,
         tokenizer: Tokenizer,
-        route: Callable[[str], str],
+        route: Route,
         writer: FolderWriter,
     ) -> Tokens:
         bad_rows, encoder = BadRows(writer.folder, source.path), self._encoder
@@ -219,6 +168,8 @@ class DocumentData:
                 example = encoder.encode(row, tokenizer)
             except BadRowError as error:
                 bad_rows.bad(str(error))
+                if name == EVAL:  # no order to keep: the next one would be judged twice
+                    continue
                 document = Written(name, BAD, 0, no_targets(encoder.outputs))
             else:
                 bad_rows.good(example.notes)

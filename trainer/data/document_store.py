@@ -46,6 +46,17 @@ class DocumentStore(TokenStore):
         starts = [shard.read(STARTS, 0, shard.footer.num_documents + 1) for shard in shards]
         return np.concatenate([np.diff(one) for one in starts])
 
+    def num_targets(self, num_classes: int) -> np.ndarray:
+        """Return how many targets of each class each part has: (parts, classes)."""
+        found = np.zeros((len(self.parts), num_classes), np.int64)
+        for number in range(len(self.entries)):
+            sections = self.shard(number).footer.sections
+            name = LABELS if LABELS in sections else CLASSES
+            classes = self.shard(number).read(name, 0, sections[name].count)
+            part = bisect_right(self.first_shards, number) - 1
+            found[part] += np.bincount(classes[classes != IGNORED], minlength=num_classes)
+        return found
+
     def example(self, document: int) -> Example:
         number, start, stop = self._place(document)
         shard = self.shard(number)

@@ -1,5 +1,6 @@
 """Label names and their indices, for sequences and for tokens."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -20,13 +21,14 @@ def found_labels(rows: Iterable[dict[str, Any]], column: str) -> tuple[str, ...]
     for row in rows:
         value = row.get(column)
         for item in value if isinstance(value, list | tuple) else [value]:
+            if is_missing(item):
+                continue
             if isinstance(item, float) and not item.is_integer():
                 raise ValueError(
                     f"column {column!r} holds {item}, which is no label; "
                     "set data.encoder.problem_type=regression"
                 )
-            if item is not None:
-                names.add(_name(item))
+            names.add(_name(item))
         if len(names) > _MAX_FOUND:
             raise ValueError(
                 f"column {column!r} holds more than {_MAX_FOUND} different values, such as "
@@ -48,7 +50,15 @@ def label_index(value: Any, labels: tuple[str, ...]) -> int:
         return int(name)
     near = get_close_matches(name, labels, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise BadRowError(f"label {value!r} is unknown; {hint}Known: {', '.join(labels)}")
+    raise BadRowError(
+        f"label {value!r} is unknown; {hint}Known: {', '.join(labels)}; correct the row, or set "
+        "data.encoder.labels to all of them"
+    )
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a label is null, or NaN, which tables make of it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def label_keys(labels: Labels | None, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -86,8 +96,8 @@ def column_of(row: dict[str, Any], column: str, setting: str, where: str) -> Any
     near = get_close_matches(column, row, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(
-        f"{where} has no column {column!r}, only {', '.join(sorted(row))}; {hint}"
-        f"Set data.encoder.{setting} to one of them"
+        f"{where} has no column {column!r}, only {', '.join(sorted(row))}; {hint}set "
+        f"data.encoder.{setting} to one of them"
     )
 
 

@@ -68,3 +68,7 @@ class DataSpec(Protocol):
     ) -> tuple[StepLoader, EvalLoader | None]:
         """Return the loaders of one data-parallel rank."""
         ...
+
+    def build_eval(self, *, tokenizer: Tokenizer) -> EvalLoader | None:
+        """Return what one process evaluates alone; nothing is made for training that need not."""
+        ...

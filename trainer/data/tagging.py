@@ -13,7 +13,7 @@ import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.data.examples import BadRowError, Example, Labels, Note
-from trainer.data.labels import check_labels, column_of, label_index
+from trainer.data.labels import check_labels, column_of, is_missing, label_index
 from trainer.data.spans import tokens_between
 from trainer.data.tokenizers import Tokenizer, with_ends
 
@@ -96,12 +96,12 @@ class TokenEncoder:
         if not isinstance(tags, list) or len(tags) != len(words):
             found = len(tags) if isinstance(tags, list) else "no"
             raise BadRowError(f"the row has {len(words)} words and {found} tags; correct the row")
-        if None in tags and not self.allow_missing:
+        if any(map(is_missing, tags)) and not self.allow_missing:
             raise BadRowError(
                 f"column {self.tags} has a null; give every word a tag, or set "
                 "data.encoder.allow_missing"
             )
-        return words, [IGNORED if tag is None else label_index(tag, self.names) for tag in tags]
+        return words, [IGNORED if is_missing(tag) else label_index(tag, self.names) for tag in tags]
 
 
 def word_tokens(words: list[str], places: np.ndarray) -> list[tuple[int, int] | None]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trainer.data.batching import check_sizes, loaders, rows_per_micro_batch
+from trainer.data.batching import check_sizes, eval_loader, loaders, rows_per_micro_batch
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.named_sources import Source, key_of, named_sources
 from trainer.data.rows import PackedRows
@@ -126,6 +126,11 @@ class TokenFolder:
             micro_rows=self.rows_per_micro_batch(num_ranks), seed=seed, rank=rank,
             num_ranks=num_ranks,
         )  # fmt: skip
+
+    def build_eval(self, *, tokenizer: Tokenizer) -> EvalLoader | None:
+        evaluation = self.stores()[1]
+        rows = PackedRows(evaluation, self.row_tokens) if evaluation else None
+        return eval_loader(rows, self.rows_per_micro_batch(1))
 
 
 def _folder(path: str) -> Path:

@@ -9,7 +9,8 @@ from trainer.data.batching import check_share, check_sizes
 from trainer.data.folder_writer import claim, refuse_other
 from trainer.data.megatron import open_megatron
 from trainer.data.named_sources import Source
-from trainer.data.pretraining import hold_out, trained_bpe
+from trainer.data.places import hold_out
+from trainer.data.pretraining import trained_bpe
 from trainer.data.sources import TextSource, open_texts
 from trainer.data.tokenise import SHARD_TOKENS, build_folder, tokens_of, vocabulary_of
 from trainer.data.tokenise_progress import TokeniseProgress

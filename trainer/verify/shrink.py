@@ -8,11 +8,13 @@ from typing import Any
 from trainer.adapters.targets import ALL_LINEAR, fits
 from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
+from trainer.tasks.emphasis import BALANCED
 from trainer.verify.made_labels import MadeLabels
 from trainer.verify.measure import ADAM_EPS
 from trainer.verify.rows import MadeRows
 
 HEAD_DIM, LAYERS, VOCABULARY, TOKENS, IMAGE = 8, 4, 257, 32, 12
+MAX_STEPS = 1000
 STD = 0.1  # weights large enough that every part of the model matters
 HEADS = 4  # so that two and four ranks can share them
 
@@ -56,6 +58,14 @@ def shrink(run: Run) -> Small:
     if hasattr(task, "dropout"):
         notes.append("task.dropout=0")
         task = replace(task, dropout=0.0)
+    max_steps = run.max_steps
+    if max_steps is None:
+        notes.append(f"max_steps={MAX_STEPS} for max_epochs, as no data is read")
+        max_steps = MAX_STEPS
+    if labels and getattr(task, "class_weights", None) == BALANCED:
+        notes.append("task.class_weights=1, 2, .. for balanced, as no data is read")
+        weights = {name: place + 1.0 for place, name in enumerate(labels.names)}
+        task = replace(task, class_weights=weights)
     rows = MadeRows(
         vocab_size=small.vocab_size + getattr(small, "additional_vocab_size", 0),
         tokens=TOKENS,
@@ -65,7 +75,7 @@ def shrink(run: Run) -> Small:
     changed = replace(
         run, model=small, task=task, engine=engine, optim=optim, precision="fp64", weights=RANDOM,
         tokenizer="byte", freeze=freeze, adapter=adapter,
-        data=replace(run.data, micro_rows=rows.micro_rows),
+        data=replace(run.data, micro_rows=rows.micro_rows), max_steps=max_steps, max_epochs=None,
     )  # fmt: skip
     return Small(run=changed, rows=rows, notes=tuple(notes))
 
