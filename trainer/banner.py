@@ -7,6 +7,7 @@ from trainer.distributed import Ranks
 from trainer.mesh import Mesh
 from trainer.meter import Meter
 from trainer.parallel.pieces import unique_parameters
+from trainer.precision import PRECISIONS, slow_bf16
 from trainer.run import Run
 from trainer.trained import Trained
 
@@ -63,6 +64,11 @@ def describe(
         + (
             ", topology-free: the same bits on 1, 2, 4, .. data ranks"
             if run.is_topology_free
+            else ""
+        )
+        + (
+            ", which this CPU has to emulate: fp32 is several times faster"
+            if slow_bf16(PRECISIONS[run.precision], ranks.device)
             else ""
         ),
         "batch": f"{loader.global_samples} {unit} per step, in rows of {loader.rows.row_tokens} "
