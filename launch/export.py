@@ -78,7 +78,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         if not given.get(key):
             raise ValueError(f"{key} is missing; set {key}=DIR")
     kinds = {"prompts": tuple[str, ...], "max_shard_gb": float, "json": bool}
-    defaults = {"dtype": "auto", "prompts": [], "max_shard_gb": 5.0, "json": False}
+    defaults: dict[str, Any] = {"dtype": "auto", "prompts": [], "max_shard_gb": 5.0, "json": False}
     options = defaults | given
     options |= {key: convert(options[key], kind, key) for key, kind in kinds.items()}
     if options["dtype"] not in (known := ("auto", "fp32", "bf16", "fp16")):

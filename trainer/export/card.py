@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.heads import CAUSAL_LM, SEQUENCE, TOKEN
 from trainer.environment import environment
+from trainer.export.reloaded import AUTO_CLASSES
 from trainer.export.source import History, Source
 from trainer.files import write_text
 
@@ -16,10 +17,6 @@ PIPELINES = {
     CAUSAL_LM: "text-generation", SEQUENCE: "text-classification", TOKEN: "token-classification",
 }  # fmt: skip
 HUB = "hf://datasets/"
-_CLASSES = {
-    CAUSAL_LM: "AutoModelForCausalLM", SEQUENCE: "AutoModelForSequenceClassification",
-    TOKEN: "AutoModelForTokenClassification",
-}  # fmt: skip
 _ASK = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
 _ASK_CHAT = """\
 messages = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -57,11 +54,9 @@ def write_card(folder: Path, source: Source, report: "Report") -> None:
 
 
 def base_name(source: Source) -> str | None:
-    """Return the last name of what training began with; None: random weights, or not known."""
-    if source.is_adapter:
-        path: str | None = str(source.base)
-    else:
-        path = _begun(source.history.config) if source.history else str(source.folder)
+    """Return the last name of what training began with; None: random weights, or unknown."""
+    history = _begun(source.history.config) if source.history else None
+    path = str(source.base) if source.is_adapter else history
     if path is None:
         return None
     place = Path(path).expanduser().resolve()
@@ -71,10 +66,8 @@ def base_name(source: Source) -> str | None:
 
 def _begun(config: dict[str, Any]) -> str | None:
     weights = config.get("weights")
-    return config.get("model", {}).get("path") if weights == "auto" else _given(weights)
-
-
-def _given(weights: Any) -> str | None:
+    if weights == "auto":
+        weights = config.get("model", {}).get("path")
     return None if weights in (None, "random") else str(weights)
 
 
@@ -106,8 +99,9 @@ def _facts(source: Source, report: "Report") -> str:
     if labels := source.config.get("id2label") if source.head != CAUSAL_LM else None:
         kind = config.get("problem_type") or "one label per word"
         facts["Labels"] = f"{', '.join(f'`{name}`' for name in labels.values())} ({kind})"
-    facts["Began with"] = base_name(source) or "random weights"
-    facts["Trained"] = trained(source)
+    if history is not None or source.is_adapter:
+        facts["Began with"] = base_name(source) or "random weights"
+        facts["Trained"] = trained(source)
     if history is not None:
         # A path of this machine would say nothing to others.
         names = [p if p.startswith("hf://") else Path(p).name for p in _data(history)]
@@ -147,7 +141,7 @@ def _evaluation(found: dict[str, Any]) -> str:
 
 def code(source: Source, name: str) -> str:
     """Return lines of Python that load and ask the model."""
-    kind = _CLASSES[source.head]
+    kind = AUTO_CLASSES[source.head]
     load = (
         f"from transformers import AutoTokenizer, {kind}\n\n"
         f'folder = "{name}"  # where this folder is, or its name on the Hub\n'
@@ -189,7 +183,9 @@ def _settings(history: History) -> str:
     names = [f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name)]
     commit = history.environment.get("git_commit")
     made = ", ".join([*names, *([f"commit {commit}"] if commit else [])])
-    return f"## Training\n\n```yaml\n{lines}```\n\nTessera {versions.get('tessera-train')}, {made}.\n"
+    return (
+        f"## Training\n\n```yaml\n{lines}```\n\nTessera {versions.get('tessera-train')}, {made}.\n"
+    )
 
 
 def _plain(value: Any) -> Any:

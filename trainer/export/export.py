@@ -189,9 +189,9 @@ def refuse_difference(check: Check) -> None:
     """Raise CheckError for a check that does not pass."""
     if not check.passes:
         raise CheckError(
-            f"in {check.dtype} transformers differs from the checkpoint by {check.largest:.3g} in a "
-            f"logit (largest logit {check.scale:.3g}), allowed {check.limit * check.scale:.3g}; "
-            "nothing was kept"
+            f"in {check.dtype} a logit of transformers differs from ours by {check.largest:.3g}, "
+            f"allowed {check.limit * check.scale:.3g} (largest logit {check.scale:.3g}); nothing "
+            "was kept"
         )
 
 

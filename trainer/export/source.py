@@ -46,14 +46,14 @@ class Source:
     def __post_init__(self) -> None:
         if self.config.get("model_type") == "idefics":
             raise ValueError(
-                f"{self.folder} is an idefics, which transformers asks with images, so a comparison "
-                "of texts would say nothing; a checkpoint's own model/ folder opens there as it is"
+                f"{self.folder} is an idefics, which transformers asks with images, and texts alone "
+                "compare nothing; a checkpoint's own model/ folder opens there as it is"
             )
         is_bare = self.is_adapter and not (self.folder / "config.json").is_file()
         if is_bare and self.adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
             raise ValueError(
-                f"{self.folder} is the adapter of a classifier without its config.json, which names "
-                "the labels; save it there: model.config.save_pretrained(..)"
+                f"{self.folder} is the adapter of a classifier without the config.json that names its "
+                "labels; save it there: model.config.save_pretrained(..)"
             )
 
     @cached_property
@@ -95,7 +95,7 @@ class Source:
 
     @property
     def origins(self) -> list[Path]:
-        """Folders that may hold a generation_config.json: this one, and what training began with."""
+        """Where a generation_config.json may be: here, or where training began."""
         model = self.history.config.get("model", {}) if self.history else {}
         begun = [Path(model["path"]).expanduser()] if model.get("path") else []
         return [self.folder, self.base, *begun] if self.head == CAUSAL_LM else []
