@@ -46,13 +46,13 @@ class Source:
     def __post_init__(self) -> None:
         if self.config.get("model_type") == "idefics":
             raise ValueError(
-                f"{self.folder} is an idefics, which transformers asks with images, and texts alone "
-                "compare nothing; a checkpoint's own model/ folder opens there as it is"
+                f"{self.folder} is an idefics, which cannot be compared on texts alone; open the "
+                "checkpoint's own model/ folder in transformers, as it is"
             )
         is_bare = self.is_adapter and not (self.folder / "config.json").is_file()
         if is_bare and self.adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
             raise ValueError(
-                f"{self.folder} is the adapter of a classifier without the config.json that names its "
+                f"{self.folder} is a classifier's adapter without the config.json that names its "
                 "labels; save it there: model.config.save_pretrained(..)"
             )
 
