@@ -143,7 +143,7 @@ def code(source: Source, name: str) -> str:
     """Return lines of Python that load and ask the model."""
     kind = AUTO_CLASSES[source.head]
     load = (
-        f"from transformers import AutoTokenizer, {kind}\n\n"
+        f"from transformers import {kind}, AutoTokenizer\n\n"
         f'folder = "{name}"  # where this folder is, or its name on the Hub\n'
         f"tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         f"model = {kind}.from_pretrained(folder)\n"
@@ -175,7 +175,7 @@ def _compared(report: "Report") -> str:
 def _settings(history: History) -> str:
     config, versions = history.config, history.environment.get("packages", {})
     kept = ("seed", "precision", "max_steps", "optim", "schedule", "task", "freeze")
-    settings = {key: _plain(config[key]) for key in kept if key in config}
+    settings = {key: plain for key in kept if (plain := _plain(config.get(key))) not in (None, {})}
     data = config.get("data", {})
     sizes = ("row_tokens", "global_documents", "global_rows")
     settings["data"] = {key: data[key] for key in sizes if key in data}

@@ -187,11 +187,14 @@ def rounding_limit(dtype: torch.dtype, num_layers: int) -> float:
 
 def refuse_difference(check: Check) -> None:
     """Raise CheckError for a check that does not pass."""
+    advice = "this model needs dtype=fp32"
+    if check.limit == WIDE_LIMIT:
+        advice = "transformers computes this model otherwise: keep to tessera, and report it"
     if not check.passes:
         raise CheckError(
             f"in {check.dtype} a logit of transformers differs from ours by {check.largest:.3g}, "
             f"allowed {check.limit * check.scale:.3g} (largest logit {check.scale:.3g}); nothing "
-            "was kept"
+            f"was kept; {advice}"
         )
 
 
