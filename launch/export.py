@@ -118,10 +118,11 @@ def _text(report: "Report", folder: Path, source: Any) -> str:
     size = f"{report.num_parameters / 1e6:.2f} M parameters in {report.dtype}"
     lines = [f"{folder}: {size}, {report.num_bytes / 1e9:.3g} GB"]
     if source.is_adapter:
-        lines.append(f"  adapter merged into {source.base}")
-    if report.rounding:
-        moved = f"{report.rounding:.1e} of the largest logit"
-        lines.append(f"  written in {report.dtype}, which moved logits by up to {moved}")
+        lines.append(f"  adapter of {source.base}")
+    if report.moved:
+        what = "merged and written" if source.is_adapter else "written"
+        moved = f"{report.moved:.1e} of the largest logit"
+        lines.append(f"  {what} in {report.dtype}, which moved logits by up to {moved}")
     where = f"{report.num_tokens} tokens of {report.num_prompts} texts"
     lines.append(f"  transformers reads every weight, and the same tokens; logits over {where}:")
     lines += [

@@ -34,13 +34,13 @@ def plan_model(
             f"{folder} is a {config.get('model_type')} with a head for {head}, and the families "
             f"that take one here are {', '.join(FAMILIES)}; give a model of one of them"
         )
-    names = config.get("id2label") or {}
+    num_labels = len(config.get("id2label") or ()) or 2  # two is what transformers leaves unsaid
     with torch.device("meta"), SkipInit():
         if head == SEQUENCE:
             kind = config.get("problem_type") or "single_label_classification"
-            model = sequence_classifier(spec, num_labels=len(names), problem_type=kind)
+            model = sequence_classifier(spec, num_labels=num_labels, problem_type=kind)
         elif head == TOKEN:
-            model = token_classifier(spec, num_labels=len(names))
+            model = token_classifier(spec, num_labels=num_labels)
         else:
             model = spec.build_causal_lm(chunk_tokens=CHUNK_TOKENS)
     return spec, model.to(dtype)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_a_conversation_model_answers_in_transformers_and_stops_at_the_end_of_it
     (check,) = report["checks"]
     assert check["dtype"] == report["dtype"] == "float32"
     assert check["largest"] < 1e-5 * check["scale"]
-    assert report["rounding"] == 0
+    assert report["moved"] == 0
     index = json.loads((tmp_path / "talker" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
 
@@ -151,7 +152,7 @@ def test_a_classifiers_adapter_becomes_one_model_that_answers_with_its_labels(
 
     report = exported(classifier, tmp_path / "mood", "dtype=bf16")
     assert [check["dtype"] for check in report["checks"]] == ["float32", "bfloat16"]
-    assert 0 < report["rounding"] < 0.1
+    assert 0 < report["moved"] < 0.1
     config = json.loads((tmp_path / "mood" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert (config["id2label"], config["dtype"]) == ({"0": "bad", "1": "good"}, "bfloat16")
@@ -255,6 +256,18 @@ def test_a_folder_that_answers_otherwise_is_not_kept(
     words = (f"checkpoint={model_folder}", f"output={tmp_path / 'out'}")
     assert message in refusal(capsys, 1, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_fp16_are_not_written_in_it(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "large")
+    weights = load_file(tmp_path / "large" / "model.safetensors")
+    weights["model.norm.weight"] *= 1e6
+    save_file(weights, tmp_path / "large" / "model.safetensors", metadata={"format": "pt"})
+    words = (f"checkpoint={tmp_path / 'large'}", f"output={tmp_path / 'out'}", "dtype=fp16")
+    assert "this model needs dtype=fp32" in refusal(capsys, 1, *words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

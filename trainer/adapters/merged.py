@@ -11,7 +11,7 @@ from trainer.adapters.files import CONFIG, check_base, hash_of_files
 from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.parallel.materialise import materialise
 from trainer.planned import plan_model
-from trainer.pretrained import load_causal_lm, plan_causal_lm, read_hf_config, source_of
+from trainer.pretrained import plan_causal_lm, read_hf_config, source_of
 
 
 def base_folder(folder: Path) -> Path:
@@ -27,40 +27,40 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def load_merged(
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    attn_implementation: str = "auto",
-    has_head: bool = False,
+    folder: Path, *, dtype: torch.dtype, device: torch.device, attn_implementation: str = "auto"
 ) -> DecoderModel:
     """As `load_causal_lm`, of a model's folder or of an adapter's.
 
-    With `has_head`, under the head that its config.json names, of families that are not ours too.
     ValueError where the adapter was trained on another base than the one its config names.
     """
+    spec_and_model = plan_causal_lm(base_folder(folder), dtype, attn_implementation)
+    model = _filled(folder, *spec_and_model, device)
+    merge(model)
+    return model
+
+
+def load_as_trained(folder: Path, *, dtype: torch.dtype, device: torch.device) -> DecoderModel:
+    """Return the model with its adapter beside it, under the head that config.json names.
+
+    Also of families that are not ours; `merge` makes it one set of weights. Errors of load_merged.
+    """
+    planned = plan_model(base_folder(folder), config_of(folder), dtype, attn_implementation="eager")
+    return _filled(folder, *planned, device)
+
+
+def _filled(folder: Path, spec: Any, model: DecoderModel, device: torch.device) -> DecoderModel:
+    """Fill the planned model of `folder` with the weights there, and those of its base."""
     base = base_folder(folder)
-    if base == folder and not has_head:
-        return load_causal_lm(
-            folder, dtype=dtype, device=device, attn_implementation=attn_implementation
-        )
-    if has_head:
-        spec, model = plan_model(base, config_of(folder), dtype, attn_implementation)
-    else:
-        spec, model = plan_causal_lm(base, dtype, attn_implementation)
     adapter = PretrainedAdapter(path=str(folder)) if base != folder else None
     if adapter is not None:
         adapter.apply(model, spec.layout)
     source = source_of(base, spec, model)
-    values = source.values(model, spec.initializer_range, seed=0)
-    if adapter is not None:
-        if adapter.base_hash is not None:
-            advice = f"let {CONFIG} name the base that it was trained on"
-            check_base(hash_of_files(source), adapter.base_hash, advice)
-        values = adapter.values(model, values)
-    known = adapter.entries if adapter is not None else {}
-    if absent := [name for name in source.fresh if name not in known]:
+    if adapter is not None and adapter.base_hash is not None:
+        advice = f"let {CONFIG} name the base that it was trained on"
+        check_base(hash_of_files(source), adapter.base_hash, advice)
+    given = adapter.entries if adapter is not None else {}
+    if absent := [name for name in source.fresh if name not in given]:
         raise ValueError(f"{folder} has no {absent[0]}, which its config.json promises; train it")
-    materialise(model, device, values)
-    merge(model)
+    values = source.values(model, spec.initializer_range, seed=0)
+    materialise(model, device, adapter.values(model, values) if adapter is not None else values)
     return model.eval()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.lora import merge
 from models.nn.model import DecoderModel
-from trainer.adapters.merged import load_merged
+from trainer.adapters.merged import load_as_trained
 from trainer.data.tokenizer_config import CONFIG_FILE, read_tokenizer_config
 from trainer.data.tokenizers import FileTokenizer
 from trainer.errors import CheckError
@@ -61,8 +62,8 @@ class Report:
     num_bytes: int
     num_prompts: int
     num_tokens: int
-    rounding: float
-    """How far writing in `dtype` moved a logit from the checkpoint's own, over the largest."""
+    moved: float
+    """How far merging and rounding to `dtype` moved a logit of ours, over the largest."""
     checks: tuple[Check, ...]
 
 
@@ -76,14 +77,12 @@ def export(
     chosen = source.stored_dtype if dtype == AUTO else DTYPES[dtype]
     tokenizer = source.tokenizer
     wide = torch.promote_types(source.stored_dtype, torch.float32)
-    model = load_merged(
-        source.folder, dtype=wide, device=torch.device("cpu"), attn_implementation="eager",
-        has_head=True,
-    )  # fmt: skip
+    model = load_as_trained(source.folder, dtype=wide, device=torch.device("cpu"))
     config = written_config(source, model)
     longest = int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
     asked = prompts_of(tokenizer, prompts, longest, int(config["vocab_size"]))
     exact = _logits(model, asked)
+    merge(model)
     with _staging(output) as staging:
         _cast(model, chosen)
         save_pretrained(staging, model, config, max_file_gb=max_shard_gb)
@@ -98,10 +97,9 @@ def export(
             output=output, dtype=_name(chosen), num_parameters=num_parameters,
             num_bytes=sum(path.stat().st_size for path in staging.glob("*.safetensors")),
             num_prompts=len(asked), num_tokens=sum(len(prompt.ids) for prompt in asked),
-            rounding=_difference(ours, exact) / _scale(exact), checks=checks,
+            moved=_difference(ours, exact) / _scale(exact), checks=checks,
         )  # fmt: skip
-        for check in checks:
-            refuse_difference(check)
+        refuse_differences(report)
         write_card(staging, source, report)
     return report
 
@@ -185,26 +183,37 @@ def rounding_limit(dtype: torch.dtype, num_layers: int) -> float:
     return 4 * torch.finfo(dtype).eps / 2 * float((2 * num_layers) ** 0.5)
 
 
-def refuse_difference(check: Check) -> None:
-    """Raise CheckError for a check that does not pass."""
-    advice = "this model needs dtype=fp32"
-    if check.limit == WIDE_LIMIT:
-        advice = "transformers computes this model otherwise: keep to tessera, and report it"
-    if not check.passes:
+def refuse_differences(report: Report) -> None:
+    """Raise CheckError where weights or transformers answer otherwise than the checkpoint."""
+    if not report.moved <= (allowed := report.checks[-1].limit):  # so NaN is refused too
         raise CheckError(
-            f"in {check.dtype} a logit of transformers differs from ours by {check.largest:.3g}, "
-            f"allowed {check.limit * check.scale:.3g} (largest logit {check.scale:.3g}); nothing "
-            f"was kept; {advice}"
+            f"merging and writing in {report.dtype} moved a logit by {report.moved:.1e} of the "
+            f"largest, allowed {allowed:.1e}; nothing was kept; {_advice(report.dtype)}"
         )
+    for check in report.checks:
+        if not check.passes:
+            raise CheckError(
+                f"in {check.dtype} a logit of transformers differs from ours by "
+                f"{check.largest:.3g}, allowed {check.limit * check.scale:.3g} (largest logit "
+                f"{check.scale:.3g}); nothing was kept; {_advice(check.dtype)}"
+            )
+
+
+def _advice(dtype: str) -> str:
+    if dtype in ("float16", "bfloat16"):
+        return "this model needs dtype=fp32"
+    return "transformers computes this model otherwise: please report it"
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = zip(found, expected, strict=True)
-    return max(float((a - b).abs().max()) if a.shape == b.shape else float("nan") for a, b in pairs)
+    """Return the largest; NaN where one is, or where shapes differ."""
+    if any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+        return float("nan")
+    return float((torch.cat(found) - torch.cat(expected)).abs().max())
 
 
 def _scale(logits: list[Tensor]) -> float:
-    return max(float(each.abs().max()) for each in logits)
+    return float(torch.cat(logits).abs().max())
 
 
 def _name(dtype: torch.dtype) -> str:
