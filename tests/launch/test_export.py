@@ -82,7 +82,7 @@ def exported(checkpoint: Path, output: Path, *words: str) -> dict[str, Any]:
         code = main(["export", f"checkpoint={checkpoint}", f"output={output}", "json=true", *words])
     assert code == 0
     assert [path for path in output.parent.iterdir() if path.name.endswith(".tmp")] == []
-    found: dict[str, Any] = json.loads(text.getvalue())
+    found: dict[str, Any] = json.loads(text.getvalue().splitlines()[-1])  # behind what is logged
     return found
 
 
