@@ -19,6 +19,10 @@ COMMANDS = {
         "launch.evaluate",
         "loss and metrics of a checkpoint: tessera evaluate checkpoint=DIR data.eval_path=FILE",
     ),
+    "export": (
+        "launch.export",
+        "a checked Hugging Face folder: tessera export checkpoint=DIR output=DIR",
+    ),
     "verify": (
         "launch.verify",
         "show that every layout computes the same: tessera verify experiment=demo",

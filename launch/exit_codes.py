@@ -10,7 +10,7 @@ PREEMPTED = 75
 
 MEANINGS = {
     FINISHED: "finished; the last step is committed",
-    CHECK_FAILED: "a check failed: tessera verify, tessera tokenize check=DIR",
+    CHECK_FAILED: "a check failed: tessera verify, tessera export, tessera tokenize check=DIR",
     BAD_CONFIG: "bad config, illegal number of processes, or the run directory is in use",
     DATA: "the data cannot be read or used",
     INTERNAL: "internal error, out of memory, or too many non-finite steps",
@@ -23,7 +23,7 @@ def code_of(error: Exception) -> int:
     """Return the exit code that tells this failure from others."""
     from errno import EDQUOT, EIO, ENOSPC, EROFS
 
-    from trainer.errors import DataError, StorageError
+    from trainer.errors import CheckError, DataError, StorageError
 
     if isinstance(error, OSError) and error.errno in (ENOSPC, EIO, EDQUOT, EROFS):
         return STORAGE
@@ -31,6 +31,7 @@ def code_of(error: Exception) -> int:
     codes: dict[type[Exception], int] = {
         ValueError: BAD_CONFIG,
         DataError: DATA,
+        CheckError: CHECK_FAILED,
         StorageError: STORAGE,
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), INTERNAL)

@@ -18,3 +18,7 @@ class NonFiniteError(Exception):
 
 class LockedError(ValueError):
     """Another process holds the run directory."""
+
+
+class CheckError(Exception):
+    """What was made is not what it should be: nothing of it is kept."""
