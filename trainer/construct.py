@@ -31,6 +31,7 @@ from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
 from trainer.model_files import write_model_files
+from trainer.new_tokens import starting_at_mean
 from trainer.parallel.materialise import random_values
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
@@ -135,7 +136,8 @@ def build_engine(run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh) -> Engine
     std = run.model.initializer_range
     # Of the whole model: how a weight starts may follow from its shape.
     values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
-    values = run.adapter.values(model, values)
+    given = frozenset(source.entries) if source else frozenset()
+    values = run.adapter.values(model, starting_at_mean(model, values, given))
     around = run.surroundings(mesh, ranks.device)
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from trainer.adapters.contents import contents_of
 from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
 from trainer.engines.topology_free import NUM_THREADS
@@ -18,7 +19,9 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         torch.set_num_threads(NUM_THREADS)
     ranks = Ranks(Placement(), run.timeout_seconds)
     mesh = run.chosen_mesh(1)[0].build(ranks=ranks)
-    engine = build_engine(run, run.trained_model(), ranks, mesh)
+    model = run.trained_model()
+    contents_of(run, model, ranks)  # refuses another base than that of what was trained
+    engine = build_engine(run, model, ranks, mesh)
     _, _, loader = build_data(run, ranks, mesh)
     assert loader is not None
     evaluator = Evaluator(

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from trainer.new_tokens import train_new_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class FreezeSpec:
@@ -13,9 +15,21 @@ class FreezeSpec:
 
     frozen: tuple[str, ...] = ()
     """Patterns of parameter names (`*` matches anything): `model.embed_tokens.*`."""
+    new_tokens: bool = False
+    """Only the additional rows of the vocabulary train, and a classification head."""
+
+    def __post_init__(self) -> None:
+        if self.new_tokens and self.frozen:
+            raise ValueError(
+                f"freeze.frozen={list(self.frozen)} has no effect beside freeze.new_tokens=true, "
+                "which freezes all but the new rows; take one of them out"
+            )
 
     def apply(self, model: nn.Module) -> None:
         """Freeze in place; ValueError where a pattern has no match or nothing is left to train."""
+        if self.new_tokens:
+            train_new_rows(model)
+            return
         parameters = dict(model.named_parameters())
         for pattern in self.frozen:
             matches = [name for name in parameters if fnmatchcase(name, pattern)]

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from models.heads import CausalLMSpec
+from models.nn.decoupled import add_rows
 from models.nn.init import SkipInit
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.best import BestSpec
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.checkpoint.contents import check_contents
 from trainer.data.protocol import DataSpec
-from trainer.data.tokenizers import BPE
 from trainer.engines.protocol import EngineSpec, Surroundings
 from trainer.engines.topology_free import check_topology_free
 from trainer.freeze import FreezeSpec
@@ -21,6 +22,7 @@ from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
+from trainer.run_tokenizer import check_tokenizer
 from trainer.schedule import Schedule
 from trainer.tasks.protocol import Task
 from trainer.weights import WeightSource, match_weights
@@ -114,7 +116,15 @@ class Run:
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
             micro_batches=micro_batches, precision=PRECISIONS[self.precision],
         )  # fmt: skip
+        check_contents(
+            model, self.checkpoint.contents, new_tokens=self.freeze.new_tokens,
+            has_adapter=self.has_adapter,
+        )  # fmt: skip
         self.weight_source(model)
+
+    @property
+    def has_adapter(self) -> bool:
+        return not isinstance(self.adapter, NoAdapter)
 
     def _metric_names(self) -> tuple[str, ...]:
         """Return the numbers of an evaluation."""
@@ -168,38 +178,31 @@ class Run:
                 f"max_position_embeddings={self.model.max_position_embeddings}; "
                 "lower data.row_tokens"
             )
-        self._check_tokenizer()
-
-    def _check_tokenizer(self) -> None:
-        if self.tokenizer_setting == self.data.own_tokenizer == BPE:
-            return  # trained to fit, on the data
-        tokenizer = self.data.tokenizer(self.tokenizer_setting, self.model.vocab_size)
-        if tokenizer.vocab_size > self.model.vocab_size:
-            raise ValueError(
-                f"tokenizer={self.tokenizer_setting} has {tokenizer.vocab_size} tokens, "
-                f"model.vocab_size={self.model.vocab_size} has fewer rows; "
-                f"set model.vocab_size to {tokenizer.vocab_size} or more, or take another tokenizer"
-            )
-        self.data.check_encoding(tokenizer)
+        check_tokenizer(self.data, self.tokenizer_setting, self.model)
 
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""
         labels = self.data.labels  # reads files: not on the meta device
         with torch.device("meta"), SkipInit():
             model = self.task.build_model(self.model, labels)
+            if self.model.additional_tokens:
+                add_rows(model, self.model.layout.embedding, len(self.model.additional_tokens))
         return model.to(PRECISIONS[self.precision].master)
 
     def trained_model(self) -> nn.Module:
         """Return the planned model, frozen and with its adapters: what is laid out."""
-        if self.freeze.frozen and not isinstance(self.adapter, NoAdapter):
+        if (self.freeze.frozen or self.freeze.new_tokens) and self.has_adapter:
+            found = (
+                f"frozen={list(self.freeze.frozen)}" if self.freeze.frozen else "new_tokens=true"
+            )
             raise ValueError(
-                f"freeze.frozen={list(self.freeze.frozen)} has no effect on a model with adapters, "
-                "which freezes all else; set freeze=none"
+                f"freeze.{found} has no effect on a model with adapters, "
+                "which freezes all else, but for new tokens; set freeze=none"
             )
         model = self.plan_model()
         self.freeze.apply(model)
         self.adapter.apply(model, self.model.layout)
-        if not isinstance(self.adapter, NoAdapter):
+        if self.freeze.new_tokens or self.has_adapter:
             # No update ever needs more of them: each pass computes with these very numbers.
             for parameter in model.parameters():
                 if not parameter.requires_grad:

@@ -6,13 +6,14 @@ from trainer.distributed import Ranks
 from trainer.errors import DataError
 from trainer.mesh import Mesh
 from trainer.run import Run
+from trainer.run_tokenizer import tokenizer_of
 
 
 def build_data(
     run: Run, ranks: Ranks, mesh: Mesh
 ) -> tuple[Tokenizer, StepLoader, EvalLoader | None]:
     """Return the tokenizer and the loaders of this rank. Collective."""
-    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
+    tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
     loader, eval_loader = run.data.build(
         tokenizer=tokenizer, seed=run.seed, rank=mesh.dp_rank, num_ranks=mesh.dp_size
     )

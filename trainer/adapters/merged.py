@@ -1,43 +1,84 @@
-"""A model with an adapter, ready for use: base and adapter in one set of plain weights."""
+"""A model with what trained beside it, ready for use: all of it in one set of plain weights."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from models.lora import merge
+from models.nn.decoupled import add_rows, merge_rows
+from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
-from trainer.adapters.files import CONFIG, check_base, hash_of_files
+from trainer.adapters.files import CONFIG, check_base, hash_of_files, read_keys
 from trainer.adapters.pretrained import PretrainedAdapter
+from trainer.checkpoint.contents import BASE
+from trainer.checkpoint.tensor_file import read_entries
 from trainer.parallel.materialise import materialise
-from trainer.pretrained import load_causal_lm, plan_causal_lm, source_of
+from trainer.pretrained import plan_causal_lm, source_of, spec_from
+
+NEW_ROWS = ".additional_embedding.weight"
 
 
 def base_folder(folder: Path) -> Path:
-    """Return the model's own folder: of an adapter its base, else the folder itself."""
-    is_adapter = (folder / CONFIG).is_file()
-    return PretrainedAdapter(path=str(folder)).base if is_adapter else folder
+    """Return the model's own folder: of what trained beside a base the base, else the folder."""
+    if (folder / CONFIG).is_file():
+        return PretrainedAdapter(path=str(folder)).base
+    if not (folder / BASE).is_file():
+        return folder
+    named = read_keys(folder / BASE)["weights"]
+    if not named or not Path(named).is_dir():
+        raise ValueError(
+            f"{folder / BASE}: weights={named!r} is no folder here; write there where the base is "
+            "(one that started from random weights is in no folder)"
+        )
+    return Path(named)
+
+
+def merged_spec(folder: Path) -> Any:
+    """Return the family's spec of what `load_merged` loads: new rows count as vocabulary."""
+    spec = spec_from(base_folder(folder))
+    return replace(spec, vocab_size=spec.vocab_size + _num_new_rows(folder, spec))
+
+
+def _num_new_rows(folder: Path, spec: Any) -> int:
+    """Return how many rows of `folder` the model has not by itself."""
+    if getattr(spec, "additional_vocab_size", 0):
+        return 0  # its own
+    entries = read_entries(folder).items()
+    return next((entry.shape[0] for name, entry in entries if name.endswith(NEW_ROWS)), 0)
 
 
 def load_merged(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, attn_implementation: str = "auto"
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "auto",
+    has_rows_apart: bool = False,
 ) -> DecoderModel:
-    """As `load_causal_lm`, of a model's folder or of an adapter's.
+    """As `load_causal_lm`, of a model's folder, an adapter's, or a checkpoint's `trained`.
 
-    ValueError where the adapter was trained on another base than the one its config names.
+    New rows become part of embedding and head, or with `has_rows_apart` stay `additional_*` beside
+    them. ValueError where what trained belongs to another base than the one that it names.
     """
     base = base_folder(folder)
-    if base == folder:
-        return load_causal_lm(
-            folder, dtype=dtype, device=device, attn_implementation=attn_implementation
-        )
-    adapter = PretrainedAdapter(path=str(folder))
     spec, model = plan_causal_lm(base, dtype, attn_implementation)
-    adapter.apply(model, spec.layout)
-    source = source_of(base, spec, model)
-    if adapter.base_hash is not None:
-        advice = f"let {CONFIG} name the base that it was trained on"
-        check_base(hash_of_files(source), adapter.base_hash, advice)
-    values = adapter.values(model, source.values(model, spec.initializer_range, seed=0))
-    materialise(model, device, values)
+    if count := _num_new_rows(folder, spec):
+        with torch.device("meta"), SkipInit():
+            add_rows(model, spec.layout.embedding, count)
+    adapter = PretrainedAdapter(path=str(folder)) if (folder / CONFIG).is_file() else None
+    if adapter:
+        adapter.apply(model, spec.layout)
+    source = source_of(base if adapter else folder, spec, model)
+    stated = adapter.base_hash if adapter else source.base_hash
+    if stated is not None:
+        kept = {name: entry for name, entry in source.entries.items() if name not in source.own}
+        advice = f"let {CONFIG if adapter else BASE} name the base that it was trained on"
+        check_base(hash_of_files(replace(source, entries=kept)), stated, advice)
+    values = source.values(model, spec.initializer_range, seed=0)
+    materialise(model, device, adapter.values(model, values) if adapter else values)
     merge(model)
+    if not has_rows_apart:
+        merge_rows(model)
     return model.eval()

@@ -39,7 +39,9 @@ class Surroundings:
     @property
     def no_decay(self) -> tuple[str, ...]:
         """Endings of names of matrices that weight decay spares."""
-        return (f"{self.layout.embedding}.weight", *self.undecayed)
+        embedding = self.layout.embedding
+        rows = (f"{embedding}.weight", f"{embedding}.additional_embedding.weight")
+        return (*rows, *self.undecayed)
 
     def update(self, laid_out: LaidOut, *, is_offloaded: bool = False) -> Update:
         """Return the end of a step over materialised weights."""

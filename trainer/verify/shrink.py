@@ -7,7 +7,6 @@ from math import lcm
 from typing import Any
 
 from trainer.adapters.targets import ALL_LINEAR, fits
-from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
 from trainer.verify.made_labels import MadeLabels
 from trainer.verify.measure import ADAM_EPS
@@ -29,13 +28,13 @@ class Small:
 
 def shrink(run: Run) -> Small:
     """Return the small run in fp64; ValueError for a model that is read through transformers."""
-    spec = getattr(run.model, "spec", run.model)
+    spec: Any = getattr(run.model, "spec", run.model)
     if not run.model.layout.norm:
         raise ValueError(
             f"{type(run.model).__name__} is read through transformers, whose size is not ours to "
             "change; verify with a family of ours"
         )
-    small, notes = shrink_spec(spec)
+    small, notes = shrink_spec(replace(spec, additional_tokens=run.model.additional_tokens))
     frozen, lost = _frozen(run, small)
     if lost:
         notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
@@ -57,14 +56,16 @@ def shrink(run: Run) -> Small:
         notes.append("task.dropout=0")
         task = replace(task, dropout=0.0)
     rows = MadeRows(
-        vocab_size=small.vocab_size + getattr(small, "additional_vocab_size", 0),
+        vocab_size=small.vocab_size
+        + getattr(small, "additional_vocab_size", 0)
+        + len(small.additional_tokens),
         tokens=TOKENS,
         relabel=MadeLabels(labels=labels) if labels else None,
         images=(2, 3, IMAGE) if hasattr(small, "vision_config") else None,
     )
     changed = replace(
         run, model=small, task=task, engine=engine, optim=optim, precision="fp64", weights=RANDOM,
-        tokenizer="byte", freeze=FreezeSpec(frozen=frozen), adapter=adapter,
+        tokenizer="byte", freeze=replace(run.freeze, frozen=frozen), adapter=adapter,
         data=replace(run.data, micro_rows=rows.micro_rows),
     )  # fmt: skip
     return Small(run=changed, rows=rows, notes=tuple(notes))
