@@ -50,6 +50,7 @@ def run_new(base: Path, cache: Path, adapter: Any = ADAPTER, **changes: Any) -> 
     settings = {
         "freeze": NEW if adapter == ADAPTER else FreezeSpec(),
         "weights": "auto", "tokenizer": "auto", "max_steps": 3,
+        "data_max_documents": 20,
     }  # fmt: skip
     return tiny_run(cache, adapter=adapter, **settings | changes)
 
@@ -85,12 +86,20 @@ def test_new_rows_start_at_the_mean_of_the_others(cache: Path, model_folder: Pat
 def test_a_checkpoint_holds_what_trains_and_resumes_on_other_ranks(
     kind: str, tmp_path: Path, cache: Path, model_folder: Path
 ) -> None:
-    alone = CheckpointSpec(contents="trained")
     changes: dict[str, Any] = {"max_steps": 6, "save_every": 3, "optim": STRONG}
+    alone = {"checkpoint": CheckpointSpec(contents="trained"), "data_max_documents": 20}
     run = (
         run_new(model_folder, cache, **changes)
         if kind == "new rows"
-        else run_over(model_folder, cache, ADAPTER, freeze=PARTS, checkpoint=alone, **changes)
+        else run_over(
+            model_folder,
+            cache,
+            ADAPTER,
+            freeze=PARTS,
+            checkpoint=alone,
+            data_max_documents=20,
+            **changes,
+        )
     )
     run_ranks(1, train, tmp_path / "whole", run)
     with pytest.raises(RankFailedError):
