@@ -32,6 +32,7 @@ MANDATORY = {
     ],
     "experiment=sft": ["data.path={rows}", "model.path={folder}", "data.row_tokens=64"],
     "experiment=pretrain_tokens": ["data.path={tokens}", "eval_every=null"],
+    "freeze=new_tokens": ["model.additional_tokens=[self]"],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],
