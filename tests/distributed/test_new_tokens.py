@@ -13,14 +13,11 @@ from trainer.verify.measure import Answer
 
 LM, SEQUENCE, NEW = heads.CAUSAL_LM, heads.SEQUENCE, "new tokens"
 CASES = [
-    Case("ddp", "Gemma", LM, False, NEW),
     Case("fsdp", "Llama", LM, True, NEW),
-    Case("tp", "Llama", LM, True, NEW),
     Case("tp+sp", "Llama", LM, False, NEW),
     Case("tp+sp", "Gemma", LM, True, NEW),
     Case("pp", "GPT-BigCode (MQA)", LM, True, NEW),
     Case("zero 3", "Llama", LM, False, NEW),
-    Case("zero 2", "Gemma", LM, True, NEW),
     Case("fsdp", "Llama", SEQUENCE, False, NEW),
     Case("tp", "Idefics", LM, True, NEW),
     Case("tp+sp", "Llama", LM, True, NEW, "dora"),
