@@ -18,6 +18,7 @@ and the sentences of the Brown corpus (nltk), with every tenth file of each fold
 import json
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def tags(train: str, test: str) -> list[str]:
 
 def main(words: list[str]) -> int:
     """Print what the named function found."""
+    functions: dict[str, Callable[..., list[str]]]
     functions = {"split": split, "texts": texts, "tags": tags}
     if not words or words[0] not in functions:
         print(f"say which of {', '.join(functions)} to run", file=sys.stderr)

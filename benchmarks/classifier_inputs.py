@@ -48,10 +48,11 @@ def prepare(folder: Path, settings: Settings) -> list[str]:
     """Write weights with a new head, and the rows in our order; return our command's overrides."""
     from transformers import AutoModelForSequenceClassification
 
-    plain = _run([*settings.overrides, f"model.path={settings.model}"])
+    labels = _run([*settings.overrides, f"model.path={settings.model}"]).data.labels
+    assert labels is not None
     torch.manual_seed(settings.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        settings.model, num_labels=len(plain.data.labels.names), dtype=torch.float32
+        settings.model, num_labels=len(labels.names), dtype=torch.float32
     )
     model.save_pretrained(folder / WEIGHTS)
     for file in Path(settings.model).glob("*token*"):
@@ -67,6 +68,7 @@ def prepare(folder: Path, settings: Settings) -> list[str]:
     rows = [
         {"input_ids": b.input_ids[b.segment_ids > 0], "labels": int(b.class_labels[0, 0])}
         for b in batches
+        if b.class_labels is not None
     ]
     torch.save(rows, folder / ROWS)
     write_json(folder / FACTS, {

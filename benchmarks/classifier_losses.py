@@ -97,15 +97,12 @@ def _report(curves: dict[str, dict[str, Curve]]) -> list[dict[str, Any]]:
 
 def main(words: list[str]) -> int:
     """Print one line per side and layout, and add a row to the results."""
-    types = {field.name: field.type for field in fields(Settings)}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(Settings)}
     try:
         given = dict(word.split("=", 1) for word in words)
-        settings = Settings(**{
-            key: types[key](value) if callable(types[key]) else value
-            for key, value in given.items()
-        })  # fmt: skip
+        settings = Settings(**{key: kinds[key](value) for key, value in given.items()})
     except (KeyError, TypeError, ValueError) as error:
-        print(f"{error}: keys are {', '.join(types)}, as key=value", file=sys.stderr)
+        print(f"{error}: keys are {', '.join(kinds)}, as key=value", file=sys.stderr)
         return BAD_CONFIG
     curves = compare(settings)
     rows = _report(curves)

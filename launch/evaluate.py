@@ -112,7 +112,7 @@ def _composed(folder: Path, words: list[str], is_adapter: bool) -> dict[str, Any
     from launch.compose import compose
 
     base = folder
-    if is_adapter:
+    if is_adapter or (folder / "base.json").is_file():
         from trainer.adapters.merged import base_folder
 
         base = base_folder(folder)

@@ -62,10 +62,9 @@ def _value(text: str) -> Any:
 def _generate(folder: Path, options: dict[str, Any]) -> int:
     import torch
 
-    from trainer.adapters.merged import base_folder, load_merged
+    from trainer.adapters.merged import base_folder, load_merged, merged_spec
     from trainer.data.tokenizers import FileTokenizer
     from trainer.decoding import check_lengths, generate
-    from trainer.pretrained import spec_from
 
     precision = options.pop("precision", "fp32")
     is_json = convert(options.pop("json", False), bool, "json")
@@ -78,7 +77,7 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     spec = _spec(options, _stop_token_ids(base, tokenizer.eos_token_id))
     bos = [tokenizer.bos_token_id] if has_bos and tokenizer.bos_token_id is not None else []
     prompt = [*bos, *tokenizer.encode(text)]
-    model_spec = spec_from(base)
+    model_spec = merged_spec(folder)
     check_lengths([prompt], spec, model_spec.max_position_embeddings)
     if max(prompt) >= model_spec.vocab_size:
         raise ValueError(

@@ -119,10 +119,11 @@ def report_of(run: Any, options: Options) -> "Report":
     from launch.inspect_report import Report
     from trainer.inspection.counts import count
     from trainer.inspection.words import read_rows
+    from trainer.run_tokenizer import tokenizer_of
     from trainer.settle import settle
 
-    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
     run = settle(run)
+    tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
     loader, eval_loader = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
     batches = loader.step(options.step - 1).micro_batches
     return Report(

@@ -35,7 +35,7 @@ def _first_intact(steps: list[Path]) -> Path:
     from trainer.errors import StorageError
 
     for step in steps:
-        model = step / ("model" if (step / "model").exists() else "adapter")
+        model = next(step / n for n in ("model", "trained", "adapter") if (step / n).exists())
         try:
             files = read_manifest(step.resolve())["files"]
             own = {Path(n).name: e for n, e in files.items() if Path(n).parent.name == model.name}

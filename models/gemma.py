@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from models import heads
-from models.hf_config import read_config, read_rope
+from models.hf_config import drop_own, read_config, read_rope
 from models.layout import Layout
 from models.nn import backends
 from models.nn.activation import check_activation
@@ -63,6 +63,8 @@ class GemmaSpec:
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight in training."""
     hidden_act: str = "gelu_pytorch_tanh"
+    additional_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer gets, with rows of their own behind those of vocab_size."""
     attn_implementation: str = "auto"
     """Attention back-end: auto, eager (the reference), sdpa, flex, varlen or flash."""
 
@@ -127,7 +129,7 @@ class GemmaSpec:
     def hf_config(self, head: str = heads.CAUSAL_LM) -> dict[str, Any]:
         """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
         config = asdict(self)
-        config.pop("attn_implementation")
+        drop_own(config)
         return {
             "architectures": [self.architectures[head]],
             "model_type": self.model_type,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import heads
-from models.hf_config import read_config
+from models.hf_config import drop_own, read_config
 from models.layout import Layout
 from models.nn import backends
 from models.nn.activation import check_activation
@@ -77,6 +77,8 @@ class GPTBigCodeSpec:
     add_cross_attention: bool = False
     """A second attention in each block, over an encoder's states; needs multi_query=false."""
     tie_word_embeddings: bool = True
+    additional_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer gets, with rows of their own behind those of vocab_size."""
     attn_implementation: str = "auto"
     """Attention back-end: auto, eager (the reference), sdpa, flex, varlen or flash."""
 
@@ -156,7 +158,7 @@ class GPTBigCodeSpec:
     def hf_config(self, head: str = heads.CAUSAL_LM) -> dict[str, Any]:
         """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
         config = asdict(self)
-        config.pop("attn_implementation")
+        drop_own(config)
         architecture = self.architectures[head]
         return {"architectures": [architecture], "model_type": self.model_type, **config}
 

@@ -37,6 +37,8 @@ _NEUTRAL = (
 )  # fmt: skip
 
 
+OWN_KEYS = ("attn_implementation", "additional_tokens")
+"""Fields of our specs that no config.json holds."""
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -61,7 +63,7 @@ def read_config(
     that the spec has not are refused when they are set; `neutral` names those that do not matter.
     """
     kinds = {field.name: field.type for field in fields(spec)}
-    names = set(kinds) - {"rope_parameters", "attn_implementation"}
+    names = set(kinds) - {"rope_parameters", *OWN_KEYS}
     values = {**defaults, **{name: config[name] for name in names if name in config}}
     for key in names & set(config):
         _check_kind(key, config[key], kinds[key])
@@ -73,6 +75,12 @@ def read_config(
                 "numbers; remove the key if it does not, or train with model=hf_auto"
             )
     return values
+
+
+def drop_own(config: dict[str, Any]) -> None:
+    """Take out of a spec's fields, in place, what no config.json holds."""
+    for key in OWN_KEYS:
+        del config[key]
 
 
 def _check_kind(key: str, value: Any, kind: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from models import heads
-from models.hf_config import read_config, read_nested, read_rope
+from models.hf_config import drop_own, read_config, read_nested, read_rope
 from models.layout import Layout
 from models.nn import backends
 from models.nn.activation import check_activation
@@ -78,6 +78,8 @@ class IdeficsSpec:
     use_resampler: bool = False
     vision_config: VisionSpec = field(default_factory=VisionSpec)
     perceiver_config: PerceiverSpec = field(default_factory=PerceiverSpec)
+    additional_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer gets, with rows of their own behind those of vocab_size."""
     attn_implementation: str = "auto"
     """Back-end of attention in the text: auto, eager (the reference), sdpa, flex, varlen, flash."""
 
@@ -186,7 +188,7 @@ class IdeficsSpec:
         if head not in self.architectures:
             raise ValueError(f"Hugging Face has no Idefics with a head for {head}; use causal_lm")
         config = asdict(self)
-        config.pop("attn_implementation")
+        drop_own(config)
         for part in ("text", "vision"):
             key = f"freeze_{part}_module_exceptions"
             config[key] = list(config[key])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from models import heads
-from models.hf_config import read_config, read_rope
+from models.hf_config import drop_own, read_config, read_rope
 from models.layout import Layout
 from models.nn import backends
 from models.nn.attention import Attention
@@ -65,6 +65,8 @@ class LlamaSpec:
     hidden_act: str = "silu"
     pretraining_tp: int = 1
     """Compute linears in this many slices, as that many tensor-parallel ranks do: an oracle."""
+    additional_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer gets, with rows of their own behind those of vocab_size."""
     attn_implementation: str = "auto"
     """Attention back-end: auto, eager (the reference), sdpa, flex, varlen or flash."""
 
@@ -143,7 +145,7 @@ class LlamaSpec:
     def hf_config(self, head: str = heads.CAUSAL_LM) -> dict[str, Any]:
         """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
         config = {key: value for key, value in asdict(self).items() if value is not None}
-        config.pop("attn_implementation")
+        drop_own(config)
         return {
             "architectures": [self.architectures[head]],
             "model_type": self.model_type,

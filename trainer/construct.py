@@ -31,6 +31,7 @@ from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, num_matmul_weights
 from trainer.model_files import write_model_files
+from trainer.new_tokens import starting_at_mean
 from trainer.parallel.materialise import Values, random_values
 from trainer.phases import PhasedEngine
 from trainer.precision import PRECISIONS
@@ -101,7 +102,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
             PRECISIONS[run.precision].compute == torch.bfloat16 and engine.trained.is_all
         ),
     )
-    model_line, contents = describe_model(model), contents_of(run, model, ranks)
+    contents = contents_of(run, ranks)
     tokenizer, loader, eval_loader = build_data(run, ranks, mesh)
     checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer, contents)
     start.whereabouts.enter("resume")
@@ -114,7 +115,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
         banner=describe(
-            run, model_line, engine.trained, mesh, reason, ranks, loader, eval_loader, meter
+            run, describe_model(model), engine.trained, mesh, reason, ranks, loader, eval_loader, meter
         ),
     )  # fmt: skip
     evaluator = None
@@ -153,7 +154,8 @@ def _initial_values(run: Run, model: nn.Module) -> Values:
     """Of the whole model: how a weight starts may follow from its shape."""
     source, std = run.weight_source(model), run.model.initializer_range
     values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
-    return run.adapter.values(model, values)
+    given = frozenset(source.entries) if source else frozenset()
+    return run.adapter.values(model, starting_at_mean(model, values, given))
 
 
 def _checkpoints(

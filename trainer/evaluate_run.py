@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from trainer.adapters.contents import contents_of
 from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
 from trainer.engines.topology_free import NUM_THREADS
@@ -18,6 +19,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         torch.set_num_threads(NUM_THREADS)
     ranks = Ranks(Placement(), run.timeout_seconds)
     mesh = run.chosen_mesh(1)[0].build(ranks=ranks)
+    contents_of(run, ranks)  # refuses another base than that of what was trained
     engine = build_engine(run, run.trained_model(), ranks, mesh)
     loader = eval_data_of(run)
     evaluator = Evaluator(

@@ -8,6 +8,7 @@ from itertools import chain
 
 from torch import nn
 
+from trainer.new_tokens import train_new_rows
 from trainer.optim import Rules
 
 REGEX = "re:"
@@ -65,9 +66,16 @@ class FreezeSpec:
     """Patterns of parameter names, as in a group: `model.embed_tokens.*`."""
     groups: dict[str, Group] = field(default_factory=dict)
     """By a name of the user's choice; no parameter may be in two."""
+    new_tokens: bool = False
+    """Only the additional rows of the vocabulary train, and a classification head."""
 
     def __post_init__(self) -> None:
         _check("freeze.frozen", self.frozen)
+        if self.new_tokens and (freezes := self._freezing_names):
+            raise ValueError(
+                f"{freezes} has no effect beside freeze.new_tokens=true, which freezes all but the "
+                "new rows; take one of them out"
+            )
 
     @property
     def borders(self) -> tuple[int, ...]:
@@ -76,8 +84,17 @@ class FreezeSpec:
         return tuple(sorted(steps))
 
     @property
+    def last_phase(self) -> int:
+        """The first step that trains all that ever trains."""
+        return self.borders[-1] + 1 if self.borders else 1
+
+    @property
     def freezes(self) -> str | None:
         """The first setting that freezes something, as the user wrote it."""
+        return "freeze.new_tokens=true" if self.new_tokens else self._freezing_names
+
+    @property
+    def _freezing_names(self) -> str | None:
         if self.frozen:
             return f"freeze.frozen={list(self.frozen)}"
         for name, group in self.groups.items():
@@ -101,6 +118,8 @@ class FreezeSpec:
         ValueError where a pattern has no match, a parameter is in two groups, a setting of a group
         has no effect, or nothing is left to train.
         """
+        if self.new_tokens:
+            train_new_rows(model)
         members, parameters = self.members(model), dict(model.named_parameters())
         for name, group in self.groups.items():
             if not any(parameters[member].requires_grad for member in members[name]):
@@ -130,7 +149,7 @@ class FreezeSpec:
             for name, group in self.groups.items()
             if (left := kept(group.names))
         }
-        return FreezeSpec(frozen=kept(self.frozen), groups=groups)
+        return replace(self, frozen=kept(self.frozen), groups=groups)
 
     @property
     def patterns(self) -> list[str]:

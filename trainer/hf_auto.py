@@ -31,6 +31,8 @@ class HFAutoModel:
 
     path: str
     """Hugging Face folder: config.json, weights and tokenizer."""
+    additional_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer gets, with rows of their own behind those of vocab_size."""
     attn_implementation: str = "sdpa"
     """`sdpa` or `eager`."""
 
@@ -118,6 +120,12 @@ class HFCausalLM(nn.Module):
         object.__setattr__(self, "_model", model)
         for name, child in model.named_children():
             self.add_module(name, child)
+
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """Replace a module here and, where it is a child, in the model that computes."""
+        super().set_submodule(target, module, strict)
+        if "." not in target:
+            setattr(self._model, target, module)
 
     def train(self, mode: bool = True) -> "HFCausalLM":
         self._model.train(mode)

@@ -122,6 +122,8 @@ class PretrainedModel:
 
     path: str
     """Hugging Face folder: config.json, weights and tokenizer."""
+    additional_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer gets, with rows of their own behind those of vocab_size."""
     attn_implementation: str = "auto"
     """Attention back-end: auto, eager (the reference), sdpa, flex, varlen or flash."""
 

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from models.heads import CausalLMSpec
+from models.nn.decoupled import add_rows
 from models.nn.init import SkipInit
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.best import BestSpec
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.checkpoint.contents import check_contents
 from trainer.data.protocol import DataSpec
-from trainer.data.tokenizers import BPE
 from trainer.engines.protocol import EngineSpec, Surroundings
 from trainer.engines.topology_free import check_topology_free
 from trainer.freeze import FreezeSpec
@@ -22,8 +23,10 @@ from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import OptimSpec, Rules
 from trainer.precision import PRECISIONS
+from trainer.run_tokenizer import check_tokenizer
 from trainer.schedule import Schedule
 from trainer.tasks.protocol import Task
+from trainer.trainable import make_trainable
 from trainer.weights import WeightSource, match_weights
 
 AUTO, RANDOM = "auto", "random"
@@ -118,6 +121,10 @@ class Run:
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
             micro_batches=micro_batches, precision=PRECISIONS[self.precision],
         )  # fmt: skip
+        check_contents(
+            self.trained_model(self.freeze.last_phase), self.checkpoint.contents,
+            new_tokens=self.freeze.new_tokens, has_adapter=not isinstance(self.adapter, NoAdapter),
+        )  # fmt: skip
         self.weight_source(model)
 
     def _metric_names(self) -> tuple[str, ...]:
@@ -164,7 +171,9 @@ class Run:
 
     def rules(self, model: nn.Module) -> Rules:
         """Return how the weights of the planned model are updated; ValueError: without effect."""
-        no_decay = (f"{self.model.layout.embedding}.weight", *self.adapter.undecayed)
+        embedding = self.model.layout.embedding
+        rows = (f"{embedding}.weight", f"{embedding}.additional_embedding.weight")
+        no_decay = (*rows, *self.adapter.undecayed)
         return self.freeze.rules(model, no_decay, self.adapter.lr_ratios)
 
     def check_data(self) -> None:
@@ -178,43 +187,25 @@ class Run:
                 f"max_position_embeddings={self.model.max_position_embeddings}; "
                 "lower data.row_tokens"
             )
-        self._check_tokenizer()
-
-    def _check_tokenizer(self) -> None:
-        if self.tokenizer_setting == self.data.own_tokenizer == BPE:
-            return  # trained to fit, on the data
-        tokenizer = self.data.tokenizer(self.tokenizer_setting, self.model.vocab_size)
-        if tokenizer.vocab_size > self.model.vocab_size:
-            raise ValueError(
-                f"tokenizer={self.tokenizer_setting} has {tokenizer.vocab_size} tokens, "
-                f"model.vocab_size={self.model.vocab_size} has fewer rows; "
-                f"set model.vocab_size to {tokenizer.vocab_size} or more, or take another tokenizer"
-            )
-        self.data.check_encoding(tokenizer)
+        check_tokenizer(self.data, self.tokenizer_setting, self.model)
 
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""
         labels = self.data.labels  # reads files: not on the meta device
         with torch.device("meta"), SkipInit():
             model = self.task.build_model(self.model, labels)
+            if self.model.additional_tokens:
+                add_rows(model, self.model.layout.embedding, len(self.model.additional_tokens))
         return model.to(PRECISIONS[self.precision].master)
 
     def trained_model(self, step: int = 1) -> nn.Module:
         """Return the planned model with its adapters, frozen as optimizer step `step` needs it:
         what is laid out."""
-        if not isinstance(self.adapter, NoAdapter) and (freezes := self.freeze.freezes):
-            raise ValueError(
-                f"{freezes} has no effect on a model with adapters, which freezes all else; "
-                "set freeze=none"
-            )
         model = self.plan_model()
-        self.adapter.apply(model, self.model.layout)
-        self.freeze.apply(model, step)
-        if not isinstance(self.adapter, NoAdapter):
-            # No update ever needs more of them: each pass computes with these very numbers.
-            for parameter in model.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(PRECISIONS[self.precision].compute)
+        make_trainable(
+            model, self.adapter, self.freeze, layout=self.model.layout,
+            compute=PRECISIONS[self.precision].compute, step=step,
+        )  # fmt: skip
         return model
 
     @property

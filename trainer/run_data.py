@@ -6,6 +6,7 @@ from trainer.distributed import Ranks
 from trainer.errors import DataError
 from trainer.mesh import Mesh
 from trainer.run import Run
+from trainer.run_tokenizer import tokenizer_of
 
 
 def build_data(
@@ -24,7 +25,7 @@ def data_of(
 
     ValueError or DataError for data that cannot serve.
     """
-    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
+    tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
     loader, eval_loader = run.data.build(
         tokenizer=tokenizer, seed=run.seed, rank=rank, num_ranks=num_ranks
     )
@@ -38,7 +39,7 @@ def data_of(
 
 def eval_data_of(run: Run) -> EvalLoader:
     """Return what a single process evaluates; ValueError where nothing is held out."""
-    tokenizer = run.data.tokenizer(run.tokenizer_setting, run.model.vocab_size)
+    tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
     loader = run.data.build_eval(tokenizer=tokenizer)
     if loader is None:
         raise ValueError("none of the data's documents is held out; set data.eval_path")

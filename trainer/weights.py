@@ -2,17 +2,21 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.lora import adapter_names
+from models.nn.decoupled import new_rows
+from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import Entry, read_elements, read_entries, read_header
 from trainer.errors import StorageError
+from trainer.files import read_json
 from trainer.parallel.materialise import Values, random_values
 from trainer.parallel.pieces import named_pieces, tied_names, unique_parameters
 from trainer.pieces import Piece
@@ -29,7 +33,13 @@ class WeightSource:
     entries: dict[str, Entry]
     """By parameter name of the model."""
     fresh: tuple[str, ...]
-    """Parameters of a new head, which no file of another head has, and of adapters."""
+    """Parameters of a new head, which no file of another head has, of adapters and new rows."""
+    base_hash: str | None = None
+    """What a checkpoint that holds its trained weights alone says of all others."""
+    own: frozenset[str] = frozenset()
+    """Names of the weights that such a checkpoint holds."""
+    is_seeded: bool = False
+    """Whether all others come from a seed, as in the run that left that checkpoint."""
 
     def values(self, model: nn.Module, std: float, seed: int) -> Values:
         """Return what fills each piece: the file's numbers, or random ones for what is new."""
@@ -98,7 +108,12 @@ def match_weights(
     prefix, old buffers (`ignored` patterns), another head than the model's (that one is dropped and
     the model's own starts fresh). Raises ValueError for a tensor that is missing, unknown, of
     another shape, or an alias that differs from what it is tied to.
+
+    Rows of new tokens may be in the file behind the others, apart, or not at all: then they start
+    anew. A checkpoint that holds only what trained brings its base.
     """
+    if (folder / BASE).is_file():
+        return _on_base(folder, model, trunk_name=trunk_name, head_name=head_name, ignored=ignored)
     entries = {
         name: entry
         for name, entry in weight_entries(folder).items()
@@ -109,6 +124,8 @@ def match_weights(
     _drop_aliases(folder, entries, tied_names(model))
     wanted = named_pieces(unique_parameters(model))
     adapters = {name: wanted.pop(name) for name in adapter_names(model)}
+    _split_rows(entries, wanted, new_rows(model))
+    rows = tuple(name for name in new_rows(model) if name not in entries)
     has_head = any(name.startswith(f"{head_name}.") for name in entries)
     fresh = tuple(n for n in wanted if n.startswith(f"{head_name}.") and not has_head)
     if fresh and head_name == "lm_head":
@@ -116,8 +133,47 @@ def match_weights(
     if fresh:
         log.info("%s has no %s: %s start from random values", folder, head_name, ", ".join(fresh))
         entries = {n: e for n, e in entries.items() if n.startswith(f"{trunk_name}.")}
-    _check(folder, entries, wanted, fresh)
-    return WeightSource(folder=folder, entries=entries, fresh=(*fresh, *adapters))
+    _check(folder, entries, wanted, (*fresh, *rows))
+    return WeightSource(folder=folder, entries=entries, fresh=(*fresh, *rows, *adapters))
+
+
+def _split_rows(entries: dict[str, Entry], wanted: dict[str, Piece], new: dict[str, str]) -> None:
+    """Take new rows from behind those in front of them, where the file has them in one matrix."""
+    for name, front in new.items():
+        whole, rows = entries.get(front), wanted[front].shape[0]
+        shape = (rows + wanted[name].shape[0], wanted[name].width)
+        if name not in entries and whole is not None and whole.shape == shape:
+            cut = whole.offset(rows * shape[1])
+            entries[front] = replace(whole, shape=wanted[front].shape, stop=cut)
+            entries[name] = replace(whole, shape=wanted[name].shape, start=cut)
+
+
+def _on_base(folder: Path, model: nn.Module, **names: Any) -> WeightSource:
+    """Match a checkpoint that holds what trained to its base, and put the two together."""
+    stated = read_json(folder / BASE)
+    wanted = named_pieces(unique_parameters(model))
+    own = {
+        n: replace(e, file=str((folder / e.file).resolve()))
+        for n, e in read_entries(folder).items()
+    }
+    _check(folder, own, {name: piece for name, piece in wanted.items() if name in own}, ())
+    if stated["weights"] is None:
+        others = tuple(name for name in wanted if name not in own)
+        return WeightSource(
+            folder=folder, entries=own, fresh=others, base_hash=stated["xxh3"],
+            own=frozenset(own), is_seeded=True,
+        )  # fmt: skip
+    if not Path(stated["weights"]).is_dir():
+        raise ValueError(
+            f"{folder / BASE}: weights={stated['weights']} is no folder here; write there where "
+            "the base is"
+        )
+    base = match_weights(Path(stated["weights"]), model, **names)
+    fresh = tuple(name for name in base.fresh if name not in own)
+    return replace(
+        base, entries=base.entries | own, fresh=fresh, base_hash=stated["xxh3"],
+        own=frozenset(own),
+    )  # fmt: skip
 
 
 def _drop_aliases(folder: Path, entries: dict[str, Entry], ties: dict[str, str]) -> None:

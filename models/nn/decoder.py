@@ -34,9 +34,13 @@ class ScaledEmbedding(nn.Embedding):
         self.scale = scale
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        x_BTD = super().forward(ids_BT)
-        # sqrt(3072) is 55.5 in bf16. Rounded on the CPU: no host sync.
-        return x_BTD * torch.tensor(self.scale, dtype=x_BTD.dtype, device="cpu").item()
+        return scaled(super().forward(ids_BT), self.scale)
+
+
+def scaled(x_BTD: Tensor, scale: float) -> Tensor:
+    """Return x times `scale` as rounded to its dtype: sqrt(3072) is 55.5 in bf16."""
+    # Rounded on the CPU: no host sync.
+    return x_BTD * torch.tensor(scale, dtype=x_BTD.dtype, device="cpu").item()
 
 
 class DecoderBlock(nn.Module):

@@ -36,8 +36,9 @@ class VisionTextTrunk(nn.Module):
         # An image mask is any pattern, no segments: only a dense mask can say it.
         dense = Eager() if spec.attn_implementation == "eager" else Sdpa()
         self.embed_tokens = DecoupledEmbedding(
-            spec.vocab_size, spec.additional_vocab_size, spec.hidden_size, spec.pad_token_id
-        )
+            spec.vocab_size, spec.additional_vocab_size, spec.hidden_size, spec.pad_token_id,
+            std=spec.hidden_size**-0.5,
+        )  # fmt: skip
         self.vision_model = VisionTower(spec.vision_config, dense)
         if spec.use_resampler:
             self.perceiver_resampler = PerceiverResampler(

@@ -40,6 +40,7 @@ LAYOUTS: dict[str, MeshSpec] = {
 }
 ZERO = {"zero 1": 1, "zero 2": 2, "zero 3": 3, "zero 2 x tp": 2, "zero 3 x cp": 3}
 HEADS = (heads.CAUSAL_LM, heads.SEQUENCE, heads.TOKEN)
+NEW_TOKENS = ("<a>", "<b>", "<c>")
 OPTIONS = ("plain", "frozen", "accumulation", "one document", "checkpointing")
 AXES: dict[str, tuple[Any, ...]] = {
     "layout": tuple(LAYOUTS),
@@ -95,19 +96,32 @@ class Case:
         """Return the run of this case: in fp64, but for DeepSpeed."""
         return tiny_run(
             cache,
-            model=spec_of(self.family, self.tied),
+            model=self.spec,
             task=HeadTask(head=self.head),
             mesh=self.mesh,
             engine=self.engine(),
-            freeze=FreezeSpec(frozen=FROZEN[self.family] if self.option == "frozen" else ()),
+            freeze=FreezeSpec(
+                frozen=FROZEN[self.family] if self.option == "frozen" else (),
+                new_tokens=self.option == "new tokens" and self.adapter == "none",
+            ),
             adapter=adapter_of(self.adapter, self.family),
             precision="fp32" if self.layout in ZERO else "fp64",
         )
 
-    def rows(self) -> MadeRows:
+    @property
+    def spec(self) -> Any:
         spec = spec_of(self.family, self.tied)
+        if "new tokens" not in self.option:
+            return spec
+        own = {"additional_vocab_size": 0} if self.family == "Idefics" else {}
+        return replace(spec, additional_tokens=NEW_TOKENS, **own)
+
+    def rows(self) -> MadeRows:
+        spec = self.spec
         return MadeRows(
-            vocab_size=spec.vocab_size + getattr(spec, "additional_vocab_size", 0),
+            vocab_size=spec.vocab_size
+            + getattr(spec, "additional_vocab_size", 0)
+            + len(spec.additional_tokens),
             micro_rows=1 if self.option == "accumulation" else 2,
             packed=self.option != "one document",
             relabel=HeadTask(head=self.head).relabel,

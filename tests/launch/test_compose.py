@@ -38,6 +38,7 @@ MANDATORY = {
     "freeze=groups": [
         "freeze.groups.low.names=['model.layers.[0-1].*']", "freeze.groups.low.unfreeze_at=9",
     ],
+    "freeze=new_tokens": ["model.additional_tokens=[self]"],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],

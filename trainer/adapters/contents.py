@@ -1,5 +1,6 @@
-"""What of an adapted run's weights goes into its checkpoints."""
+"""What of a run's weights goes into its checkpoints: all, or what trains beside a base."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -12,41 +13,60 @@ from trainer.adapters.files import (
     hash_of_files,
     hash_of_seed,
 )
-from trainer.checkpoint.contents import BASE, Contents
+from trainer.checkpoint.contents import BASE, TRAINED, Contents, is_trained_alone
 from trainer.distributed import Ranks
 from trainer.run import Run
+from trainer.weights import WeightSource
 
 ADAPTER = "adapter"
 
 
-def contents_of(run: Run, model: nn.Module, ranks: Ranks) -> Contents:
-    """Return what to save of the planned model: all of it, or what trains beside a frozen base.
+def contents_of(run: Run, ranks: Ranks) -> Contents:
+    """Return what to save of the model: all of it, or what ever trains beside a frozen base.
 
-    ValueError where a given adapter belongs to another base. Collective.
+    ValueError where what a run starts from belongs to another base. Collective.
     """
+    model = run.trained_model(run.freeze.last_phase)
     config = run.adapter.peft_config(model)
-    if config is None:
+    is_alone = is_trained_alone(run.checkpoint.contents, new_tokens=run.freeze.new_tokens)
+    if config is None and not is_alone:
         return Contents()
     source = run.weight_source(model)
-    base_hash = (
-        hash_of_files(source, ranks)
-        if source
-        else hash_of_seed(
-            seed=run.seed,
-            std=run.model.initializer_range,
-            shapes={n: list(p.shape) for n, p in model.named_parameters() if not p.requires_grad},
+    if config is not None and source is not None and source.base_hash is not None:
+        raise ValueError(
+            f"weights={source.folder} and an adapter would be saved without what was trained "
+            "before; export the checkpoint first, and give that folder as model.path"
         )
-    )
-    check_base(base_hash, run.adapter.base_hash, "set model.path (or weights) to that base")
-    base = str(Path(source.folder).resolve()) if source else None
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    base_hash = _hash(run, model, source, trained if config is None else frozenset(), ranks)
+    stated = run.adapter.base_hash or (source.base_hash if source else None)
+    check_base(base_hash, stated, "set model.path (or weights) to that base")
+    base = str(Path(source.folder).resolve()) if source and not source.is_seeded else None
+    files = {BASE: {"xxh3": base_hash, "weights": base}}
+    if config is None:
+        return Contents(
+            folder=TRAINED, stem=TRAINED, names=trained, base_hash=base_hash, files=files
+        )
+    files[CONFIG] = {"base_model_name_or_path": base, **config}
     return Contents(
-        folder=ADAPTER,
-        stem=Path(WEIGHTS).stem,
-        prefix=PREFIX,
-        names=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
-        base_hash=base_hash,
-        files={
-            CONFIG: {"base_model_name_or_path": base, **config},
-            BASE: {"xxh3": base_hash, "weights": base},
-        },
+        folder=ADAPTER, stem=Path(WEIGHTS).stem, prefix=PREFIX, names=trained,
+        base_hash=base_hash, files=files,
+    )  # fmt: skip
+
+
+def _hash(
+    run: Run,
+    model: nn.Module,
+    source: WeightSource | None,
+    trained: frozenset[str],
+    ranks: Ranks,
+) -> str:
+    """Return the hash of the base; `trained` of its tensors are no part of it. Collective."""
+    if source is not None and not source.is_seeded:
+        kept = {name: entry for name, entry in source.entries.items() if name not in trained}
+        return hash_of_files(replace(source, entries=kept), ranks)
+    return hash_of_seed(
+        seed=run.seed,
+        std=run.model.initializer_range,
+        shapes={n: list(p.shape) for n, p in model.named_parameters() if not p.requires_grad},
     )

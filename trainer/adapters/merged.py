@@ -1,23 +1,53 @@
-"""A model with an adapter, ready for use: base and adapter in one set of plain weights."""
+"""A model with what trained beside it, ready for use: all of it in one set of plain weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.lora import merge
+from models.nn.decoupled import add_rows, merge_rows
+from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
-from trainer.adapters.files import CONFIG, check_base, hash_of_files
+from trainer.adapters.files import CONFIG, check_base, hash_of_files, read_keys
 from trainer.adapters.pretrained import PretrainedAdapter
+from trainer.checkpoint.contents import BASE
+from trainer.checkpoint.tensor_file import read_entries
 from trainer.parallel.materialise import materialise
 from trainer.planned import plan_model
-from trainer.pretrained import plan_causal_lm, read_hf_config, source_of
+from trainer.pretrained import plan_causal_lm, read_hf_config, source_of, spec_from
+
+NEW_ROWS = ".additional_embedding.weight"
 
 
 def base_folder(folder: Path) -> Path:
-    """Return the model's own folder: of an adapter its base, else the folder itself."""
-    is_adapter = (folder / CONFIG).is_file()
-    return PretrainedAdapter(path=str(folder)).base if is_adapter else folder
+    """Return the model's own folder: of what trained beside a base the base, else the folder."""
+    if (folder / CONFIG).is_file():
+        return PretrainedAdapter(path=str(folder)).base
+    if not (folder / BASE).is_file():
+        return folder
+    named = read_keys(folder / BASE)["weights"]
+    if not named or not Path(named).is_dir():
+        raise ValueError(
+            f"{folder / BASE}: weights={named!r} is no folder here; write there where the base is "
+            "(one that started from random weights is in no folder)"
+        )
+    return Path(named)
+
+
+def merged_spec(folder: Path) -> Any:
+    """Return the family's spec of what `load_merged` loads: new rows count as vocabulary."""
+    spec = spec_from(base_folder(folder))
+    return replace(spec, vocab_size=spec.vocab_size + _num_new_rows(folder, spec))
+
+
+def _num_new_rows(folder: Path, spec: Any) -> int:
+    """Return how many rows of `folder` the model has not by itself."""
+    if getattr(spec, "additional_vocab_size", 0):
+        return 0  # its own
+    entries = read_entries(folder).items()
+    return next((entry.shape[0] for name, entry in entries if name.endswith(NEW_ROWS)), 0)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -27,22 +57,31 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def load_merged(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, attn_implementation: str = "auto"
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "auto",
+    has_rows_apart: bool = False,
 ) -> DecoderModel:
-    """As `load_causal_lm`, of a model's folder or of an adapter's.
+    """As `load_causal_lm`, of a model's folder, an adapter's, or a checkpoint's `trained`.
 
-    ValueError where the adapter was trained on another base than the one its config names.
+    New rows become part of embedding and head, or with `has_rows_apart` stay `additional_*` beside
+    them. ValueError where what trained belongs to another base than the one that it names.
     """
     spec_and_model = plan_causal_lm(base_folder(folder), dtype, attn_implementation)
     model = _filled(folder, *spec_and_model, device)
     merge(model)
+    if not has_rows_apart:
+        merge_rows(model)
     return model
 
 
 def load_as_trained(folder: Path, *, dtype: torch.dtype, device: torch.device) -> DecoderModel:
-    """Return the model with its adapter beside it, under the head that config.json names.
+    """Return the model with adapter and new rows beside it, under the head that config.json names.
 
-    Also of families that are not ours; `merge` makes it one set of weights. Errors of load_merged.
+    Also of families that are not ours. `merge` and `merge_rows` make it one set of weights. Errors
+    of load_merged.
     """
     planned = plan_model(base_folder(folder), config_of(folder), dtype, attn_implementation="eager")
     return _filled(folder, *planned, device)
@@ -51,16 +90,21 @@ def load_as_trained(folder: Path, *, dtype: torch.dtype, device: torch.device) -
 def _filled(folder: Path, spec: Any, model: DecoderModel, device: torch.device) -> DecoderModel:
     """Fill the planned model of `folder` with the weights there, and those of its base."""
     base = base_folder(folder)
-    adapter = PretrainedAdapter(path=str(folder)) if base != folder else None
-    if adapter is not None:
+    if count := _num_new_rows(folder, spec):
+        with torch.device("meta"), SkipInit():
+            add_rows(model, spec.layout.embedding, count)
+    adapter = PretrainedAdapter(path=str(folder)) if (folder / CONFIG).is_file() else None
+    if adapter:
         adapter.apply(model, spec.layout)
-    source = source_of(base, spec, model)
-    if adapter is not None and adapter.base_hash is not None:
-        advice = f"let {CONFIG} name the base that it was trained on"
-        check_base(hash_of_files(source), adapter.base_hash, advice)
-    given = adapter.entries if adapter is not None else {}
+    source = source_of(base if adapter else folder, spec, model)
+    stated = adapter.base_hash if adapter else source.base_hash
+    if stated is not None:
+        kept = {name: entry for name, entry in source.entries.items() if name not in source.own}
+        advice = f"let {CONFIG if adapter else BASE} name the base that it was trained on"
+        check_base(hash_of_files(replace(source, entries=kept)), stated, advice)
+    given = adapter.entries if adapter else {}
     if absent := [name for name in source.fresh if name not in given]:
         raise ValueError(f"{folder} has no {absent[0]}, which its config.json promises; train it")
     values = source.values(model, spec.initializer_range, seed=0)
-    materialise(model, device, adapter.values(model, values) if adapter is not None else values)
+    materialise(model, device, adapter.values(model, values) if adapter else values)
     return model.eval()

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from models.layout import Layout
+from models.nn.decoupled import new_rows
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pieces import tied_names
 
@@ -77,12 +78,13 @@ def _refuse_target(pattern: str, linears: list[str], model: nn.Module, layout: L
 
 
 def find_saved(model: nn.Module, patterns: tuple[str, ...], targets: list[str]) -> list[str]:
-    """Return the modules that train as a whole: those named, and a head that is no lm_head.
+    """Return what trains as a whole: modules named, new rows, and a head that is no lm_head.
 
     ValueError where a pattern names none, or one that is tied or adapted.
     """
     head = str(model.head_name)
     found = [] if head == LM_HEAD else [head]
+    found += [name.removesuffix(".weight") for name in new_rows(model)]
     modules = [name for name, module in model.named_modules() if list(module.parameters())]
     for pattern in patterns:
         key = f"adapter.modules_to_save={pattern!r}"
@@ -93,7 +95,7 @@ def find_saved(model: nn.Module, patterns: tuple[str, ...], targets: list[str]) 
                 f"{key} matches no module with weights; correct it, "
                 f"for example to {', '.join(nearest) or head}"
             )
-        for name in matches:
+        for name in [name for name in matches if name not in found]:
             if _ties(model, name):
                 raise ValueError(
                     f"{key}: head and embedding are tied, and peft would untie them when it loads "
@@ -101,7 +103,7 @@ def find_saved(model: nn.Module, patterns: tuple[str, ...], targets: list[str]) 
                 )
             if any(_is_in(target, (name,)) for target in targets):
                 raise ValueError(f"{key} has an adapter too; take it out of adapter.targets")
-        found += [name for name in matches if name not in found]
+            found.append(name)
     return found
 
 

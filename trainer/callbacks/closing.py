@@ -9,6 +9,11 @@ from trainer.generation import sample
 from trainer.progress import Progress
 
 log = logging.getLogger(__name__)
+CONTENTS = {
+    "model": "opens in transformers as it is",
+    "adapter": "opens in peft as it is",
+    "trained": "what trained, and which base it belongs to",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +61,9 @@ class ClosingCallback(Callback):
             log.info("%s", "\n".join(f"  | {line}" for line in text.splitlines()))
         log.info("\nsaved:")
         if self.checkpoint is not None:
-            model, reader = self.checkpoint / "model", "transformers"
-            if not model.exists():  # the base does not train
-                model, reader = self.checkpoint / "adapter", "peft"
-            log.info("  %-12s %s  (opens in %s as it is)", model.name, model, reader)
+            for name, note in CONTENTS.items():
+                if (self.checkpoint / name).exists():
+                    log.info("  %-12s %s  (%s)", name, self.checkpoint / name, note)
             log.info("  %-12s %s", "checkpoint", self.checkpoint)
             best = self.checkpoint.with_name("best")
             if best.is_file():

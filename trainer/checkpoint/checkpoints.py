@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.checkpoint import commit
 from trainer.checkpoint.commit import FilePiece
-from trainer.checkpoint.contents import Contents
+from trainer.checkpoint.contents import AUTO, CHOICES, Contents
 from trainer.checkpoint.loading import STATE, load
 from trainer.checkpoint.lock import RunLock
 from trainer.checkpoint.tensor_file import TensorFiles, own_ranges, plan, write_index
@@ -33,8 +33,15 @@ class CheckpointSpec:
     """Newest checkpoints that stay on disk."""
     max_file_gb: float = 5.0
     """Largest weight file, in 1e9 bytes; a larger model is split as Hugging Face splits it."""
+    contents: str = AUTO
+    """`model`, all weights; `trained`, those that train and the hash of all others; `auto`: trained
+    with freeze=new_tokens, else model. An adapter is always saved alone."""
 
     def __post_init__(self) -> None:
+        if self.contents not in CHOICES:
+            raise ValueError(
+                f"checkpoint.contents={self.contents}: set it to {' or '.join(CHOICES)}"
+            )
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep={self.keep} would keep none; set it to 1 or more")
         if self.max_file_gb <= 0:

@@ -4,10 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from models.nn.decoupled import new_rows
 from trainer.files import read_json
 from trainer.pieces import Piece
 
-MODEL, BASE = "model", "base.json"
+MODEL, TRAINED, AUTO = CHOICES = ("model", "trained", "auto")
+BASE = "base.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,11 @@ class Contents:
         """Raise ValueError where the step was trained on another base."""
         if self.base_hash is None:
             return
+        if not (step / self.folder / BASE).is_file():
+            raise ValueError(
+                f"{step} holds no {self.folder}/: it was saved with other contents; set "
+                "checkpoint.contents as it was then, or start anew with resume=never"
+            )
         found = read_json(step / self.folder / BASE)
         if found["xxh3"] != self.base_hash:
             raise ValueError(
@@ -45,3 +54,25 @@ class Contents:
                 f"{found['xxh3']}; this one has {self.base_hash}; give that base, or start anew "
                 "with resume=never"
             )
+
+
+def is_trained_alone(setting: str, *, new_tokens: bool) -> bool:
+    """Whether checkpoint.contents comes to what trains alone, where there is no adapter."""
+    return setting == TRAINED or (setting == AUTO and new_tokens)
+
+
+def check_contents(model: nn.Module, setting: str, *, new_tokens: bool, has_adapter: bool) -> None:
+    """Raise ValueError where checkpoints of the planned model cannot hold what `setting` says."""
+    key = f"checkpoint.contents={setting}"
+    if has_adapter and setting != AUTO:
+        raise ValueError(
+            f"{key} has no effect with an adapter, which is saved without its base; set it to auto"
+        )
+    if setting == TRAINED and all(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{key} and everything trains; set it to model, or freeze something")
+    is_whole = not has_adapter and not is_trained_alone(setting, new_tokens=new_tokens)
+    if is_whole and new_rows(model):
+        raise ValueError(
+            f"model.additional_tokens with {key} would leave model folders that transformers "
+            "cannot read; set freeze=new_tokens, adapter=lora or checkpoint.contents=trained"
+        )

@@ -92,7 +92,12 @@ class TokenFolder:
         return found
 
     def check_encoding(self, tokenizer: Tokenizer) -> None:
-        """Do nothing: the documents are made."""
+        """Raise ValueError for another tokenizer than the documents were made with."""
+        if tokenizer.fingerprint != self._vocabulary.tokenizer:
+            raise ValueError(
+                f"model.additional_tokens: the shards of {self.own_tokenizer} were made without "
+                "them; tokenise the text again with a tokenizer that has them"
+            )
 
     @property
     def _vocabulary(self) -> Vocabulary:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.lora import merge
+from models.nn.decoupled import merge_rows, new_rows
 from models.nn.model import DecoderModel
 from trainer.adapters.merged import load_as_trained
 from trainer.data.tokenizer_config import CONFIG_FILE, read_tokenizer_config
@@ -83,6 +84,7 @@ def export(
     asked = prompts_of(tokenizer, prompts, longest, int(config["vocab_size"]))
     exact = _logits(model, asked)
     merge(model)
+    merge_rows(model)
     with _staging(output) as staging:
         _cast(model, chosen)
         save_pretrained(staging, model, config, max_file_gb=max_shard_gb)
@@ -124,6 +126,8 @@ def _staging(output: Path) -> Iterator[Path]:
 def written_config(source: Source, model: DecoderModel) -> dict[str, Any]:
     """Return config.json without what would be untrue of the export."""
     kept = {key: value for key, value in source.config.items() if key not in _STALE}
+    if rows := [model.get_parameter(name).shape[0] for name in new_rows(model)]:
+        kept["vocab_size"] += rows[0]
     pad = source.tokenizer.pad_token_id
     return {"pad_token_id": pad, **kept} if kept.get("pad_token_id") is None else kept
 

@@ -135,7 +135,7 @@ class _Asked:
         return whole(pieces, self.ranks, self.complaints)
 
     def _checkpoints(self, folder: Path) -> Checkpoints:
-        contents = contents_of(self.run, self.run.trained_model(), self.ranks)
+        contents = contents_of(self.run, self.ranks)
         return Checkpoints(
             self.run.checkpoint,
             folder,

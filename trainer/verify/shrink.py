@@ -30,13 +30,13 @@ class Small:
 
 def shrink(run: Run) -> Small:
     """Return the small run in fp64; ValueError for a model that is read through transformers."""
-    spec = getattr(run.model, "spec", run.model)
+    spec: Any = getattr(run.model, "spec", run.model)
     if not run.model.layout.norm:
         raise ValueError(
             f"{type(run.model).__name__} is read through transformers, whose size is not ours to "
             "change; verify with a family of ours"
         )
-    small, notes = shrink_spec(spec)
+    small, notes = shrink_spec(replace(spec, additional_tokens=run.model.additional_tokens))
     adapter, more = _adapter(run, small)
     notes += more
     whole = replace(run, model=small, adapter=adapter, freeze=FreezeSpec()).trained_model()
@@ -67,7 +67,9 @@ def shrink(run: Run) -> Small:
         weights = {name: place + 1.0 for place, name in enumerate(labels.names)}
         task = replace(task, class_weights=weights)
     rows = MadeRows(
-        vocab_size=small.vocab_size + getattr(small, "additional_vocab_size", 0),
+        vocab_size=small.vocab_size
+        + getattr(small, "additional_vocab_size", 0)
+        + len(small.additional_tokens),
         tokens=TOKENS,
         relabel=MadeLabels(labels=labels) if labels else None,
         images=(2, 3, IMAGE) if hasattr(small, "vision_config") else None,
