@@ -9,7 +9,7 @@ from torch import nn
 from models.layout import Layout
 from models.nn.classifiers import PLAIN, Emphasis, SequenceClassifier, TokenClassifier
 from models.nn.model import DecoderModel
-from models.preferences import PreferenceModel, RewardHead
+from models.nn.preferences import PreferenceModel, RewardHead
 
 CAUSAL_LM = "causal_lm"
 SEQUENCE = "sequence_classification"

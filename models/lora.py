@@ -5,8 +5,7 @@ Source: Hu et al. 2022 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoR
 et al. 2022 (IA3, section 3.3).
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,6 @@ MAGNITUDE = "lora_magnitude_vector"
 
 class AdaptedLinear(SummedLinear):
     """A linear with an adapter, which can be computed into its weights."""
-
-    is_on = True
-    """False: the linear alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_on:
-            return super().forward(x)
-        return SummedLinear.finish(self, self.reduce(SummedLinear.product(self, x)))
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight, bias) of the plain linear that computes the same, dropout aside."""
@@ -186,22 +177,6 @@ def adapter_names(model: nn.Module) -> list[str]:
         for own, _ in module.named_parameters()
         if own not in SummedLinear.output_rows
     ]
-
-
-@contextmanager
-def base_alone(model: nn.Module) -> Iterator[None]:
-    """Compute as the model without adapters does, and without dropout."""
-    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-    was_training = model.training
-    model.eval()
-    for linear in adapted:
-        linear.is_on = False
-    try:
-        yield
-    finally:
-        for linear in adapted:
-            linear.is_on = True
-        model.train(was_training)
 
 
 def merge(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from models.heads import CausalLMSpec
 from models.nn.init import SkipInit
+from models.nn.preferences import PreferenceModel
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.best import BestSpec
 from trainer.callbacks.protocol import CallbackSpec
@@ -22,6 +23,7 @@ from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
+from trainer.tasks.preferences import check_reference
 from trainer.tasks.protocol import Task
 from trainer.weights import WeightSource, match_weights
 
@@ -199,6 +201,8 @@ class Run:
         model = self.plan_model()
         self.freeze.apply(model)
         self.adapter.apply(model, self.model.layout)
+        if isinstance(model, PreferenceModel):
+            check_reference(model)
         if not isinstance(self.adapter, NoAdapter):
             # No update ever needs more of them: each pass computes with these very numbers.
             for parameter in model.parameters():

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.lora import base_alone
 from models.nn.cache import Cache
 from models.nn.classifiers import SequenceClassifier
 from models.nn.head import IGNORED, Loss
+from models.nn.linear import base_alone
 from models.nn.model import DecoderModel
 
 
