@@ -59,10 +59,6 @@ class PreferenceEncoder:
         whole = [_CHAT.encode(chat, tokenizer) for chat in self._chats(row)]
         chosen, rejected = (one.input_ids[: self.max_tokens] for one in whole)
         shared = _num_shared(chosen, rejected)
-        if shared == len(chosen) == len(rejected):
-            raise BadRowError(
-                f"{self.chosen} and {self.rejected} are the same, so none is preferred; drop it"
-            )
         prompt = min(map(_first_trained, whole))
         if row.get(self.prompt):
             if shared < prompt:
@@ -73,6 +69,10 @@ class PreferenceEncoder:
             raise BadRowError(
                 f"the prompt has {prompt} tokens, so data.encoder.max_tokens={self.max_tokens} "
                 "leaves no answer; raise it, or drop the row"
+            )
+        if shared == len(chosen) == len(rejected):
+            raise BadRowError(
+                f"{self.chosen} and {self.rejected} are the same, so none is preferred; drop it"
             )
         is_cut = len(chosen) + len(rejected) < sum(len(one.input_ids) for one in whole)
         notes = (Note("pairs cut to data.encoder.max_tokens", str(self.max_tokens)),) * is_cut

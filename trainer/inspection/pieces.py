@@ -56,9 +56,9 @@ def pieces_of(batch: Batch, row: int, labels: Labels | None) -> list[Piece]:
         targets = batch.labels[row, start:stop].numpy()
         if batch.class_labels is not None and labels and segment != PADDING:
             targets = batch.class_labels[row, (segment - 1) // (1 + has_pairs)].numpy()
-            answers = _answers(targets, labels)
-            if has_pairs:
-                answers = (("chosen", "rejected")[(segment - 1) % 2],)
+            answers = (("chosen", "rejected")[(segment - 1) % 2],)
+            if not has_pairs:
+                answers = _answers(targets, labels)
         piece = Piece(
             segment=segment, start=start, stop=stop, answers=answers,
             provenance="" if segment == PADDING else next(places),
