@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from models.heads import CAUSAL_LM
 from trainer.checkpoint.contents import Contents
 from trainer.data.labels import label_keys
 from trainer.data.tokenizers import Tokenizer
@@ -15,7 +14,7 @@ def write_model_files(run: Run, tokenizer: Tokenizer, contents: Contents, target
     """Make `target` a complete folder of Hugging Face, or of peft, but for the weights."""
     config = {
         **run.model.hf_config(run.task.head),
-        **label_keys(None if run.task.head == CAUSAL_LM else run.data.labels, tokenizer),
+        **label_keys(run.data.labels, tokenizer),
         "dtype": str(PRECISIONS[run.precision].master).removeprefix("torch."),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

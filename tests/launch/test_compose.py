@@ -19,7 +19,7 @@ from trainer.run import Run
 MANDATORY = {
     "adapter=pretrained": ["adapter.path={adapter}"],
     "data=chat": ["data.path=rows.jsonl"],
-    "data=preferences": ["data.path={pairs}", "task=reward"],
+    "data=preferences": ["data.path={pairs}", "task=dpo", "adapter=lora"],
     "data=sequence_labels": ["data.path={texts}", "task=sequence_classification"],
     "data=text": ["data.path=stdlib"],
     "data=token_labels": ["data.path={words}", "task=token_classification"],
@@ -43,7 +43,7 @@ MANDATORY = {
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],
     "task=dpo": ["data=preferences", "data.path={pairs}", "adapter=lora"],
-    "task=reward": ["data=preferences", "data.path={pairs}"],
+    "task=reward": ["data=preferences", "data.path={pairs}", "data.encoder.learns=reward"],
     "task=sequence_classification": ["data=sequence_labels", "data.path={texts}"],
     "task=token_classification": ["data=token_labels", "data.path={words}"],
 }  # fmt: skip

@@ -59,7 +59,8 @@ def run_on(path: Path, cache: Path, kind: str, **changes: Any) -> Any:
     own = {k: changes.pop(k) for k in ("packing", "micro_rows", "row_tokens") if k in changes}
     settings = {"precision": "fp64", "max_steps": 3, "eval_every": 3, "save_every": 2}
     run = tiny_run(cache, **settings | TASKS[kind] | changes)
-    return replace(run, data=data(path, **own))
+    encoder = PreferenceEncoder(learns="reward" if kind == "reward" else "text")
+    return replace(run, data=data(path, encoder=encoder, **own))
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
@@ -126,8 +127,10 @@ def test_transformers_gives_the_rewards_of_a_saved_model(
     for _, batch in loader.batches():
         for ids, segments in zip(batch.input_ids, batch.segment_ids, strict=True):
             texts = [ids[segments == n] for n in range(1, int(segments.max()) + 1)]
+            ends = [torch.full((n,), BYTES.eos_token_id) for n in (3, 0, 1)]  # read past them
+            rows = [torch.cat((text, ends[n % 3]))[None] for n, text in enumerate(texts)]
             with torch.no_grad():
-                rewards = [model(input_ids=text[None]).logits.item() for text in texts]
+                rewards = [model(input_ids=row).logits.item() for row in rows]
             margins += [c - r for c, r in zip(rewards[::2], rewards[1::2], strict=True)]
     last = numbers(tmp_path)[-1]
     assert last["num_targets"] == len(margins) > 4
@@ -181,7 +184,7 @@ def test_long_texts_are_cut_each_and_counted() -> None:
     example = PreferenceEncoder(max_tokens=5).encode(row, BYTES)
     assert texts_of(row, BYTES, max_tokens=5)[1:] == ("cd", texts_of(row, BYTES)[2])
     assert [note.kind for note in example.notes] == ["pairs cut to data.encoder.max_tokens"]
-    with pytest.raises(BadRowError, match=r"prompt has 3 tokens.*max_tokens=3 leaves no answer"):
+    with pytest.raises(BadRowError, match=r"prompt has 3 tokens.*max_tokens=3\); raise that"):
         PreferenceEncoder(max_tokens=3).encode(row, BYTES)
 
 
@@ -208,6 +211,7 @@ def test_settings_and_data_that_cannot_serve_are_refused(path: Path, cache: Path
     for changes, message in (
         ({"adapter": LoRA(rank=2, modules_to_save=("norm",))}, r"model.norm.weight would train"),
         ({"adapter": tiny_run(cache).adapter}, "would train in the base; set adapter=lora"),
+        ({"task": RewardTask()}, "end where it reads them; set data.encoder.learns=reward"),
         ({"task": CausalLMTask()}, "data has pairs of texts; set task=dpo or task=reward"),
         ({"task": SequenceClassificationTask()}, "has pairs of texts; set .* task=reward"),
         ({"data": replace(run.data, too_long="cut")}, "set data.encoder.max_tokens, of each"),

@@ -58,7 +58,7 @@ class Labels:
     """What a classification head answers."""
 
     names: tuple[str, ...]
-    """In the order of its outputs."""
+    """In the order of its outputs; none where the head is a language model's."""
     problem_type: str | None
     """As in Hugging Face's config.json, of whole texts, or PREFERENCE; None: every word has a
     label."""

@@ -56,7 +56,7 @@ def label_keys(labels: Labels | None, tokenizer: Tokenizer) -> dict[str, Any]:
 
     It finds the end of a text by the padding token: one that texts do not end with.
     """
-    if labels is None:
+    if labels is None or not labels.names:
         return {}
     keys: dict[str, Any] = {
         "id2label": {str(index): name for index, name in enumerate(labels.names)},

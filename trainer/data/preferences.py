@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class PreferenceEncoder:
     """Column of the preferred answer, or of a whole conversation with it."""
     rejected: str = "rejected"
     """Column of the other one."""
+    learns: Literal["reward", "text"] = "text"
+    """`text`: of all tokens, EOS too. `reward`: transformers reads a reward at the last token that
+    is no padding, and EOS may stand in for padding; so texts end there."""
     max_tokens: int | None = None
     """How many tokens of each text are kept, prompt included; None: all."""
 
@@ -38,7 +41,8 @@ class PreferenceEncoder:
 
     @property
     def outputs(self) -> Labels:
-        return Labels(names=("reward",), problem_type=PREFERENCE)
+        names = ("reward",) if self.learns == "reward" else ()
+        return Labels(names=names, problem_type=PREFERENCE)
 
     def with_labels(self, find: Callable[[str], tuple[str, ...]]) -> Self:
         return self
@@ -57,7 +61,8 @@ class PreferenceEncoder:
     def encode(self, row: dict[str, Any], tokenizer: Tokenizer) -> Example:
         """Return the pair; ValueError for a tokenizer without the template that it needs."""
         whole = [_CHAT.encode(chat, tokenizer) for chat in self._chats(row)]
-        chosen, rejected = (one.input_ids[: self.max_tokens] for one in whole)
+        texts = [self._ended(one.input_ids, tokenizer) for one in whole]
+        chosen, rejected = (text[: self.max_tokens] for text in texts)
         shared = _num_shared(chosen, rejected)
         prompt = min(map(_first_trained, whole))
         if row.get(self.prompt):
@@ -67,20 +72,25 @@ class PreferenceEncoder:
             prompt = min(shared, len(chosen) - 1, len(rejected) - 1)
         if min(len(chosen), len(rejected)) <= prompt:
             raise BadRowError(
-                f"the prompt has {prompt} tokens, so data.encoder.max_tokens={self.max_tokens} "
-                "leaves no answer; raise it, or drop the row"
+                f"the prompt has {prompt} tokens and nothing is left behind it of an answer "
+                f"(data.encoder.max_tokens={self.max_tokens}); raise that, or drop the row"
             )
         if shared == len(chosen) == len(rejected):
             raise BadRowError(
                 f"{self.chosen} and {self.rejected} are the same, so none is preferred; drop it"
             )
-        is_cut = len(chosen) + len(rejected) < sum(len(one.input_ids) for one in whole)
+        is_cut = len(chosen) + len(rejected) < sum(map(len, texts))
         notes = (Note("pairs cut to data.encoder.max_tokens", str(self.max_tokens)),) * is_cut
         return Example(
             input_ids=np.concatenate((chosen, rejected)),
             classes=np.array([prompt, len(chosen)], np.int64),
             notes=notes,
         )
+
+    def _ended(self, ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+        if self.learns == "text":
+            return ids
+        return ids[: np.flatnonzero(ids != tokenizer.pad_token_id)[-1] + 1]
 
     def _chats(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the two texts as rows of data=chat: a prompt, and what follows it."""

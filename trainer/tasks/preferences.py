@@ -31,7 +31,7 @@ class RewardTask:
 
     def check(self, spec: CausalLMSpec, labels: Labels | None) -> None:
         """Raise ValueError for data without pairs, or a model that takes no head."""
-        _check(spec, labels, "reward")
+        _check(spec, labels, "reward", "reward")
 
     def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         return reward_model(decoder(spec))
@@ -83,7 +83,7 @@ class DPOTask:
 
     def check(self, spec: CausalLMSpec, labels: Labels | None) -> None:
         """Raise ValueError for data without pairs, or a model of another kind."""
-        _check(spec, labels, "dpo")
+        _check(spec, labels, "dpo", "text")
 
     def build_model(self, spec: CausalLMSpec, labels: Labels | None) -> DecoderModel:
         return preference_model(
@@ -121,10 +121,15 @@ def check_reference(model: nn.Module) -> None:
         )
 
 
-def _check(spec: CausalLMSpec, labels: Labels | None, task: str) -> None:
+def _check(spec: CausalLMSpec, labels: Labels | None, task: str, learns: str) -> None:
     if labels is None or labels.problem_type != PREFERENCE:
         raise ValueError(
             f"task={task} needs pairs of texts, of which one is preferred; set data=preferences"
+        )
+    if bool(labels.names) != (learns == "reward"):
+        raise ValueError(
+            f"task={task} needs texts that end where it reads them; "
+            f"set data.encoder.learns={learns}"
         )
     decoder(spec)
 
