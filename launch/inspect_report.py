@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from trainer.data.examples import PREFERENCE
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.inspection.counts import Counts
@@ -43,11 +44,18 @@ class Report:
         labels = self.run.data.labels
         return labels is not None and labels.problem_type is not None
 
+    @property
+    def _has_pairs(self) -> bool:
+        labels = self.run.data.labels
+        return labels is not None and labels.problem_type == PREFERENCE
+
     def legend(self, mark: str) -> str:
         """Return what a mark in the text means."""
         labels = self.run.data.labels
         if labels is None:
             return f"{mark}: trained, the model learns to write it; the rest is only read"
+        if self._has_pairs:
+            return "of two texts of one place, the model learns which one is preferred"
         if labels.problem_type is None:
             return "a class stands behind the token that is to answer it; the rest is only read"
         return "the class of a document stands beside its place; its tokens are only read"
@@ -82,10 +90,14 @@ class Report:
     @property
     def _documents(self) -> str:
         """What a segment is: rows of a fixed length cut documents."""
+        if self._has_pairs:
+            return "texts"
         return "documents" if self.loader.rows.unit == "documents" else "documents or parts of them"
 
     def _trained(self) -> str:
         counts = self.counts
+        if self._has_pairs:
+            return f"{counts.num_targets:,} pairs of a chosen and a rejected text"
         if self.is_of_texts:
             number = sum(piece.num_targets > 0 for piece in counts.documents)
             return f"{number:,} of {len(counts.documents):,} documents have a label"

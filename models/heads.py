@@ -1,5 +1,7 @@
 """The heads that every decoder family can carry: what a spec must offer, and how they are built."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from models.layout import Layout
 from models.nn.classifiers import PLAIN, Emphasis, SequenceClassifier, TokenClassifier
 from models.nn.model import DecoderModel
+from models.nn.preferences import PreferenceModel, RewardHead
 
 CAUSAL_LM = "causal_lm"
 SEQUENCE = "sequence_classification"
@@ -100,8 +103,29 @@ def token_classifier(
     return _model(spec, spec.build_trunk(), head, spec.token_head_name)
 
 
-def _model(spec: DecoderSpec, trunk: nn.Module, head: nn.Module, head_name: str) -> DecoderModel:
-    model = DecoderModel(trunk, head, trunk_name=spec.trunk_name, head_name=head_name)
+def reward_model(spec: DecoderSpec) -> DecoderModel:
+    """Build trunk and `score` head: one number per segment, learnt from pairs."""
+    return _model(spec, spec.build_trunk(), RewardHead(spec.hidden_size), "score")
+
+
+def preference_model(
+    spec: DecoderSpec, *, chunk_tokens: int, beta: float, label_smoothing: float
+) -> DecoderModel:
+    """Build trunk and language-model head, which learn by DPO once they have adapters."""
+    trunk = spec.build_trunk()
+    head = spec.build_lm_head(trunk, chunk_tokens=chunk_tokens)
+    make = partial(PreferenceModel, beta=beta, label_smoothing=label_smoothing)
+    return _model(spec, trunk, head, "lm_head", make)
+
+
+def _model(
+    spec: DecoderSpec,
+    trunk: nn.Module,
+    head: nn.Module,
+    head_name: str,
+    make: Callable[..., DecoderModel] = DecoderModel,
+) -> DecoderModel:
+    model = make(trunk, head, trunk_name=spec.trunk_name, head_name=head_name)
     freeze = getattr(spec, "freeze", None)  # of a family that trains parts of itself
     if freeze is not None:
         freeze(model)

@@ -20,7 +20,7 @@ def _back_ends(model: nn.Module) -> set[str]:
     return {type(backend).__name__.lower() for backend in used if backend is not None}
 
 
-def describe_model(model: nn.Module) -> str:
+def _describe_model(model: nn.Module) -> str:
     """Return a line on the size of the whole model, which is not laid out yet."""
     total = sum(parameter.numel() for _, parameter in unique_parameters(model))
     return f"{total / 1e6:.2f} M parameters" + "".join(
@@ -43,7 +43,7 @@ def _weights(weights: dict[str, float]) -> str:
 
 def describe(
     run: Run,
-    model_line: str,
+    model: nn.Module,
     trained: Trained,
     mesh: Mesh,
     reason: str,
@@ -58,7 +58,7 @@ def describe(
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     weights = getattr(run.task, "class_weights", {})
     return {
-        "model": model_line,
+        "model": _describe_model(model),
         "trains": trained.describe(),
         "layout": f"{mesh.describe()}{chosen} on {ranks.device.type}, precision {run.precision}"
         + (

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainer.adapters.contents import contents_of
-from trainer.banner import describe, describe_model
+from trainer.banner import describe
 from trainer.best import Best
 from trainer.callbacks.protocol import RunView
 from trainer.checkpoint import commit
@@ -115,7 +115,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
         banner=describe(
-            run, describe_model(model), engine.trained, mesh, reason, ranks, loader, eval_loader, meter
+            run, model, engine.trained, mesh, reason, ranks, loader, eval_loader, meter
         ),
     )  # fmt: skip
     evaluator = None

@@ -4,8 +4,10 @@ import torch
 from torch import nn
 
 from models.layout import Layout
+from models.nn.preferences import PreferenceModel
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.freeze import FreezeSpec
+from trainer.tasks.preferences import check_reference
 
 
 def make_trainable(
@@ -28,6 +30,8 @@ def make_trainable(
             "new tokens; set freeze=none"
         )
     adapter.apply(model, layout)
+    if isinstance(model, PreferenceModel):
+        check_reference(model)
     freeze.apply(model, step)
     if freeze.new_tokens or has_adapter:
         # No update ever needs more of them: each pass computes with these very numbers.

@@ -1,11 +1,12 @@
 """Language-model head fused with cross-entropy: loss and gradients in chunks, never all logits."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.nn.chunked import ChunkedCrossEntropy, TokenLoss, Vocabulary, project
 from models.nn.sliced import colwise
 
 IGNORED = -100
@@ -20,88 +21,6 @@ class Loss(NamedTuple):
     """How many targets the sum counts (int64)."""
     objective: Tensor
     """`sum * scale`, attached to the graph: what backward starts from."""
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Form the gradients of hidden and weight in the forward pass, one chunk of rows at a time.
-
-    With p = softmax(h W^T), d(nll)/d(logits) = p - onehot(label). Its two products with W and h are
-    all that backward needs, so a chunk's logits can be dropped at once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_XD: Tensor,
-        labels_X: Tensor,
-        scale: Tensor,
-        chunk_tokens: int,
-        vocabulary: "Vocabulary",
-        *weights_VD: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits are those of all `weights_VD`, side by side; frozen ones cost no gradient."""
-        needs_hidden, _, _, _, _, *needs_weights = ctx.needs_input_grad
-        wide = torch.promote_types(hidden_XD.dtype, torch.float32)
-        grad_hidden = torch.empty_like(hidden_XD) if needs_hidden else None
-        # Accumulate over chunks: kept wide, cast once in backward.
-        grad_weights = [
-            torch.zeros_like(weight, dtype=wide) if needs else None
-            for weight, needs in zip(weights_VD, needs_weights, strict=True)
-        ]
-        total = torch.zeros((), dtype=wide, device=hidden_XD.device)
-        for start in range(0, hidden_XD.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits_XV = project(hidden_XD[rows], weights_VD)
-            nll_sum, grad_XV = vocabulary.gradient(logits_XV.to(wide), labels_X[rows], scale)
-            total += nll_sum
-            parts = grad_XV.to(hidden_XD.dtype).split([len(w) for w in weights_VD], dim=-1)
-            if grad_hidden is not None:
-                products = (part @ weight for part, weight in zip(parts, weights_VD, strict=True))
-                grad_hidden[rows] = sum(products, start=next(products))
-            for grad_weight, part in zip(grad_weights, parts, strict=True):
-                if grad_weight is not None:
-                    _accumulate(grad_weight, part, hidden_XD[rows])
-        ctx.save_for_backward(grad_hidden, *grad_weights)
-        ctx.dtypes = [weight.dtype for weight in weights_VD]
-        ctx.mark_non_differentiable(total)
-        return total * scale, total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, *grad_weights = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None,
-            None,
-            None,
-            None,
-            *(
-                None if grad_weight is None else (grad_weight * grad).to(dtype)
-                for grad_weight, dtype in zip(grad_weights, ctx.dtypes, strict=True)
-            ),
-        )
-
-
-def project(hidden_XD: Tensor, weights_VD: tuple[Tensor, ...]) -> Tensor:
-    """Return the logits of all `weights_VD`, side by side."""
-    parts = [F.linear(hidden_XD, weight) for weight in weights_VD]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-class Vocabulary(Protocol):
-    """Computes what needs the logits of all tokens: here of them all, or of this rank's share."""
-
-    def gradient(self, logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nll sum, and the gradient of `scale * sum` with respect to the wide logits."""
-        ...
-
-    def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
-        """Return the nll sum alone."""
-        ...
-
-    def whole(self, logits_XV: Tensor) -> Tensor:
-        """Return the logits of all tokens."""
-        ...
 
 
 class WholeVocabulary:
@@ -122,16 +41,11 @@ class WholeVocabulary:
     def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
         return F.cross_entropy(logits_XV, labels_X, ignore_index=IGNORED, reduction="sum")
 
+    def nll(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
+        return F.cross_entropy(logits_XV, labels_X, ignore_index=IGNORED, reduction="none")
+
     def whole(self, logits_XV: Tensor) -> Tensor:
         return logits_XV
-
-
-def _accumulate(total_VD: Tensor, grad_logits_XV: Tensor, hidden_XD: Tensor) -> None:
-    """Add `grad_logits^T @ hidden` to the wide total."""
-    if total_VD.dtype == hidden_XD.dtype:
-        total_VD.addmm_(grad_logits_XV.T, hidden_XD)
-    else:
-        total_VD += grad_logits_XV.T @ hidden_XD
 
 
 class LMHead(nn.Linear):
@@ -152,9 +66,17 @@ class LMHead(nn.Linear):
         labels_BT: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor | Loss:
-        """Return the (B, T, V) logits, or with labels the Loss. Segments play no part."""
-        if labels_BT is not None and scale is not None:
-            return self.loss(hidden_BTD, labels_BT, scale)
+        """Return the (B, T, V) logits, with labels the Loss, or (B, T) nll where there is no scale.
+
+        Segments play no part."""
+        if labels_BT is not None:
+            if scale is not None:
+                return self.loss(hidden_BTD, labels_BT, scale)
+            nll_X: Tensor = TokenLoss.apply(
+                hidden_BTD.flatten(0, 1), labels_BT.flatten(), self.chunk_tokens, self.vocabulary,
+                *self.weights(),
+            )  # fmt: skip
+            return nll_X.view(labels_BT.shape)
         if self.tp_slices > 1:
             return colwise(hidden_BTD, self, self.tp_slices)
         return self.vocabulary.whole(project(hidden_BTD, self.weights()))
@@ -169,7 +91,7 @@ class LMHead(nn.Linear):
         hidden_XD = hidden_BTD.flatten(0, 1)
         num_targets = (labels_X != IGNORED).sum()
         if torch.is_grad_enabled():
-            objective, nll_sum = _ChunkedCrossEntropy.apply(
+            objective, nll_sum = ChunkedCrossEntropy.apply(
                 hidden_XD, labels_X, scale, self.chunk_tokens, self.vocabulary, *self.weights()
             )
             return Loss(nll_sum, num_targets, objective)

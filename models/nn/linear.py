@@ -1,6 +1,7 @@
 """A linear in two steps: a product that ranks may share out, then what is applied once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -32,7 +33,12 @@ class SummedLinear(nn.Linear):
         self.all_reduce: Reduce = _whole
         """The same of numbers that belong to no token."""
 
+    is_plain = False
+    """True: the linear alone, without what a subclass adds."""
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_plain:
+            return SummedLinear.finish(self, self.reduce(SummedLinear.product(self, x)))
         return self.finish(self.reduce(self.product(x)))
 
     def product(self, x: Tensor) -> Tensor:
@@ -42,3 +48,19 @@ class SummedLinear(nn.Linear):
     def finish(self, total: Tensor) -> Tensor:
         """Return the output of the whole product."""
         return total if self.bias is None else total + self.bias
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Compute without what is added to linears, and without dropout."""
+    linears = [module for module in model.modules() if isinstance(module, SummedLinear)]
+    was_training = model.training
+    model.eval()
+    for linear in linears:
+        linear.is_plain = True
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.is_plain = False
+        model.train(was_training)

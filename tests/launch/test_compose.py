@@ -19,6 +19,7 @@ from trainer.run import Run
 MANDATORY = {
     "adapter=pretrained": ["adapter.path={adapter}"],
     "data=chat": ["data.path=rows.jsonl"],
+    "data=preferences": ["data.path={pairs}", "task=dpo", "adapter=lora"],
     "data=sequence_labels": ["data.path={texts}", "task=sequence_classification"],
     "data=text": ["data.path=stdlib"],
     "data=token_labels": ["data.path={words}", "task=token_classification"],
@@ -29,6 +30,12 @@ MANDATORY = {
     "experiment=pretrain_text": ["data.path=stdlib"],
     "experiment=sequence_classification": [
         "data.path={texts}", "model.path={folder}", "data.row_tokens=64",
+    ],
+    "experiment=reward_modelling": [
+        "data.path={pairs}", "model.path={folder}", "data.row_tokens=64",
+    ],
+    "experiment=dpo": [
+        "data.path={pairs}", "model.path={folder}", "data.row_tokens=64",
     ],
     "experiment=token_classification": [
         "data.path={words}", "model.path={folder}", "data.row_tokens=64",
@@ -42,10 +49,13 @@ MANDATORY = {
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],
+    "task=dpo": ["data=preferences", "data.path={pairs}", "adapter=lora"],
+    "task=reward": ["data=preferences", "data.path={pairs}", "data.encoder.learns=reward"],
     "task=sequence_classification": ["data=sequence_labels", "data.path={texts}"],
     "task=token_classification": ["data=token_labels", "data.path={words}"],
 }  # fmt: skip
 ROWS = {
+    "pairs": '{"prompt": "1 + 1 = ", "chosen": "2", "rejected": "3"}\n',
     "rows": '{"prompt": "1 + 1 = ", "completion": "2"}\n',
     "texts": '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n',
     "words": '{"tokens": ["a", "b"], "tags": ["X", "Y"]}\n',

@@ -48,10 +48,11 @@ def test_gradient_check_in_fp64() -> None:
 
     def objective(hidden: Tensor, weight: Tensor) -> Tensor:
         head.weight.data = weight.data
-        from models.nn.head import WholeVocabulary, _ChunkedCrossEntropy
+        from models.nn.chunked import ChunkedCrossEntropy
+        from models.nn.head import WholeVocabulary
 
         scale = torch.tensor(2.0, dtype=torch.float64)
-        return _ChunkedCrossEntropy.apply(
+        return ChunkedCrossEntropy.apply(
             hidden.flatten(0, 1), targets.flatten(), scale, 6, WholeVocabulary(), weight
         )[0]
 

@@ -19,6 +19,7 @@ from models.lora import (
     adapter_names,
 )
 from models.nn.classifiers import SequenceClassifier, TokenClassifier
+from models.nn.preferences import RewardHead
 from trainer.adapters.targets import ALL_LINEAR, find_saved, find_targets, short_names
 from trainer.parallel.materialise import Values
 
@@ -195,7 +196,11 @@ def common_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[st
     adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
     saved = find_saved(model, modules_to_save, adapted)
     head = model.get_submodule(str(model.head_name))
-    kinds = {SequenceClassifier: "SEQ_CLS", TokenClassifier: "TOKEN_CLS"}
+    kinds = {
+        SequenceClassifier: "SEQ_CLS",
+        RewardHead: "SEQ_CLS",
+        TokenClassifier: "TOKEN_CLS",
+    }
     return {
         "target_modules": short_names(model, adapted),
         "modules_to_save": short_names(model, saved) or None,

@@ -22,6 +22,7 @@ from trainer.pieces import Piece
 from trainer.protocols import Engine
 
 log = logging.getLogger(__name__)
+EngineAt = Callable[[int], Engine]
 MAX_FAILURES = 3  # saves that may fail in a row before the run stops
 
 
@@ -209,12 +210,8 @@ class Checkpoints:
         facts = {"step": step, "generation": self.generation, **self.facts}
         commit.commit(staging, final, facts, pieces, self.lock.check)
 
-    def restore(
-        self, engine_at: Callable[[int], Engine], steps: list[int]
-    ) -> dict[str, Any] | None:
-        """Load the first of `steps` that verifies; return its state, or None where there is none.
-
-        `engine_at` returns the engine of a step.
+    def restore(self, engine_at: EngineAt, steps: list[int]) -> dict[str, Any] | None:
+        """Load the first of `steps` that verifies into its engine; return its state, or None.
 
         A damaged step is set aside with a loud line, on the way to the next older one.
         """

@@ -21,6 +21,7 @@ from trainer.data.label_names import label_names
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.places import Places, Route
+from trainer.data.preferences import PreferenceEncoder
 from trainer.data.sources import RowSource, first_row, open_rows
 from trainer.data.tokenise import Tokens, Written, build_folder
 from trainer.data.tokenise_progress import TokeniseProgress
@@ -75,6 +76,11 @@ class DocumentData(Places[RowSource]):
         """Raise ValueError where the rows cannot serve; reads names and the first row only."""
         for place, row in self._first_rows:
             self.encoder.check(row, f"{place.name}={place.path}")
+        if self.too_long == "cut" and isinstance(self.encoder, PreferenceEncoder):
+            raise ValueError(
+                "data.too_long=cut would cut rejected texts alone; set data.encoder.max_tokens, "
+                "of each text, to half of data.row_tokens or less"
+            )
 
     def check_encoding(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError where the tokenizer lacks what the first row needs."""
@@ -130,10 +136,11 @@ class DocumentData(Places[RowSource]):
                 f"data.row_tokens={self.row_tokens}, the longest has {lengths.max()}"
             )
             if self.too_long == "refuse":
-                raise DataError(
-                    f"{found}; raise data.row_tokens, or set data.too_long=cut, which loses "
-                    f"{lost} of {lengths.sum()} tokens"
-                )
+                if store.has_pairs:
+                    advice = "data.encoder.max_tokens: how many tokens of each text are kept"
+                else:
+                    advice = f"data.too_long=cut, which loses {lost} of {lengths.sum()} tokens"
+                raise DataError(f"{found}; raise data.row_tokens, or set {advice}")
             log.info("%s: cut, %d of %d tokens are lost", found, lost, lengths.sum())
         return PackedDocuments(store, self.row_tokens, is_packed=self.packing == "best_fit")
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from models.nn.head import IGNORED
-from trainer.data.examples import Example, Labels
+from trainer.data.examples import PREFERENCE, Example, Labels
 from trainer.data.shards import STARTS
 from trainer.data.tokens import TokenStore
 
@@ -27,8 +27,8 @@ def no_targets(labels: Labels | None) -> dict[str, np.ndarray]:
     """Return what stands for a document that is none: no token, no class."""
     if labels is None or labels.problem_type is None:
         return {LABELS: np.empty(0, "<i4")}
-    if labels.problem_type == "single_label_classification":
-        return {CLASSES: np.full(1, IGNORED, "<i4")}
+    if labels.problem_type in ("single_label_classification", PREFERENCE):
+        return {CLASSES: np.full(1 + (labels.problem_type == PREFERENCE), IGNORED, "<i4")}
     return {CLASSES: np.full(len(labels.names), np.nan, "<f8")}
 
 
@@ -73,15 +73,23 @@ class DocumentStore(TokenStore):
 
     @cached_property
     def no_class(self) -> np.ndarray | None:
-        """The class of a document that has none: () int64 or (num_labels,); None: targets are per
-        token."""
+        """The class of a document that has none: () int64, (num_labels,) or, of a pair, (2,) int64;
+        None: targets are per token."""
         footer = self.shard(0).footer
         section = footer.sections.get(CLASSES)
         if section is None:
             return None
+        width = section.count // footer.num_documents
         if np.dtype(section.dtype).kind == "i":
-            return np.array(IGNORED, np.int64)
-        return np.full(section.count // footer.num_documents, np.nan)
+            return np.full((width,) if width > 1 else (), IGNORED, np.int64)
+        return np.full(width, np.nan)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a document is two texts."""
+        return (
+            self.no_class is not None and self.no_class.dtype.kind == "i" and self.no_class.ndim > 0
+        )
 
     def _place(self, document: int) -> tuple[int, int, int]:
         """Return the shard of a document and its tokens [start, stop) there."""

@@ -4,12 +4,15 @@ Every rank knows the lengths of all documents of a step, so all come to the same
 reads those of its own micro-batches.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
 from models.nn.head import IGNORED
 from trainer.batch import Batch
 from trainer.data.document_store import DocumentStore
+from trainer.data.examples import Example
 from trainer.data.loader import Dealt, Locate
 from trainer.data.packing import best_fit
 from trainer.data.rows import COLUMNS
@@ -72,20 +75,26 @@ class PackedDocuments:
         columns = {name: np.zeros((num_rows, self.row_tokens), np.int64) for name in COLUMNS}
         columns["labels"].fill(IGNORED)
         none = self._documents.no_class
+        has_pairs = self._documents.has_pairs
+        if none is not None and has_pairs:
+            none = none[0]  # of a pair the head sees the tokens of its prompt
         classes = None if none is None else np.tile(none, (num_rows, most, *([1] * none.ndim)))
         for place, documents in enumerate(rows):
-            first = 0
+            first = segment = 0
             for number, document in enumerate(documents):
                 example = self._documents.example(document)
                 length = min(len(example.input_ids), self.row_tokens)
                 run = slice(first, first + length)
                 columns["input_ids"][place, run] = example.input_ids[:length]
-                columns["position_ids"][place, run] = np.arange(length)
-                columns["segment_ids"][place, run] = number + 1
+                for start, stop in pairwise(_borders(example, length, has_pairs)):
+                    part, segment = slice(first + start, first + stop), segment + 1
+                    columns["position_ids"][place, part] = np.arange(stop - start)
+                    columns["segment_ids"][place, part] = segment
                 if example.labels is not None:
                     columns["labels"][place, run] = example.labels[:length]
                 if classes is not None:
-                    classes[place, number] = example.classes
+                    assert example.classes is not None
+                    classes[place, number] = example.classes[0] if has_pairs else example.classes
                 first += length
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         return Batch(
@@ -93,6 +102,14 @@ class PackedDocuments:
             class_labels=None if classes is None else torch.from_numpy(classes),
             provenance=tuple(",".join(self.store.cite(n, n + 1) for n in row) for row in rows),
         )
+
+
+def _borders(example: Example, length: int, has_pairs: bool) -> list[int]:
+    """Return where the texts of a document begin and end."""
+    if not has_pairs:
+        return [0, length]
+    assert example.classes is not None
+    return [0, int(example.classes[1]), length]
 
 
 def _ranges(numbers: list[int]) -> list[tuple[int, int]]:

@@ -9,6 +9,8 @@ import numpy as np
 from models.nn.head import IGNORED
 from trainer.data.tokenizers import Tokenizer
 
+PREFERENCE = "preference"  # the problem type of pairs, of which one text is preferred
+
 
 class Note(NamedTuple):
     """What an encoder had to do to a row that is worth counting over the data set."""
@@ -29,7 +31,8 @@ class Example:
     """(n,) int64, the target of each position (a language model's are shifted already); -100: none.
     None: `classes` are the targets."""
     classes: np.ndarray | None = None
-    """Of the whole document: () int64, or (num_labels,) float64; -100 or NaN: none."""
+    """Of the whole document: () int64, or (num_labels,) float64; -100 or NaN: none. Of a pair
+    (2,) int64: the tokens of the prompt, and of the chosen text, which the rejected one follows."""
     num_bytes: int = 0
     """UTF-8 bytes of the text that is learnt or judged, for bits per byte."""
     notes: tuple[Note, ...] = ()
@@ -55,9 +58,10 @@ class Labels:
     """What a classification head answers."""
 
     names: tuple[str, ...]
-    """In the order of its outputs."""
+    """In the order of its outputs; none where the head is a language model's."""
     problem_type: str | None
-    """As in Hugging Face's config.json, of whole texts; None: every word has a label."""
+    """As in Hugging Face's config.json, of whole texts, or PREFERENCE; None: every word has a
+    label."""
 
 
 class Encoder(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from trainer.data.examples import BadRowError, Labels
+from trainer.data.examples import PREFERENCE, BadRowError, Labels
 from trainer.data.tokenizers import Tokenizer
 
 _MAX_FOUND = 1000  # more different values are no labels
@@ -66,14 +66,15 @@ def label_keys(labels: Labels | None, tokenizer: Tokenizer) -> dict[str, Any]:
 
     It finds the end of a text by the padding token: one that texts do not end with.
     """
-    if labels is None:
+    if labels is None or not labels.names:
         return {}
     keys: dict[str, Any] = {
         "id2label": {str(index): name for index, name in enumerate(labels.names)},
         "label2id": {name: index for index, name in enumerate(labels.names)},
     }
     if labels.problem_type is not None:
-        keys["problem_type"] = labels.problem_type
+        is_number = labels.problem_type == PREFERENCE  # to transformers, a reward is one
+        keys["problem_type"] = "regression" if is_number else labels.problem_type
         keys["pad_token_id"] = tokenizer.pad_token_id
     return keys
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.batch import Batch
-from trainer.data.examples import Labels, is_none
+from trainer.data.examples import PREFERENCE, Labels, is_none
 from trainer.data.tokenizers import Tokenizer
 from trainer.inspection.pieces import Piece, pieces_of
 
@@ -108,8 +108,8 @@ def _num_astray(batch: Batch) -> int:
 
 
 def _classes(batch: Batch, labels: Labels | None) -> Counter[str]:
-    """Count the classes of a batch; text and numbers have none."""
-    if labels is None or labels.problem_type == "regression":
+    """Count the classes of a batch; text, numbers and pairs have none."""
+    if labels is None or labels.problem_type in ("regression", PREFERENCE):
         return Counter()
     targets = batch.targets.numpy()
     if labels.problem_type == "multi_label_classification":

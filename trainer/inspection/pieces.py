@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from trainer.batch import Batch
-from trainer.data.examples import Labels, is_none
+from trainer.data.examples import PREFERENCE, Labels, is_none
 
 PADDING = 0  # its segment
 _PLACE = re.compile(r"([^,\[]+)\[(\d+):(\d+)\]")
@@ -47,14 +47,18 @@ def pieces_of(batch: Batch, row: int, labels: Labels | None) -> list[Piece]:
     segments = batch.segment_ids[row].numpy()
     borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
     runs = [(int(segments[start]), start, stop) for start, stop in pairwise(borders)]
-    places = _places(batch, row, sum(segment != PADDING for segment, _, _ in runs))
+    has_pairs = labels is not None and labels.problem_type == PREFERENCE
+    num_texts = sum(segment != PADDING for segment, _, _ in runs)
+    places = _places(batch, row, num_texts, 2 if has_pairs else 1)
     pieces = []
     for segment, start, stop in runs:
         answers: tuple[str, ...] = ()
         targets = batch.labels[row, start:stop].numpy()
         if batch.class_labels is not None and labels and segment != PADDING:
-            targets = batch.class_labels[row, segment - 1].numpy()
-            answers = _answers(targets, labels)
+            targets = batch.class_labels[row, (segment - 1) // (1 + has_pairs)].numpy()
+            answers = (("chosen", "rejected")[(segment - 1) % 2],)
+            if not has_pairs:
+                answers = _answers(targets, labels)
         piece = Piece(
             segment=segment, start=start, stop=stop, answers=answers,
             provenance="" if segment == PADDING else next(places),
@@ -64,13 +68,15 @@ def pieces_of(batch: Batch, row: int, labels: Labels | None) -> list[Piece]:
     return pieces
 
 
-def _places(batch: Batch, row: int, count: int) -> Iterator[str]:
-    """Yield where each document of a row comes from, or the whole row where that is not known."""
+def _places(batch: Batch, row: int, count: int, texts_each: int) -> Iterator[str]:
+    """Yield where each of `count` texts of a row comes from, or the whole row where that is not
+    known; a document is `texts_each` of them."""
     whole = batch.provenance[row] if row < len(batch.provenance) else ""
     each = [
         f"{source}[{n}:{n + 1}]"
         for source, first, last in _PLACE.findall(whole)
         for n in range(int(first), int(last))
+        for _ in range(texts_each)
     ]
     # An empty document has a place and no segment: which one that is cannot be told.
     return iter(each if len(each) == count else [whole] * count)

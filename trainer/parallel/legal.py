@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from models.layout import HeadRows, Layout
+from models.nn.preferences import PreferenceModel
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pipeline import num_scheduled
 
@@ -33,6 +34,12 @@ def check_axes(
             f"mesh.{split[0]}={axes[split[0]]} needs a model whose parts are known; this one is "
             "read through transformers: use mesh=fsdp, or a family of ours (model=pretrained)"
         )
+    for name in ("cp", "pp"):
+        if axes[name] > 1 and isinstance(model, PreferenceModel):
+            raise ValueError(
+                f"mesh.{name}={axes[name]} cuts up texts or the model, which task=dpo needs whole "
+                f"in one pass; set mesh.{name}=1, and mesh.tp or mesh.dp_shard instead"
+            )
     if axes["tp"] > 1:
         _check_heads(model, layout, axes["tp"])
     _check_tokens(axes["cp"], axes["tp"] if sequence else 1, row_tokens)

@@ -52,8 +52,11 @@ class SplitVocabulary:
         return nll_sum, grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
 
     def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
+        return self.nll(logits_XV, labels_X).sum()
+
+    def nll(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
         *_, nll_X1 = self._reduced(logits_XV, labels_X)
-        return torch.where((labels_X != IGNORED)[:, None], nll_X1, 0.0).sum()
+        return torch.where(labels_X != IGNORED, nll_X1[:, 0], 0.0)
 
     def _reduced(
         self, logits_XV: Tensor, labels_X: Tensor

@@ -7,7 +7,7 @@ from typing import Any
 from models.heads import CAUSAL_LM, CausalLMSpec
 from models.nn.model import DecoderModel
 from trainer.batch import Batch
-from trainer.data.examples import Labels
+from trainer.data.examples import PREFERENCE, Labels
 from trainer.protocols import Engine
 from trainer.tasks.protocol import Judged, Totals
 
@@ -32,6 +32,11 @@ class CausalLMTask:
     def check(self, spec: CausalLMSpec, labels: Labels | None) -> None:
         """Raise ValueError for data whose labels are no tokens."""
         if labels is not None:
+            if labels.problem_type == PREFERENCE:
+                raise ValueError(
+                    "task=causal_lm learns to write text, and the data has pairs of texts; "
+                    "set task=dpo or task=reward"
+                )
             kind = "token" if labels.problem_type is None else "sequence"
             raise ValueError(
                 "task=causal_lm learns to write text, and the data has labels "

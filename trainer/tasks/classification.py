@@ -19,7 +19,7 @@ from models.nn.classifiers import PROBLEM_TYPES, classification_loss
 from models.nn.head import IGNORED
 from models.nn.model import DecoderModel
 from trainer.batch import Batch
-from trainer.data.examples import Labels
+from trainer.data.examples import PREFERENCE, Labels
 from trainer.protocols import Engine
 from trainer.tasks import metrics
 from trainer.tasks.emphasis import Emphasised
@@ -39,7 +39,7 @@ class SequenceClassificationTask(Emphasised):
 
     def check(self, spec: CausalLMSpec, labels: Labels | None) -> None:
         """Raise ValueError for data without a label per text, or a model that takes no head."""
-        if labels is None or labels.problem_type is None:
+        if labels is None or labels.problem_type not in PROBLEM_TYPES:
             raise ValueError(
                 f"task=sequence_classification needs a label for every text, and the data has "
                 f"{_what(labels)}; set data=sequence_labels, or task={_task_of(labels)}"
@@ -70,8 +70,8 @@ class SequenceClassificationTask(Emphasised):
         else:
             is_known = ~truth.isnan().all(-1)
         segments = torch.arange(1, truth.shape[1] + 1).expand(truth.shape[:2])
-        places = _places(batch, number, segments).to(logits.device)[..., None]
-        answers = torch.cat((places.double(), logits, truth.double()), -1)
+        own = places(batch, number, segments).to(logits.device)[..., None]
+        answers = torch.cat((own.double(), logits, truth.double()), -1)
         return Judged(loss.sum, loss.num_targets, answers[is_known])
 
     def metric_names(self, labels: Labels | None) -> tuple[str, ...]:
@@ -130,9 +130,9 @@ class TokenClassificationTask(Emphasised):
         logits = engine.logits(batch).double()
         truth = batch.labels.to(logits.device)
         loss = classification_loss(logits, truth, torch.ones_like(logits[0, 0, 0]), SINGLE_LABEL)
-        places = _places(batch, number, batch.segment_ids).to(logits.device)
+        own = places(batch, number, batch.segment_ids).to(logits.device)
         confidence, guess = logits.softmax(-1).max(-1)
-        each = (places, truth, guess, confidence)
+        each = (own, truth, guess, confidence)
         answers = torch.stack([column.double() for column in each], -1)
         return Judged(loss.sum, loss.num_targets, answers[truth != IGNORED])
 
@@ -150,7 +150,7 @@ class TokenClassificationTask(Emphasised):
         )
 
 
-def _places(batch: Batch, number: int, segments: Tensor) -> Tensor:
+def places(batch: Batch, number: int, segments: Tensor) -> Tensor:
     """Return a number for each of (B, n) segments that orders documents through an evaluation."""
     rows = torch.arange(batch.num_rows)[:, None] + number * batch.num_rows
     return rows * (batch.input_ids.shape[1] + 1) + segments.cpu()
@@ -160,15 +160,15 @@ def decoder(spec: CausalLMSpec) -> DecoderSpec:
     """Return the family's spec, which carries any head; ValueError for a model of another kind."""
     found = getattr(spec, "spec", spec)  # of a model that is read from its folder
     if not hasattr(found, "build_trunk"):
-        raise ValueError(
-            "model=hf_auto has a language-model head only; classify with model=pretrained"
-        )
+        raise ValueError("model=hf_auto has a language-model head only; set model=pretrained")
     return cast(DecoderSpec, found)
 
 
 def _what(labels: Labels | None) -> str:
     if labels is None:
         return "none"
+    if labels.problem_type == PREFERENCE:
+        return "pairs of texts"
     return "one for every word" if labels.problem_type is None else "one for every text"
 
 
@@ -176,4 +176,6 @@ def _task_of(labels: Labels | None) -> str:
     """Return the task that fits the data."""
     if labels is None:
         return "causal_lm"
+    if labels.problem_type == PREFERENCE:
+        return "reward"
     return "token_classification" if labels.problem_type is None else "sequence_classification"

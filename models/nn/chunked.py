@@ -1,0 +1,168 @@
+"""Cross-entropy over a vocabulary, a chunk of tokens at a time: the sum, or every token's own."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Vocabulary(Protocol):
+    """Computes what needs the logits of all tokens: here of them all, or of this rank's share."""
+
+    def gradient(self, logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nll sum, and the gradient of `scale * nll` with respect to the wide logits.
+
+        `scale` is () or, of each token, (X, 1).
+        """
+        ...
+
+    def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
+        """Return the nll sum alone."""
+        ...
+
+    def nll(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
+        """Return (X,) the nll of each token; 0 where it is ignored."""
+        ...
+
+    def whole(self, logits_XV: Tensor) -> Tensor:
+        """Return the logits of all tokens."""
+        ...
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Form the gradients of hidden and weight in the forward pass, one chunk of rows at a time.
+
+    With p = softmax(h W^T), d(nll)/d(logits) = p - onehot(label). Its two products with W and h are
+    all that backward needs, so a chunk's logits can be dropped at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_XD: Tensor,
+        labels_X: Tensor,
+        scale: Tensor,
+        chunk_tokens: int,
+        vocabulary: Vocabulary,
+        *weights_VD: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits are those of all `weights_VD`, side by side; frozen ones cost no gradient."""
+        needs_hidden, _, _, _, _, *needs_weights = ctx.needs_input_grad
+        total, grad_hidden, grad_weights = _gradients(
+            hidden_XD, labels_X, scale, chunk_tokens, vocabulary, weights_VD,
+            needs_hidden=needs_hidden, needs_weights=needs_weights,
+        )  # fmt: skip
+        ctx.save_for_backward(grad_hidden, *grad_weights)
+        ctx.dtypes = [weight.dtype for weight in weights_VD]
+        ctx.mark_non_differentiable(total)
+        return total * scale, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *grad_weights = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None,
+            None,
+            None,
+            None,
+            *(
+                None if grad_weight is None else (grad_weight * grad).to(dtype)
+                for grad_weight, dtype in zip(grad_weights, ctx.dtypes, strict=True)
+            ),
+        )
+
+
+class TokenLoss(torch.autograd.Function):
+    """The nll of every token, for losses that are no plain sum of them.
+
+    What each token's gradient is multiplied by is known in backward only, so its logits are formed
+    a second time there: one more product for not keeping them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_XD: Tensor,
+        labels_X: Tensor,
+        chunk_tokens: int,
+        vocabulary: Vocabulary,
+        *weights_VD: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_XD, labels_X, *weights_VD)
+        ctx.chunk_tokens, ctx.vocabulary = chunk_tokens, vocabulary
+        wide = torch.promote_types(hidden_XD.dtype, torch.float32)
+        chunks = zip(hidden_XD.split(chunk_tokens), labels_X.split(chunk_tokens), strict=True)
+        return torch.cat(
+            [vocabulary.nll(project(h, weights_VD).to(wide), labels) for h, labels in chunks]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_X: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_XD, labels_X, *weights_VD = ctx.saved_tensors
+        needs_hidden, _, _, _, *needs_weights = ctx.needs_input_grad
+        _, grad_hidden, grad_weights = _gradients(
+            hidden_XD, labels_X, grad_X[:, None], ctx.chunk_tokens, ctx.vocabulary,
+            tuple(weights_VD), needs_hidden=needs_hidden, needs_weights=needs_weights,
+        )  # fmt: skip
+        return (
+            grad_hidden,
+            None,
+            None,
+            None,
+            *(
+                None if grad is None else grad.to(weight.dtype)
+                for grad, weight in zip(grad_weights, weights_VD, strict=True)
+            ),
+        )
+
+
+def _gradients(
+    hidden_XD: Tensor,
+    labels_X: Tensor,
+    scale: Tensor,
+    chunk_tokens: int,
+    vocabulary: Vocabulary,
+    weights_VD: tuple[Tensor, ...],
+    *,
+    needs_hidden: bool,
+    needs_weights: list[bool],
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Return the nll sum, and the gradients of `scale * nll`; `scale` is () or (X, 1)."""
+    wide = torch.promote_types(hidden_XD.dtype, torch.float32)
+    grad_hidden = torch.empty_like(hidden_XD) if needs_hidden else None
+    # Accumulate over chunks: kept wide, cast once in backward.
+    grad_weights = [
+        torch.zeros_like(weight, dtype=wide) if needs else None
+        for weight, needs in zip(weights_VD, needs_weights, strict=True)
+    ]
+    total = torch.zeros((), dtype=wide, device=hidden_XD.device)
+    for start in range(0, hidden_XD.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits_XV = project(hidden_XD[rows], weights_VD)
+        own_scale = scale[rows] if scale.ndim else scale
+        nll_sum, grad_XV = vocabulary.gradient(logits_XV.to(wide), labels_X[rows], own_scale)
+        total += nll_sum
+        parts = grad_XV.to(hidden_XD.dtype).split([len(w) for w in weights_VD], dim=-1)
+        if grad_hidden is not None:
+            products = (part @ weight for part, weight in zip(parts, weights_VD, strict=True))
+            grad_hidden[rows] = sum(products, start=next(products))
+        for grad_weight, part in zip(grad_weights, parts, strict=True):
+            if grad_weight is not None:
+                _accumulate(grad_weight, part, hidden_XD[rows])
+    return total, grad_hidden, grad_weights
+
+
+def project(hidden_XD: Tensor, weights_VD: tuple[Tensor, ...]) -> Tensor:
+    """Return the logits of all `weights_VD`, side by side."""
+    parts = [F.linear(hidden_XD, weight) for weight in weights_VD]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _accumulate(total_VD: Tensor, grad_logits_XV: Tensor, hidden_XD: Tensor) -> None:
+    """Add `grad_logits^T @ hidden` to the wide total."""
+    if total_VD.dtype == hidden_XD.dtype:
+        total_VD.addmm_(grad_logits_XV.T, hidden_XD)
+    else:
+        total_VD += grad_logits_XV.T @ hidden_XD
