@@ -24,11 +24,13 @@ with those of the checkpoint. Exit code 1, and no folder, where they differ.
                      or fp32, bf16, fp16
   prompts=[A,B]      texts to compare on, instead of five of our own
   max_shard_gb=5     size of a weight file at most
+  new_tokens=apart   rows of model.additional_tokens beside the base's vocabulary, to train on,
+                     instead of merged into it
   json=true          one JSON object instead of text
 
 Needs memory for one copy of the model in fp32, and disk for the folder.
 """
-KEYS = ("checkpoint", "output", "dtype", "prompts", "max_shard_gb", "json")
+KEYS = ("checkpoint", "output", "dtype", "prompts", "max_shard_gb", "new_tokens", "json")
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
     source = Source(folder=folder, history=_history(folder))
     report = export(
         source, output, dtype=options["dtype"], prompts=options["prompts"],
-        max_shard_gb=options["max_shard_gb"],
+        max_shard_gb=options["max_shard_gb"], has_rows_apart=options["new_tokens"] == "apart",
     )  # fmt: skip
     print(_json(report) if options["json"] else _text(report, folder, source))
     return 0
@@ -72,19 +74,27 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
             near = get_close_matches(key, KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else "see tessera export --help"
             raise ValueError(f"unknown key {key}; {hint}")
-        is_text = key in ("checkpoint", "output", "dtype")
+        is_text = key in ("checkpoint", "output", "dtype", "new_tokens")
         given[key] = text if is_text else parsed(word)[1]
     for key in ("checkpoint", "output"):
         if not given.get(key):
             raise ValueError(f"{key} is missing; set {key}=DIR")
     kinds = {"prompts": tuple[str, ...], "max_shard_gb": float, "json": bool}
-    defaults: dict[str, Any] = {"dtype": "auto", "prompts": [], "max_shard_gb": 5.0, "json": False}
+    defaults: dict[str, Any] = {
+        "dtype": "auto",
+        "prompts": [],
+        "max_shard_gb": 5.0,
+        "json": False,
+        "new_tokens": "merged",
+    }
     options = defaults | given
     options |= {key: convert(options[key], kind, key) for key, kind in kinds.items()}
     if options["dtype"] not in (known := ("auto", "fp32", "bf16", "fp16")):
         raise ValueError(
             f"dtype={options['dtype']!r} is unknown; set it to one of {', '.join(known)}"
         )
+    if options["new_tokens"] not in ("merged", "apart"):
+        raise ValueError(f"new_tokens={options['new_tokens']!r}: set it to merged or apart")
     if not options["max_shard_gb"] > 0:
         raise ValueError(f"max_shard_gb={options['max_shard_gb']} is not positive; set it to 5")
     return options

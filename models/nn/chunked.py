@@ -129,7 +129,10 @@ def _gradients(
     needs_hidden: bool,
     needs_weights: list[bool],
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """Return the nll sum, and the gradients of `scale * nll`; `scale` is () or (X, 1)."""
+    """Return the nll sum, and the gradients of `scale * nll`.
+
+    `scale` is of each token where it is (X, 1); a pipeline makes () to (1,).
+    """
     wide = torch.promote_types(hidden_XD.dtype, torch.float32)
     grad_hidden = torch.empty_like(hidden_XD) if needs_hidden else None
     # Accumulate over chunks: kept wide, cast once in backward.
@@ -141,7 +144,7 @@ def _gradients(
     for start in range(0, hidden_XD.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         logits_XV = project(hidden_XD[rows], weights_VD)
-        own_scale = scale[rows] if scale.ndim else scale
+        own_scale = scale[rows] if scale.ndim == 2 else scale
         nll_sum, grad_XV = vocabulary.gradient(logits_XV.to(wide), labels_X[rows], own_scale)
         total += nll_sum
         parts = grad_XV.to(hidden_XD.dtype).split([len(w) for w in weights_VD], dim=-1)

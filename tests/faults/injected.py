@@ -143,7 +143,7 @@ def execute_fault(placement: Placement, attempt: Path) -> int:
     run = faulty_run(
         Path(settings["cache"]), Fault(**settings["fault"]), settings["timeout_seconds"]
     )
-    return execute(run, placement, lambda: attempt)
+    return execute(run, placement, lambda _: attempt)
 
 
 def main() -> None:

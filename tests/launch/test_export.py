@@ -23,6 +23,8 @@ from tests.trainer.test_adapter_files import INPUTS, KINDS, started
 from tests.trainer.test_model_path import saved
 from trainer.adapters.merged import load_merged
 from trainer.adapters.pretrained import PretrainedAdapter
+from trainer.export.export import export
+from trainer.export.source import Source
 from trainer.pretrained import PretrainedModel, save_pretrained
 from trainer.record import read_lines
 
@@ -31,6 +33,7 @@ CHAT = [
     {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]}
     for n in range(12)
 ]
+ANSWERS = [{"prompt": f"{n}?", "completion": "yes"} for n in range(12)]
 TAGS = [{"tokens": row["text"].split(), "tags": ["O"] * len(row["text"].split())} for row in ROWS]
 
 
@@ -39,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     for row in TAGS[::3]:
         row["tags"][0] = "B-SKY"
-    for name, rows in (("texts", ROWS), ("chat", CHAT), ("tags", TAGS)):
+    for name, rows in (("texts", ROWS), ("chat", CHAT), ("tags", TAGS), ("answers", ANSWERS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -50,7 +53,7 @@ def trained(folder: Path, name: str, *words: str, row_tokens: int = 64) -> Path:
         "data.eval_fraction=0.3", f"data.row_tokens={row_tokens}", "max_steps=4", "save_every=4",
         f"data.cache={folder}/cache", "eval_every=2", "data.global_documents=4", "optim.lr=1e-2",
     )  # fmt: skip
-    run_ranks(1, train_words, folder / name, [*words, *common])
+    run_ranks(1, train_words, folder / name, [*common, *words])
     return folder / name
 
 
@@ -93,6 +96,57 @@ def run_card(output: Path) -> str:
     with contextlib.chdir(output.parent), contextlib.redirect_stdout(io.StringIO()) as text:
         exec(code, {})
     return text.getvalue()
+
+
+@pytest.mark.parametrize("how", ["freeze=new_tokens", "adapter=lora"])
+def test_new_rows_are_merged_into_one_vocabulary(
+    folder: Path, model_folder: Path, tmp_path: Path, how: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = how.partition("=")[2]
+    run = trained(
+        folder, f"rows_{name}", "experiment=sft", f"model.path={model_folder}", how,
+        f"data.path={folder}/answers.jsonl", "model.additional_tokens=['<think>','yes']",
+        "eval_every=null",
+    )  # fmt: skip
+    report = exported(run, tmp_path / name)
+    assert all(check["largest"] < 1e-4 * check["scale"] for check in report["checks"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    rows = model.get_input_embeddings().weight
+    size = base.config.vocab_size
+    assert model.config.vocab_size == len(rows) == size + 2
+    assert tokenizer("yes", add_special_tokens=False).input_ids == [size + 1]
+    assert torch.equal(rows[:size], base.get_input_embeddings().weight)
+    mean = base.get_input_embeddings().weight.mean(0)
+    assert not torch.allclose(rows[size + 1], mean, atol=1e-3)  # it was trained
+
+
+def test_new_rows_kept_apart_are_trained_on(
+    folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    tokens = "model.additional_tokens=['<think>','yes']"
+    recipe = ("experiment=sft", f"data.path={folder}/answers.jsonl", "freeze=new_tokens", tokens)
+    run = trained(folder, "apart", f"model.path={model_folder}", *recipe, "eval_every=null")
+    exported(run, tmp_path / "apart", "new_tokens=apart")
+    written = load_file(tmp_path / "apart" / "model.safetensors")
+    base = load_file(model_folder / "model.safetensors")
+    (step,) = (run / "checkpoints").glob("step_*4")
+    rows = load_file(step / "trained" / "trained.safetensors")
+    assert written.keys() == base.keys() | rows.keys()
+    assert all(torch.equal(written[name], rows[name]) for name in rows)
+    more = f"model.path={tmp_path / 'apart'}"
+    again = trained(folder, "again", more, *recipe, "eval_every=null", "optim.lr=1e-9")
+    (step,) = (again / "checkpoints").glob("step_*4")
+    after = load_file(step / "trained" / "trained.safetensors")
+    assert all(torch.allclose(after[name], rows[name], atol=1e-6) for name in rows)
+    with pytest.raises(ValueError, match="new_tokens=apart has no effect"):
+        export(
+            Source(folder=model_folder), tmp_path / "none", dtype="auto", prompts=(),
+            max_shard_gb=5.0, has_rows_apart=True,
+        )  # fmt: skip
 
 
 def test_a_conversation_model_answers_in_transformers_and_stops_at_the_end_of_its_turn(

@@ -114,8 +114,7 @@ def _facts(source: Source, report: "Report") -> str:
 def trained(source: Source) -> str:
     """Return what of the model training changed."""
     if not source.is_adapter:
-        frozen = source.history.config.get("freeze", {}).get("frozen") if source.history else None
-        return f"all but {', '.join(frozen)}" if frozen else "every weight"
+        return _trained_itself(source.history.config if source.history else {})
     keys = source.adapter
     kind = "DoRA" if keys.get("use_dora") else "rsLoRA" if keys.get("use_rslora") else "LoRA"
     size = f" of rank {keys.get('r')}, alpha {keys.get('lora_alpha')}," if "r" in keys else ""
@@ -125,6 +124,20 @@ def trained(source: Source) -> str:
     beside = f"; {', '.join(saved)} as a whole" if saved else ""
     what = kind if keys["peft_type"] == "LORA" else str(keys["peft_type"])
     return f"{what}{size} on {names}{beside}; merged into the weights"
+
+
+def _trained_itself(config: dict[str, Any]) -> str:
+    freeze = config.get("freeze", {})
+    if freeze.get("new_tokens"):
+        tokens = config.get("model", {}).get("additional_tokens") or ()
+        names = f" for {', '.join(f'`{token}`' for token in tokens)}" if tokens else ""
+        return f"new rows of the vocabulary{names}; merged into embedding and head"
+    groups = freeze.get("groups", {}).values()
+    frozen = [
+        *freeze.get("frozen", ()),
+        *(n for g in groups if g.get("frozen") for n in g["names"]),
+    ]
+    return f"all but {', '.join(frozen)}" if frozen else "every weight"
 
 
 def _evaluation(found: dict[str, Any]) -> str:

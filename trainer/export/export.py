@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.heads import CAUSAL_LM
 from models.lora import merge
 from models.nn.decoupled import merge_rows, new_rows
 from models.nn.model import DecoderModel
@@ -69,32 +70,46 @@ class Report:
 
 
 def export(
-    source: Source, output: Path, *, dtype: str, prompts: tuple[str, ...], max_shard_gb: float
+    source: Source,
+    output: Path,
+    *,
+    dtype: str,
+    prompts: tuple[str, ...],
+    max_shard_gb: float,
+    has_rows_apart: bool = False,
 ) -> Report:
     """Write `output`, complete or not at all; CheckError where transformers answers otherwise.
+
+    `has_rows_apart`: new tokens stay `additional_*` beside the vocabulary of the base, whose
+    tokenizer is written: transformers reads the base alone. ValueError where there are none.
 
     Needs 4 bytes of memory per parameter: our model is gone before transformers reads its own.
     """
     chosen = source.stored_dtype if dtype == AUTO else DTYPES[dtype]
-    tokenizer = source.tokenizer
     wide = torch.promote_types(source.stored_dtype, torch.float32)
     model = load_as_trained(source.folder, dtype=wide, device=torch.device("cpu"))
-    config = written_config(source, model)
+    apart = frozenset(new_rows(model)) if has_rows_apart else frozenset()
+    if has_rows_apart and not apart:
+        raise ValueError(f"new_tokens=apart has no effect: {source.folder} has none; leave it out")
+    tokenizer = FileTokenizer(source.base) if apart else source.tokenizer
+    config = written_config(source, model, has_rows_apart=bool(apart))
     longest = int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
     asked = prompts_of(tokenizer, prompts, longest, int(config["vocab_size"]))
-    exact = _logits(model, asked)
+    width = int(config["vocab_size"]) if source.head == CAUSAL_LM else None
+    exact = _logits(model, asked, width)
     merge(model)
-    merge_rows(model)
+    if not apart:
+        merge_rows(model)
     with _staging(output) as staging:
         _cast(model, chosen)
         save_pretrained(staging, model, config, max_file_gb=max_shard_gb)
         _write_companions(staging, source, tokenizer, config)
         _cast(model, wide)
-        ours = _logits(model, asked)
+        ours = _logits(model, asked, width)
         num_parameters = sum(p.numel() for _, p in unique_parameters(model))
         del model  # before transformers reads its own
         check_tokenizer(staging, FileTokenizer(staging), asked)
-        checks = tuple(_checks(staging, source.head, asked, ours, (wide, chosen)))
+        checks = tuple(_checks(staging, source.head, asked, ours, (wide, chosen), apart))
         report = Report(
             output=output, dtype=_name(chosen), num_parameters=num_parameters,
             num_bytes=sum(path.stat().st_size for path in staging.glob("*.safetensors")),
@@ -123,11 +138,14 @@ def _staging(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def written_config(source: Source, model: DecoderModel) -> dict[str, Any]:
+def written_config(
+    source: Source, model: DecoderModel, *, has_rows_apart: bool = False
+) -> dict[str, Any]:
     """Return config.json without what would be untrue of the export."""
     kept = {key: value for key, value in source.config.items() if key not in _STALE}
-    if rows := [model.get_parameter(name).shape[0] for name in new_rows(model)]:
-        kept["vocab_size"] += rows[0]
+    if not has_rows_apart:
+        rows = [model.get_parameter(name).shape[0] for name in new_rows(model)]
+        kept["vocab_size"] += rows[0] if rows else 0
     pad = source.tokenizer.pad_token_id
     return {"pad_token_id": pad, **kept} if kept.get("pad_token_id") is None else kept
 
@@ -152,14 +170,14 @@ def _cast(model: DecoderModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _logits(model: DecoderModel, prompts: list[Prompt]) -> list[Tensor]:
-    """Return ours of every prompt, flat."""
+def _logits(model: DecoderModel, prompts: list[Prompt], width: int | None) -> list[Tensor]:
+    """Return the first `width` of ours (None: all) of every prompt, flat."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt.ids])
         logits = model(ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids))
         assert isinstance(logits, Tensor)
-        found.append(logits.flatten())
+        found.append(logits[..., :width].flatten())
     return found
 
 
@@ -169,9 +187,10 @@ def _checks(
     prompts: list[Prompt],
     ours: list[Tensor],
     dtypes: tuple[torch.dtype, ...],
+    apart: frozenset[str],
 ) -> Iterator[Check]:
     for number, dtype in enumerate(dict.fromkeys(dtypes)):
-        theirs, num_layers = reloaded_logits(folder, head, prompts, dtype)
+        theirs, num_layers = reloaded_logits(folder, head, prompts, dtype, apart)
         yield Check(
             dtype=_name(dtype), largest=_difference(theirs, ours), scale=_scale(ours),
             limit=WIDE_LIMIT if number == 0 else rounding_limit(dtype, num_layers),
