@@ -67,7 +67,8 @@ def filled(model: nn.Module) -> dict[str, Tensor]:
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             # Where they multiply, around one: away from the point where a factor has no effect.
             center = 1.0 if "magnitude" in name or "ia3" in name else 0.0
-            parameter.data.copy_(center + 0.3 * noise)
+            # Small: what rounding does grows from layer to layer with the size of the adapters.
+            parameter.data.copy_(center + 0.1 * noise)
             found[PREFIX + name] = parameter
     return found
 
@@ -97,15 +98,12 @@ def peft_of(peft: Any, family: str, kind: str) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", TARGETS)
 def test_logits_and_gradients_are_those_of_peft(family: str, kind: str) -> None:
-    """To 1e-5 of the largest, names as in peft's file.
-
-    In fp64, but for norms and softmax of transformers, which are fp32 always.
-    """
-    model = base(family).double()
+    """In fp32 to 1e-5 of the largest, names as in peft's file."""
+    model = base(family)
     adapt(model, targets(model, family), KINDS[kind])
     own = filled(model)
     with peft_package() as peft:
-        other = peft_of(peft, family, kind).double()
+        other = peft_of(peft, family, kind)
         assert own.keys() == peft.get_peft_model_state_dict(other).keys()
         values = {name: value.detach() for name, value in own.items()}
         peft.set_peft_model_state_dict(other, values)
@@ -113,9 +111,7 @@ def test_logits_and_gradients_are_those_of_peft(family: str, kind: str) -> None:
     found, expected = model(**batch), other(**their_inputs(batch)).logits
     assert relative(found, expected) <= 1e-5
     for result in (found, expected):
-        (
-            result * torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view(result.shape)
-        ).sum().backward()
+        (result * torch.linspace(-1, 1, result.numel()).view(result.shape)).sum().backward()
     gradients = {
         name.replace(".default", "").removesuffix(".weight"): parameter.grad
         for name, parameter in other.named_parameters()
