@@ -20,6 +20,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
+REST = (
+    (1, MeshSpec(), "none"),
+    (1, MeshSpec(), "selective"),
+    (2, DDP, "full"),
+    (2, DDP, "selective"),
+    (2, FSDP, "none"),
+)
 
 
 def train_compiled(placement: Placement, folder: Path, run: Run, backend: str) -> dict[str, int]:
@@ -36,10 +43,18 @@ def train_compiled(placement: Placement, folder: Path, run: Run, backend: str) -
     return dict(counters["stats"])
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
-@pytest.mark.parametrize(("world_size", "mesh"), [(1, MeshSpec()), (2, DDP), (2, FSDP)])
+@pytest.mark.parametrize(
+    ("world_size", "mesh", "mode"),
+    [
+        (1, MeshSpec(), "full"),
+        (2, DDP, "none"),
+        (2, FSDP, "full"),
+        (2, FSDP, "selective"),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in REST),
+    ],
+)
 def test_traced_blocks_give_the_same_bits(
-    tmp_path: Path, cache: Path, mode: str, world_size: int, mesh: MeshSpec
+    tmp_path: Path, cache: Path, world_size: int, mesh: MeshSpec, mode: str
 ) -> None:
     recompute = ActivationCheckpointing(mode=mode)
     settings: dict[str, Any] = {"precision": "bf16", "max_steps": 4, "mesh": mesh}

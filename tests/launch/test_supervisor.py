@@ -370,11 +370,12 @@ def test_data_error_of_a_worker_ends_the_run_with_its_code(
     assert whole  # it has filled the cache
     torn = tmp_path / "cache"
     shutil.copytree(cache, torn)
-    (tokens,) = torn.glob("tokens/*/train-*.shard")
-    os.truncate(tokens, tokens.stat().st_size - 2)
+    shards = list(torn.glob("tokens/*/train-*.shard"))  # other tests share the cache
+    for shard in shards:
+        os.truncate(shard, shard.stat().st_size - 2)
     with started(tmp_path, torn, *steps_of(2)) as command:
         assert command.wait() == DATA, command.text
-    assert str(tokens) in command.text
+    (tokens,) = (shard for shard in shards if str(shard) in command.text)
     assert f"delete {tokens.parent}" in command.text
     assert "Traceback" not in command.text
     assert ledger(command.run) == []
