@@ -124,7 +124,7 @@ def _stop_token_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
 
     Chat models have several there.
     """
-    from trainer.pretrained import read_keys
+    from trainer.files import read_keys
 
     stops = [] if eos_token_id is None else [eos_token_id]
     for name in ("generation_config.json", "config.json"):

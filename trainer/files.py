@@ -20,6 +20,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_keys(path: Path, advice: str = "give another folder") -> dict[str, Any]:
+    """Return what a JSON file of keys holds; ValueError in one line where it holds none."""
+    try:
+        config = read_json(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}; {advice}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; {advice}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no keys; {advice}")
+    return config
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` by temporary file, fsync and rename."""
     temporary = path.with_name(f".{path.name}.tmp")  # one name: a crash leaves one at most

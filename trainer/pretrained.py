@@ -1,6 +1,5 @@
 """Models from a Hugging Face folder: its config.json decides the family, its files the weights."""
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from models.nn.backends import check_name
 from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
 from trainer.checkpoint.tensor_file import plan, tensor_bytes, write_index
-from trainer.files import write_json
+from trainer.files import read_keys, write_json
 from trainer.parallel.materialise import materialise
 from trainer.parallel.pieces import named_pieces, unique_parameters
 from trainer.weights import WeightSource, match_weights
@@ -32,17 +31,6 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
     return read_keys(path)
-
-
-def read_keys(path: Path) -> dict[str, Any]:
-    """Return what a JSON file of keys holds; ValueError in one line where it holds none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; give another folder") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no keys; give another folder")
-    return config
 
 
 def spec_from(folder: Path, *, attn_implementation: str = "auto") -> Any:

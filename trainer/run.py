@@ -121,8 +121,9 @@ class Run:
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
             micro_batches=micro_batches, precision=PRECISIONS[self.precision],
         )  # fmt: skip
+        last = self.freeze.last_phase
         check_contents(
-            self.trained_model(self.freeze.last_phase), self.checkpoint.contents,
+            model if last == 1 else self.trained_model(last), self.checkpoint.contents,
             new_tokens=self.freeze.new_tokens, has_adapter=not isinstance(self.adapter, NoAdapter),
         )  # fmt: skip
         self.weight_source(model)

@@ -16,7 +16,7 @@ from models.nn.decoupled import new_rows
 from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import Entry, read_elements, read_entries, read_header
 from trainer.errors import StorageError
-from trainer.files import read_json
+from trainer.files import read_json, read_keys
 from trainer.parallel.materialise import Values, random_values
 from trainer.parallel.pieces import named_pieces, tied_names, unique_parameters
 from trainer.pieces import Piece
@@ -148,6 +148,17 @@ def _split_rows(entries: dict[str, Entry], wanted: dict[str, Piece], new: dict[s
             entries[name] = replace(whole, shape=wanted[name].shape, start=cut)
 
 
+def stated_base(folder: Path) -> Path:
+    """Return where the base of a checkpoint of what trained is; ValueError where it is not here."""
+    named = read_keys(folder / BASE)["weights"]
+    if not named or not Path(named).is_dir():
+        raise ValueError(
+            f"{folder / BASE}: weights={named!r} is no folder here; write there where the base is "
+            "(one that started from random weights is in no folder)"
+        )
+    return Path(named)
+
+
 def _on_base(folder: Path, model: nn.Module, **names: Any) -> WeightSource:
     """Match a checkpoint that holds what trained to its base, and put the two together."""
     stated = read_json(folder / BASE)
@@ -163,12 +174,7 @@ def _on_base(folder: Path, model: nn.Module, **names: Any) -> WeightSource:
             folder=folder, entries=own, fresh=others, base_hash=stated["xxh3"],
             own=frozenset(own), is_seeded=True,
         )  # fmt: skip
-    if not Path(stated["weights"]).is_dir():
-        raise ValueError(
-            f"{folder / BASE}: weights={stated['weights']} is no folder here; write there where "
-            "the base is"
-        )
-    base = match_weights(Path(stated["weights"]), model, **names)
+    base = match_weights(stated_base(folder), model, **names)
     fresh = tuple(name for name in base.fresh if name not in own)
     return replace(
         base, entries=base.entries | own, fresh=fresh, base_hash=stated["xxh3"],

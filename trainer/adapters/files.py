@@ -1,31 +1,18 @@
 """The folder of an adapter: peft's files, and which base they belong to."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from trainer.checkpoint.commit import hash_range
 from trainer.distributed import Ranks
-from trainer.files import read_json
 from trainer.weights import WeightSource
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of the model it wraps."""
 _BITS = 40  # of each part of a hash: sums of 2 ** 23 tensors fit int64
-
-
-def read_keys(path: Path) -> dict[str, Any]:
-    """Return what a JSON file of keys holds; ValueError in one line where it holds none."""
-    try:
-        config = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; give a folder that peft saved") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no keys; give a folder that peft saved")
-    return config
 
 
 def hash_of_files(source: WeightSource, ranks: Ranks | None = None) -> str:

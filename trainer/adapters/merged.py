@@ -10,13 +10,14 @@ from models.lora import merge
 from models.nn.decoupled import add_rows, merge_rows
 from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
-from trainer.adapters.files import CONFIG, check_base, hash_of_files, read_keys
+from trainer.adapters.files import CONFIG, check_base, hash_of_files
 from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import read_entries
 from trainer.parallel.materialise import materialise
 from trainer.planned import plan_model
 from trainer.pretrained import plan_causal_lm, read_hf_config, source_of, spec_from
+from trainer.weights import stated_base
 
 NEW_ROWS = ".additional_embedding.weight"
 
@@ -25,15 +26,7 @@ def base_folder(folder: Path) -> Path:
     """Return the model's own folder: of what trained beside a base the base, else the folder."""
     if (folder / CONFIG).is_file():
         return PretrainedAdapter(path=str(folder)).base
-    if not (folder / BASE).is_file():
-        return folder
-    named = read_keys(folder / BASE)["weights"]
-    if not named or not Path(named).is_dir():
-        raise ValueError(
-            f"{folder / BASE}: weights={named!r} is no folder here; write there where the base is "
-            "(one that started from random weights is in no folder)"
-        )
-    return Path(named)
+    return stated_base(folder) if (folder / BASE).is_file() else folder
 
 
 def merged_spec(folder: Path) -> Any:

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from models.layout import Layout
 from models.lora import adapter_names
-from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS, read_keys
+from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS
 from trainer.adapters.lora import IA3, LoRA
 from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import Entry, read_elements, read_header
+from trainer.files import read_keys
 from trainer.parallel.materialise import Values
+
+PEFT = "give a folder that peft saved"
 
 # What changes the computation and is not done here, by key: peft's value for "off".
 _OFF: dict[str, tuple[Any, ...]] = {
@@ -53,7 +56,7 @@ class PretrainedAdapter:
     def base(self) -> Path:
         """The folder of the model that the adapter belongs to; ValueError where it is not here."""
         key = "base_model_name_or_path"
-        named = read_keys(self.folder / CONFIG).get(key)
+        named = read_keys(self.folder / CONFIG, PEFT).get(key)
         if not named or not (folder := Path(named).expanduser()).is_dir():
             raise ValueError(
                 f"{self.folder / CONFIG}: {key}={named!r} is no folder here; write there where the "
@@ -64,7 +67,7 @@ class PretrainedAdapter:
     @cached_property
     def inner(self) -> LoRA | IA3:
         """The settings that the folder stands for, every target by its full name."""
-        config = read_keys(self.folder / CONFIG)
+        config = read_keys(self.folder / CONFIG, PEFT)
         kind = config.get("peft_type")
         if kind not in ("LORA", "IA3"):
             raise ValueError(f"{self.folder / CONFIG}: peft_type={kind!r}; give a LORA or IA3")
@@ -129,7 +132,7 @@ class PretrainedAdapter:
     @cached_property
     def base_hash(self) -> str | None:
         path = self.folder / BASE
-        return str(read_keys(path)["xxh3"]) if path.is_file() else None
+        return str(read_keys(path, PEFT)["xxh3"]) if path.is_file() else None
 
     def apply(self, model: nn.Module, layout: Layout) -> None:
         missing = [n for n in self.inner.targets if n not in dict(model.named_modules())]

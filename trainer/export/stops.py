@@ -6,7 +6,7 @@ from typing import Any
 from trainer.data.chat import ChatEncoder
 from trainer.data.examples import BadRowError
 from trainer.data.tokenizers import FileTokenizer
-from trainer.pretrained import read_keys
+from trainer.files import read_keys
 
 FILE = "generation_config.json"
 _STALE = ("transformers_version", "_from_model_config")
