@@ -24,6 +24,7 @@ class Progress:
         self.device = device
         self.total_tokens = self._zero()
         self.window = {name: self._zero() for name in _SUMS}
+        self._tokens_before = 0.0  # of the window, from before this start: no time is known for them
         self.last: StepResult | None = None
         self.stopwatch = Stopwatch(device)
 
@@ -51,9 +52,10 @@ class Progress:
             "grad_norm": float(self.last.grad_norm),
             "lr": self.last.lr,
             "skipped_steps": int(sums["num_skipped"]),
-            **self.stopwatch.lap(int(sums["num_tokens"])),
+            **self.stopwatch.lap(int(sums["num_tokens"] - self._tokens_before)),
         }
         self.window = {name: self._zero() for name in _SUMS}
+        self._tokens_before = 0.0
         return metrics
 
     def state(self) -> dict[str, Any]:
@@ -66,6 +68,7 @@ class Progress:
         self.total_tokens += float.fromhex(state["total_tokens"])
         for name in _SUMS:
             self.window[name] += float.fromhex(state["window"][name])
+        self._tokens_before = float.fromhex(state["window"]["num_tokens"])
 
 
 def _ratio(total: float, count: float) -> float:

@@ -176,6 +176,23 @@ def test_the_logged_loss_is_weighted_by_targets_and_a_saved_window_goes_on() -> 
     assert math.isnan(again.window["loss_sum"].item())
 
 
+def test_speed_counts_the_tokens_since_this_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Progress(torch.device("cpu"))
+    for _ in range(8):
+        one.advance(result(1.0, 1))
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    other = Progress(torch.device("cpu"))
+    other.load(one.state())
+    other.advance(result(1.0, 1))
+    now += 2.0
+    metrics = other.close_window()
+    assert (metrics["tokens"], metrics["tokens_per_second"]) == (9 * 2, 2 / 2.0)
+    other.advance(result(1.0, 1))
+    now += 3.0
+    assert other.close_window()["tokens_per_second"] == 2 / 3.0
+
+
 def test_a_nan_is_the_worst_deviation_wherever_it_stands() -> None:
     numbers = {name: np.ones(2) for name in "abc"}
     assert deviation("x", numbers, numbers).value == 0.0
