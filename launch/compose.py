@@ -44,7 +44,7 @@ def compose(
             del config["hydra"]
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OverrideParseException as error:
-        raise ValueError(f"{error.override}: {_explain(str(error))}") from None
+        raise ValueError(_unreadable(str(error.override), str(error))) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(str(error))) from None
     assert isinstance(tree, dict)
@@ -54,15 +54,15 @@ def compose(
 def parsed(override: str) -> tuple[str, Any]:
     """Return key and plain value of `key=value`, read as compose reads it; else ValueError."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     if "=" not in override:
         raise ValueError(f"{override!r} is no option; write key=value, for example seed=1")
     try:
         found = OverridesParser.create().parse_override(override)
-    except OverrideParseException as error:
-        raise ValueError(f"{override}: {_explain(str(error))}") from None
+    except HydraException as error:
+        raise ValueError(_unreadable(override, str(error))) from None
     value = OmegaConf.to_container(OmegaConf.create([found.value()]))
     assert isinstance(value, list)
     return str(found.key_or_group), value[0]
@@ -105,6 +105,16 @@ def _root_keys() -> list[str]:
 
     root = yaml.safe_load((config_folder() / f"{ROOT}.yaml").read_text())
     return [key for key in root if key not in ("defaults", "_target_")]
+
+
+def _unreadable(override: str, message: str) -> str:
+    """Say that Hydra's grammar cannot read a value: mostly a text that wants quotes."""
+    key, _, value = override.removeprefix("++").partition("=")
+    example = '["..."]' if value.startswith("[") else '"..."'
+    return (
+        f"{key}={value}: {_explain(message.splitlines()[0])}; put quotes around text with special "
+        f"characters, and others around all for the shell: '{key}={example}'"
+    )
 
 
 def _explain(message: str) -> str:

@@ -10,12 +10,14 @@ from typing import Any
 
 from launch.binding import convert
 from launch.model_folders import model_folder
+from launch.questions import KINDS, check_kind, read_question
 
 USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
 
   checkpoint=DIR       a run, a step of a run (.../step_00000100), a Hugging Face model folder, or
                        the folder of an adapter, which names its base
-  prompt="..."         the text to continue; or prompt_file=FILE
+  prompt="..."         the text to continue; or prompt_file=FILE; or chat="...": a message to
+                       answer, written by the tokenizer's chat template
   max_new_tokens=100   temperature=0 (likeliest)   top_p=1   top_k=null   seed=0
   num_beams=1          length_penalty=1            cache=growing (static, none)
   precision=fp32       or bf16                     bos=true: begin with the BOS token
@@ -40,12 +42,11 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         key, separator, value = word.partition("=")
         if not separator:
             raise ValueError(f'{word!r} is no option; write key=value, for example prompt="Once"')
-        is_text = key in ("checkpoint", "prompt", "prompt_file", "precision", "cache")
+        is_text = key in ("checkpoint", *KINDS, "precision", "cache")
         options[key] = value if is_text else _value(value)
     if "checkpoint" not in options:
         raise ValueError("checkpoint is missing; set checkpoint=DIR")
-    if ("prompt" in options) == ("prompt_file" in options):
-        raise ValueError("one of prompt and prompt_file is needed; set prompt=TEXT")
+    check_kind(options)
     return options
 
 
@@ -70,13 +71,12 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     is_json = convert(options.pop("json", False), bool, "json")
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; set it to fp32 or bf16")
-    has_bos = convert(options.pop("bos", True), bool, "bos")
-    text = _prompt(options)
     base = base_folder(folder)
     tokenizer = FileTokenizer(folder if (folder / "tokenizer.json").is_file() else base)
-    spec = _spec(options, _stop_token_ids(base, tokenizer.eos_token_id))
-    bos = [tokenizer.bos_token_id] if has_bos and tokenizer.bos_token_id is not None else []
-    prompt = [*bos, *tokenizer.encode(text)]
+    question = read_question(options, tokenizer)
+    prompt, shown = question.ids, question.shown
+    stops = (*_stop_token_ids(base, tokenizer.eos_token_id), *question.stops)
+    spec = _spec(options, tuple(dict.fromkeys(stops)))
     model_spec = merged_spec(folder)
     check_lengths([prompt], spec, model_spec.max_position_embeddings)
     if max(prompt) >= model_spec.vocab_size:
@@ -90,28 +90,20 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     model = load_merged(folder, dtype=dtype, device=device, attn_implementation="sdpa")
     stream = _Stream(tokenizer, prompt) if sys.stdout.isatty() and not is_json else None
     if stream:
-        print(text, end="", flush=True)
+        print(shown, end="", flush=True)
     start = time.perf_counter()
     (ids,) = generate(model, [prompt], spec, stream.on_token if stream else None)
     seconds = time.perf_counter() - start
     found = _continuation(tokenizer, prompt, ids)
     if is_json:
-        print(json.dumps({"prompt": text, "text": found, "ids": ids, "seconds": round(seconds, 3)}))
+        answer = {"prompt": question.text, "text": found, "ids": ids}
+        print(json.dumps(answer | {"seconds": round(seconds, 3)}))
     elif stream:
         print(found[len(stream.text) :])
     else:
-        print(text + found)
+        print(shown + found)
     print(f"{len(ids)} tokens, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
-
-
-def _prompt(options: dict[str, Any]) -> str:
-    if "prompt" in options:
-        return str(options.pop("prompt"))
-    path = Path(options.pop("prompt_file")).expanduser()
-    if not path.is_file():
-        raise ValueError(f"prompt_file={path} is no file; give one, or prompt=TEXT")
-    return path.read_text(encoding="utf-8")
 
 
 def _continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
@@ -147,7 +139,7 @@ def _spec(options: dict[str, Any], stop_token_ids: tuple[int, ...]) -> Any:
     known = [field.name for field in fields(GenerationSpec) if field.name != "stop_token_ids"]
     for key in options:
         if key not in known:
-            near = get_close_matches(key, [*known, "prompt", "checkpoint", "json"], n=1)
+            near = get_close_matches(key, [*known, *KINDS, "checkpoint", "json"], n=1)
             hint = f"did you mean {near[0]}?" if near else "see tessera generate --help"
             raise ValueError(f"unknown key {key}; {hint}")
     values = {key: convert(value, hints[key], key) for key, value in options.items()}

@@ -121,10 +121,9 @@ class GemmaSpec:
         """Build the model on torch's current default device (`torch.device("meta")` to plan)."""
         return heads.causal_lm(self, chunk_tokens=chunk_tokens)
 
-    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
-        """Return training FLOPs per token: 6N + 6 * layers * heads * head_dim * T (causal)."""
-        width = self.num_attention_heads * self.head_dim
-        return 6 * num_matmul_weights + 6 * self.num_hidden_layers * width * row_tokens
+    @property
+    def attention_width(self) -> int:
+        return self.num_hidden_layers * self.num_attention_heads * self.head_dim
 
     def hf_config(self, head: str = heads.CAUSAL_LM) -> dict[str, Any]:
         """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""

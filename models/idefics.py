@@ -171,17 +171,9 @@ class IdeficsSpec:
         """Freeze what the flags say, under any head."""
         freeze(model, self)
 
-    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
-        """Return training FLOPs per text token: 6N + 6 * layers * hidden_size * T (causal).
-
-        N leaves the vision tower and the resampler out: they see images, not tokens. All of N is
-        taken to train.
-        """
-        images = self.vision_config.num_matmul_weights
-        if self.use_resampler:
-            images += self.perceiver_config.num_matmul_weights(self.vision_config.embed_dim)
-        attention = 6 * self.num_hidden_layers * self.hidden_size * row_tokens
-        return 6 * (num_matmul_weights - images) + attention
+    @property
+    def attention_width(self) -> int:
+        return self.num_hidden_layers * self.hidden_size
 
     def hf_config(self, head: str = heads.CAUSAL_LM) -> dict[str, Any]:
         """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""

@@ -4,6 +4,7 @@ from torch import nn
 
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.distributed import Ranks
+from trainer.flops import FORMULA
 from trainer.mesh import Mesh
 from trainer.meter import Meter
 from trainer.parallel.pieces import unique_parameters
@@ -77,6 +78,5 @@ def describe(
         f"{run.num_steps:,} steps = {_passes(loader, run.num_steps)}; "
         f"{held_out} documents held out",
         **({"classes": _weights(weights)} if weights else {}),
-        "FLOPs": f"{meter.flops_per_token / 1e6:.1f} M per token "
-        "= 6 x matmul weights + 6 x layers x heads x head_dim x row_tokens (causal, one segment)",
+        "FLOPs": f"{meter.flops_per_token() / 1e6:.1f} M per token = {FORMULA}",
     }

@@ -29,7 +29,7 @@ from trainer.evaluate import Evaluator
 from trainer.files import write_json, write_text
 from trainer.loop import Loop
 from trainer.mesh import Mesh
-from trainer.meter import Meter, num_matmul_weights
+from trainer.meter import Meter
 from trainer.model_files import write_model_files
 from trainer.new_tokens import starting_at_mean
 from trainer.parallel.materialise import Values, random_values
@@ -95,12 +95,10 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     )
     model = run.trained_model()
     meter = Meter(
-        flops_per_token=run.model.flops_per_token(num_matmul_weights(model), run.data.row_tokens),
+        flops_per_token=lambda: engine.flops_per_token,
         world_size=start.placement.world_size,
         device=ranks.device,
-        has_peak=lambda: (
-            PRECISIONS[run.precision].compute == torch.bfloat16 and engine.trained.is_all
-        ),
+        has_peak=PRECISIONS[run.precision].compute == torch.bfloat16,
     )
     contents = contents_of(run, ranks)
     tokenizer, loader, eval_loader = build_data(run, ranks, mesh)

@@ -96,10 +96,9 @@ class HFAutoModel:
             model = _construct(self._config, self.attn_implementation)
         return HFCausalLM(model, chunk_tokens)
 
-    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
-        """Return training FLOPs per token: 6N + 6 * layers * hidden_size * T (causal)."""
-        layers, width = self._config.num_hidden_layers, self._config.hidden_size
-        return 6 * num_matmul_weights + 6 * int(layers) * int(width) * row_tokens
+    @property
+    def attention_width(self) -> int:
+        return int(self._config.num_hidden_layers) * int(self._config.hidden_size)
 
     def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]:
         assert head == CAUSAL_LM

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.nn.head import Loss
 from trainer.batch import Batch
+from trainer.flops import flops_per_token
 from trainer.parallel.materialise import Values
 from trainer.pieces import Piece
 from trainer.progress import Stopwatch
@@ -54,6 +55,10 @@ class PhasedEngine:
     def _build(self, step: int, values: Values | None) -> Engine:
         model = self.run.trained_model(step)
         self.trained = Trained.of(self.run.freeze, model, step)
+        spec = self.run.model
+        self.flops_per_token = flops_per_token(
+            model, spec.layout, spec.attention_width, self.run.data.row_tokens
+        )
         return self.build(model, values)
 
     @torch.no_grad()

@@ -153,8 +153,9 @@ class PretrainedModel:
         model: DecoderModel = self.spec.build_causal_lm(chunk_tokens=chunk_tokens)
         return model
 
-    def flops_per_token(self, num_matmul_weights: int, row_tokens: int) -> int:
-        return int(self.spec.flops_per_token(num_matmul_weights, row_tokens))
+    @property
+    def attention_width(self) -> int:
+        return int(self.spec.attention_width)
 
     def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]:
         """Return the spec's keys over those of the folder: labels, padding token and the like."""

@@ -44,10 +44,6 @@ class Trained:
             },
         )
 
-    @property
-    def is_all(self) -> bool:
-        return self.count == self.whole
-
     def describe(self) -> str:
         """Return a line: tensors, parameters and their share, and of each group what it does."""
         share = self.count.parameters / self.whole.parameters

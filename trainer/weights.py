@@ -40,10 +40,17 @@ class WeightSource:
     """Names of the weights that such a checkpoint holds."""
     is_seeded: bool = False
     """Whether all others come from a seed, as in the run that left that checkpoint."""
+    new_head: tuple[str, ...] = ()
+    """Those of `fresh` that belong to a head."""
 
     def values(self, model: nn.Module, std: float, seed: int) -> Values:
         """Return what fills each piece: the file's numbers, or random ones for what is new."""
         random = random_values(model, std, seed)
+        if self.new_head:
+            names = ", ".join(self.new_head)
+            log.info(
+                "%s has no head for this task: %s starts from random values", self.folder, names
+            )
 
         def value(name: str, start: int, stop: int) -> Tensor:
             if name in self.fresh:
@@ -131,10 +138,11 @@ def match_weights(
     if fresh and head_name == "lm_head":
         fresh = ()  # a language model without its head is broken, not new
     if fresh:
-        log.info("%s has no %s: %s start from random values", folder, head_name, ", ".join(fresh))
         entries = {n: e for n, e in entries.items() if n.startswith(f"{trunk_name}.")}
     _check(folder, entries, wanted, (*fresh, *rows))
-    return WeightSource(folder=folder, entries=entries, fresh=(*fresh, *rows, *adapters))
+    return WeightSource(
+        folder=folder, entries=entries, fresh=(*fresh, *rows, *adapters), new_head=fresh
+    )
 
 
 def _split_rows(entries: dict[str, Entry], wanted: dict[str, Piece], new: dict[str, str]) -> None:
@@ -178,7 +186,7 @@ def _on_base(folder: Path, model: nn.Module, **names: Any) -> WeightSource:
     fresh = tuple(name for name in base.fresh if name not in own)
     return replace(
         base, entries=base.entries | own, fresh=fresh, base_hash=stated["xxh3"],
-        own=frozenset(own),
+        own=frozenset(own), new_head=tuple(name for name in base.new_head if name in fresh),
     )  # fmt: skip
 
 

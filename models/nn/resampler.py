@@ -30,11 +30,6 @@ class PerceiverSpec:
         names = ("resampler_n_latents", "resampler_depth", "resampler_n_heads")
         check_positive(self, *names, "resampler_head_dim")
 
-    def num_matmul_weights(self, embed_dim: int) -> int:
-        """Return how many weights multiply activations."""
-        attention = 4 * embed_dim * self.resampler_n_heads * self.resampler_head_dim
-        return self.resampler_depth * (attention + 8 * embed_dim**2)
-
 
 class PerceiverAttention(nn.Module):
     """Latents look at the context and at themselves."""

@@ -51,13 +51,6 @@ class VisionSpec:
         """Patches along one side of an image."""
         return self.image_size // self.patch_size
 
-    @property
-    def num_matmul_weights(self) -> int:
-        """Weights that multiply activations."""
-        layer = 4 * self.embed_dim**2 + 2 * self.embed_dim * self.intermediate_size
-        patches = self.embed_dim * self.num_channels * self.patch_size**2
-        return patches + self.num_hidden_layers * layer
-
 
 class VisionEmbeddings(nn.Module):
     """Pixels to patch embeddings behind one class token, with learned positions."""

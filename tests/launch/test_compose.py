@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from launch.binding import bind
-from launch.compose import compose
+from launch.compose import compose, parsed
 from launch.menu import config_folder, groups
 from tests.adapters import write_adapter
 from tests.token_folders import write_folder
@@ -254,3 +254,20 @@ def test_composing_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.Mon
         compose(["model=nothing"])
     assert list(tmp_path.iterdir()) == []
     assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("override", "example"),
+    [
+        ("adapter.targets=[model.layers.[0-3].q_proj]", """'adapter.targets=["..."]'"""),
+        ("data.path={a", """'data.path="..."'"""),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_about_quotes(override: str, example: str) -> None:
+    with pytest.raises(ValueError, match=r"put quotes around") as caught:
+        compose(["experiment=sft", override])
+    assert str(caught.value).startswith(f"{override}: ")
+    assert str(caught.value).endswith(example)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"put quotes around"):
+        parsed(override)

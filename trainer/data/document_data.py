@@ -4,7 +4,7 @@ import json
 import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +141,7 @@ class DocumentData(Places[RowSource]):
                 else:
                     advice = f"data.too_long=cut, which loses {lost} of {lengths.sum()} tokens"
                 raise DataError(f"{found}; raise data.row_tokens, or set {advice}")
-            log.info("%s: cut, %d of %d tokens are lost", found, lost, lengths.sum())
+            _say(f"{found}: cut, {lost} of {lengths.sum()} tokens are lost")
         return PackedDocuments(store, self.row_tokens, is_packed=self.packing == "best_fit")
 
     def make(
@@ -184,6 +184,12 @@ class DocumentData(Places[RowSource]):
             if writer.wants(name):
                 yield document
         bad_rows.finish()
+
+
+@cache
+def _say(text: str) -> None:
+    """Log once what every building of the data finds: its length is asked before it is read."""
+    log.info("%s", text)
 
 
 def _settings(encoder: Any) -> str:

@@ -1,0 +1,71 @@
+"""What `tessera generate` is asked: a text to continue, or a message to answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.binding import convert
+
+KINDS = ("prompt", "prompt_file", "chat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A text with its ids, as the model is given them."""
+
+    text: str
+    ids: list[int]
+    shown: str
+    """What stands before the answer where it is printed: of a conversation nothing."""
+    stops: tuple[int, ...] = ()
+    """Ids that end the answer, beside those of the model."""
+
+
+def check_kind(options: dict[str, Any]) -> None:
+    """Raise ValueError unless exactly one kind of question is among the options."""
+    given = [kind for kind in KINDS if kind in options]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"one of {', '.join(KINDS)} is needed, found {found}; set prompt=TEXT")
+    if "chat" in given and "bos" in options:
+        raise ValueError("bos has no effect on chat, whose template writes BOS; leave it out")
+
+
+def read_question(options: dict[str, Any], tokenizer: Any) -> Question:
+    """Take the question out of the options; ValueError where it cannot be read or written."""
+    if "chat" in options:
+        return _conversation(str(options.pop("chat")), tokenizer)
+    has_bos = convert(options.pop("bos", True), bool, "bos")
+    text = _text(options)
+    bos = [tokenizer.bos_token_id] if has_bos and tokenizer.bos_token_id is not None else []
+    return Question(text=text, ids=[*bos, *tokenizer.encode(text)], shown=text)
+
+
+def _text(options: dict[str, Any]) -> str:
+    if "prompt" in options:
+        return str(options.pop("prompt"))
+    path = Path(options.pop("prompt_file")).expanduser()
+    if not path.is_file():
+        raise ValueError(f"prompt_file={path} is no file; give one, or prompt=TEXT")
+    return path.read_text(encoding="utf-8")
+
+
+def _conversation(message: str, tokenizer: Any) -> Question:
+    """Return the user's message as the chat template writes it, up to where the answer begins."""
+    from trainer.data.chat_template import render
+    from trainer.data.examples import BadRowError
+    from trainer.export.stops import end_of_turn
+
+    if tokenizer.chat_template is None:
+        raise ValueError("chat needs a chat template, and the tokenizer has none; set prompt=TEXT")
+    messages = [{"role": "user", "content": message}]
+    try:
+        text = render(
+            tokenizer.chat_template, messages, tokenizer.special_tokens, add_generation_prompt=True
+        ).text
+    except BadRowError as error:
+        raise ValueError(f"chat={message!r}: {error}; set prompt=TEXT") from None
+    end = end_of_turn(tokenizer)
+    return Question(
+        text=text, ids=tokenizer.encode(text), shown="", stops=() if end is None else (end,)
+    )
