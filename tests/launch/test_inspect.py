@@ -68,7 +68,7 @@ def test_virtual_tokens_are_spelled_and_said(
 ) -> None:
     plain = output(capsys, *chats)
     text = output(capsys, *chats, "adapter=prompt", "adapter.num_virtual_tokens=2")
-    assert "<|virtual_1|><|virtual_2|><|im_start|>user" in text
+    assert "<|virtual_1|><|virtual_2|><|im_start|>system" in text
     assert "2 tokens before every document" in text
     assert "virtual" not in plain
     texts = [line for line in plain.splitlines() if "bytes per token" in line]

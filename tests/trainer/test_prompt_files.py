@@ -34,6 +34,8 @@ from tests.trainer.test_prompt_tuning import (
 from trainer.adapters.files import CONFIG, WEIGHTS
 from trainer.adapters.merged import load_merged
 from trainer.adapters.pretrained import PretrainedAdapter
+from trainer.callbacks.closing import Closing
+from trainer.callbacks.ngrams import NgramBaselines
 from trainer.checkpoint.commit import committed_steps
 from trainer.data.classification import SequenceEncoder
 from trainer.data.tagging import TokenEncoder
@@ -238,6 +240,16 @@ def test_resumed_run_equals_uninterrupted_run_also_on_other_ranks(
     rows = {n: load_file(adapter_in(tmp_path / n, 6) / WEIGHTS) for n in ("whole", "cut")}
     assert rows["whole"].keys() == {"prompt_embeddings"}
     assert rows["cut"]["prompt_embeddings"].equal(rows["whole"]["prompt_embeddings"])
+
+
+def test_a_run_samples_with_them_and_counts_no_pairs_of_tokens(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    closing = {"closing": Closing(prompt="ab", sample_tokens=3)}
+    run_ranks(1, train, tmp_path / "run", run_over(model_folder, tmp_path, callbacks=closing))
+    ngrams = run_over(model_folder, tmp_path, callbacks={"ngrams": NgramBaselines()})
+    with pytest.raises(RankFailedError, match=r"set callbacks\.ngrams=null"):
+        run_ranks(1, train, tmp_path / "refused", ngrams)
 
 
 def test_generate_puts_the_virtual_tokens_in_front_as_peft_does(

@@ -252,6 +252,7 @@ def test_virtual_tokens_start_as_rows_of_the_vocabulary_by_the_seed(tmp_path: Pa
     assert 0.05 < float(rows.detach().std()) < 0.2
 
 
+@torch.no_grad()
 def test_a_scaled_embedding_hands_scaled_rows_to_the_virtual_tokens_and_leaves_them(
     tmp_path: Path,
 ) -> None:
@@ -318,7 +319,7 @@ def test_what_does_not_fit_is_refused_by_the_check(
 def test_pairs_are_refused(tmp_path: Path) -> None:
     pairs = [{"prompt": "1 + 1 = ", "chosen": "2", "rejected": "3"}]
     data = documents(tmp_path, pairs, encoder=PreferenceEncoder())
-    with pytest.raises(ValueError, match=r"does not learn from pairs.*; set adapter=lora"):
+    with pytest.raises(ValueError, match=r"a pair is one document of two texts; set adapter"):
         run_on(data, task=DPOTask()).check(1)
 
 

@@ -92,8 +92,8 @@ class DocumentData(Places[RowSource]):
     def check_virtual(self, ids: Sequence[int]) -> None:
         if ids and isinstance(self.encoder, PreferenceEncoder):
             raise ValueError(
-                "adapter=prompt does not learn from pairs, whose texts are also read by the base "
-                "alone; set adapter=lora"
+                "adapter=prompt puts virtual tokens before documents, and a pair is one document "
+                "of two texts; set adapter=lora"
             )
         if ids and self.row_tokens <= len(ids):
             raise ValueError(
