@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from models.nn.init import Init, SkipInit
 from models.nn.linear import SummedLinear
+from models.nn.prompt import prompt_rows
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -170,13 +171,14 @@ def adapt(
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters' own parameters, which no weights of the base hold."""
-    return [
+    linears = [
         f"{name}.{own}"
         for name, module in model.named_modules()
         if isinstance(module, AdaptedLinear)
         for own, _ in module.named_parameters()
         if own not in SummedLinear.output_rows
     ]
+    return linears + prompt_rows(model)
 
 
 def merge(model: nn.Module) -> dict[str, AdaptedLinear]:

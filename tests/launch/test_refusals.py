@@ -303,6 +303,10 @@ REFUSALS = {
         [*TINY, "adapter=ia3", "adapter.rank=8"],
         ["unknown key adapter.rank", "Known: targets"],
     ),
+    "virtual tokens before rows of text": (
+        [*TINY, "adapter=prompt"],
+        ["adapter=prompt puts 20 virtual tokens before every document", "set data=chat"],
+    ),
     "adapter from an empty folder": (
         [*TINY, "adapter=pretrained", "adapter.path={wrong}/empty"],
         ["adapter_config.json", "give a folder that peft saved"],

@@ -7,11 +7,11 @@ from torch import nn
 
 from trainer.adapters.files import (
     CONFIG,
-    PREFIX,
     WEIGHTS,
     check_base,
     hash_of_files,
     hash_of_seed,
+    names_in_file,
 )
 from trainer.checkpoint.contents import BASE, TRAINED, Contents, is_trained_alone
 from trainer.distributed import Ranks
@@ -45,11 +45,12 @@ def contents_of(run: Run, ranks: Ranks) -> Contents:
     files = {BASE: {"xxh3": base_hash, "weights": base}}
     if config is None:
         return Contents(
-            folder=TRAINED, stem=TRAINED, names=trained, base_hash=base_hash, files=files
-        )
+            folder=TRAINED, stem=TRAINED, names={name: name for name in trained},
+            base_hash=base_hash, files=files,
+        )  # fmt: skip
     files[CONFIG] = {"base_model_name_or_path": base, **config}
     return Contents(
-        folder=ADAPTER, stem=Path(WEIGHTS).stem, prefix=PREFIX, names=trained,
+        folder=ADAPTER, stem=Path(WEIGHTS).stem, names=names_in_file(model, trained),
         base_hash=base_hash, files=files,
     )  # fmt: skip
 

@@ -114,7 +114,7 @@ class LoRA:
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": self.init_lora_weights,
-            **common_config(model, self.modules_to_save),
+            **linear_config(model, self.modules_to_save),
         }
 
 
@@ -163,7 +163,7 @@ class IA3:
 
     def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
         inputs = [n for n, m in model.named_modules() if isinstance(m, IA3InputLinear)]
-        config = common_config(model, self.modules_to_save)
+        config = linear_config(model, self.modules_to_save)
         forward = short_names(model, inputs)
         if not set(forward) <= set(config["target_modules"]):  # short in one list only
             adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
@@ -191,10 +191,15 @@ def train_only(model: nn.Module, saved: list[str]) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def common_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Any]:
-    """Return the keys that peft's config has for every kind of adapter."""
+def linear_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Any]:
+    """Return the keys that peft's config has for every kind of adapter of linears."""
     adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
     saved = find_saved(model, modules_to_save, adapted)
+    return {"target_modules": short_names(model, adapted), **common_config(model, saved)}
+
+
+def common_config(model: nn.Module, saved: list[str]) -> dict[str, Any]:
+    """Return the keys that peft's config has for every kind; modules `saved` train as a whole."""
     head = model.get_submodule(str(model.head_name))
     kinds = {
         SequenceClassifier: "SEQ_CLS",
@@ -202,7 +207,6 @@ def common_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[st
         TokenClassifier: "TOKEN_CLS",
     }
     return {
-        "target_modules": short_names(model, adapted),
         "modules_to_save": short_names(model, saved) or None,
         "task_type": kinds.get(type(head), "CAUSAL_LM"),
         "inference_mode": True,

@@ -49,6 +49,11 @@ class Source:
                 f"{self.folder} is an idefics, which cannot be compared on texts alone; open the "
                 "checkpoint's own model/ folder in transformers, as it is"
             )
+        if self.adapter.get("peft_type") == "PROMPT_TUNING":
+            raise ValueError(
+                f"{self.folder} holds virtual tokens, which are no weights of the model and cannot "
+                "be merged; open it as it is: PeftModel.from_pretrained(model, DIR) of peft"
+            )
         is_bare = self.is_adapter and not (self.folder / "config.json").is_file()
         if is_bare and self.adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
             raise ValueError(
