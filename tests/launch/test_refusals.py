@@ -303,6 +303,14 @@ REFUSALS = {
         [*TINY, "adapter=ia3", "adapter.rank=8"],
         ["unknown key adapter.rank", "Known: targets"],
     ),
+    "a base in bits that nobody knows": (
+        [*TINY, "adapter=lora", "adapter.quantize=int3"],
+        ["adapter.quantize='int3' is unknown", "set it to one of none, nf4"],
+    ),
+    "DoRA over a base in 4 bits": (
+        [*TINY, "adapter=dora", "adapter.quantize=nf4"],
+        ["adapter.quantize=nf4 with adapter.use_dora=true", "take adapter=lora"],
+    ),
     "adapter from an empty folder": (
         [*TINY, "adapter=pretrained", "adapter.path={wrong}/empty"],
         ["adapter_config.json", "give a folder that peft saved"],
