@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from launch.cli import main
 from models.lora import PackedLoRALinear, packed_linears
 from models.nn.linear import base_alone
+from tests.adapters import peft_package
+from tests.conftest import tiny_spec
 from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train
 from tests.trainer.test_adapter_files import (
@@ -32,6 +34,7 @@ from trainer.adapters.nf4 import describe_packed, packing_of
 from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.checkpoint.contents import BASE
 from trainer.construct import build_engine
+from trainer.data.tokenizers import ByteTokenizer
 from trainer.distributed import Placement, Ranks
 from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import DeepSpeedEngine
@@ -41,6 +44,7 @@ from trainer.mesh import MeshSpec
 from trainer.optim import AdamW
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.materialise import Values, materialise, random_values
+from trainer.pretrained import save_pretrained
 from trainer.record import read_lines
 from trainer.run import Run
 from trainer.verify.forked import RankFailedError
@@ -255,6 +259,37 @@ def test_commands_answer_as_the_run_did(
         assert main(["generate", *words]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_transformers_and_peft_compute_the_same_beside_their_own_4_bits(
+    tmp_path: Path, cache: Path
+) -> None:
+    """Of the largest logit, in fp32: 1e-5, as for adapters beside a base in full.
+
+    Width 64: of shorter rows the CPU kernel of bitsandbytes 0.50 looks up wrong scales, and
+    transformers has one row per output feature.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    spec = tiny_spec(hidden_size=64, intermediate_size=128)
+    with torch.device("meta"):
+        model = spec.build_causal_lm(chunk_tokens=64)
+    materialise(model, CPU, random_values(model, 0.1, seed=0))
+    save_pretrained(tmp_path / "base", model, spec.hf_config() | {"pad_token_id": 257})
+    ByteTokenizer().save(tmp_path / "base")
+    run_ranks(1, train, tmp_path / "run", run_over(tmp_path / "base", cache, QLORA))
+    adapter = adapter_in(tmp_path / "run")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", quantization_config=settings,
+        dtype=torch.float32,
+    )  # fmt: skip
+    with peft_package() as peft:
+        theirs = peft.PeftModel.from_pretrained(base, adapter).eval()(INPUTS[0]).logits
+    assert same(load_merged(adapter, dtype=torch.float32, device=CPU)(*INPUTS), theirs)
 
 
 def test_resumed_run_equals_uninterrupted_run_also_on_other_ranks(

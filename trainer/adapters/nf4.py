@@ -52,7 +52,7 @@ class Packing:
         flat = weight.to(torch.float32).flatten()
         if rest := -len(flat) % BLOCK:
             flat = F.pad(flat, (0, rest))  # zeros change no scale
-        # One block per row: the CPU kernel of 0.50 looks for scales at the start of each row.
+        # One block per row: the CPU kernel of 0.50 reads wrong scales where rows cut blocks.
         codes, state = quantize_4bit(
             flat.view(-1, BLOCK), blocksize=BLOCK, quant_type=self.quantize,
             compress_statistics=self.use_double_quant,

@@ -106,9 +106,12 @@ class PretrainedAdapter:
         )  # fmt: skip
 
     def _packing(self) -> dict[str, Any]:
-        stated = {k: self._stated[k] for k in ("quantize", "use_double_quant") if k in self._stated}
-        is_stated = self.quantize in (AUTO, stated.get("quantize", NONE))
-        return stated if is_stated else {"quantize": self.quantize}
+        """Return how the base is kept: as `quantize` says, else as it was in training."""
+        stated = self._stated.get("quantize", NONE)
+        if self.quantize not in (AUTO, stated):
+            return {"quantize": self.quantize}
+        double = self._stated.get("use_double_quant", True)
+        return {"quantize": stated, "use_double_quant": double}
 
     def _ia3(self, config: dict[str, Any]) -> IA3:
         if self.dropout is not None or self.lr_ratio != 1.0 or self.quantize != AUTO:
