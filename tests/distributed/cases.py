@@ -158,7 +158,7 @@ def adapter_of(kind: str, family: str) -> AdapterSpec:
         return PromptTuning(num_virtual_tokens=3)
     return LoRA(
         rank=3, alpha=6.0, init_lora_weights=False, use_dora=kind == "dora",
-        use_rslora=kind == "rslora",
+        use_rslora=kind == "rslora", quantize="nf4" if kind == "qlora" else "none",
     )  # fmt: skip
 
 

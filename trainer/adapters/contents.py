@@ -13,6 +13,7 @@ from trainer.adapters.files import (
     hash_of_seed,
     names_in_file,
 )
+from trainer.adapters.nf4 import packing_of
 from trainer.checkpoint.contents import BASE, TRAINED, Contents, is_trained_alone
 from trainer.distributed import Ranks
 from trainer.run import Run
@@ -42,7 +43,8 @@ def contents_of(run: Run, ranks: Ranks) -> Contents:
     stated = run.adapter.base_hash or (source.base_hash if source else None)
     check_base(base_hash, stated, "set model.path (or weights) to that base")
     base = str(Path(source.folder).resolve()) if source and not source.is_seeded else None
-    files = {BASE: {"xxh3": base_hash, "weights": base}}
+    kept = packing_of(model)
+    files = {BASE: {"xxh3": base_hash, "weights": base, **(kept.settings if kept else {})}}
     if config is None:
         return Contents(
             folder=TRAINED, stem=TRAINED, names={name: name for name in trained},

@@ -1,5 +1,6 @@
-"""Settings of the native adapters: LoRA with its variants, and IA3."""
+"""Settings of the native adapters: LoRA with its variants, QLoRA among them, and IA3."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +16,13 @@ from models.lora import (
     IA3InputLinear,
     IA3Linear,
     LoRALinear,
+    PackedLoRALinear,
     adapt,
     adapter_names,
 )
 from models.nn.classifiers import SequenceClassifier, TokenClassifier
 from models.nn.preferences import RewardHead
+from trainer.adapters.nf4 import NONE, check_quantize, packing
 from trainer.adapters.targets import ALL_LINEAR, find_saved, find_targets, short_names
 from trainer.parallel.materialise import Values
 
@@ -46,6 +49,10 @@ class LoRA:
     """Train the length of each output row beside its direction."""
     init_lora_weights: bool = True
     """False: B starts at random, so that the adapter acts from the first step on: for tests."""
+    quantize: str = NONE
+    """nf4: the frozen weights of the targets are kept in 4 bits (QLoRA)."""
+    use_double_quant: bool = True
+    """With quantize: their scales are kept in 8 bits, for 4.13 bits per weight instead of 4.5."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,6 +64,9 @@ class LoRA:
         if self.lr_ratio <= 0:
             raise ValueError(f"adapter.lr_ratio={self.lr_ratio} is not positive; set it to 1")
         check_targets(self.targets)
+        check_quantize(
+            self.quantize, use_double_quant=self.use_double_quant, use_dora=self.use_dora
+        )
 
     @property
     def scale(self) -> float:
@@ -75,7 +85,10 @@ class LoRA:
         return None
 
     def apply(self, model: nn.Module, layout: Layout) -> None:
-        kind = DoRALinear if self.use_dora else LoRALinear
+        kind: Callable[..., LoRALinear] = DoRALinear if self.use_dora else LoRALinear
+        if self.quantize != NONE:
+            pack = packing(self.quantize, use_double_quant=self.use_double_quant)
+            kind = partial(PackedLoRALinear, pack=pack)
         make = partial(
             kind, rank=self.rank, scale=self.scale, dropout=self.dropout,
             is_zero=self.init_lora_weights,

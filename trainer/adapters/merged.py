@@ -69,8 +69,9 @@ def load_merged(
     """As `load_causal_lm`, of a model's folder, an adapter's, or a checkpoint's `trained`.
 
     New rows become part of embedding and head, or with `has_rows_apart` stay `additional_*` beside
-    them; virtual tokens stay ids behind the vocabulary. ValueError where what trained belongs to
-    another base than the one that it names.
+    them; virtual tokens stay ids behind the vocabulary. A base that was kept in few bits is merged
+    as those rounded it: that is what trained. ValueError where what trained belongs to another base
+    than the one that it names.
     """
     spec_and_model = plan_causal_lm(base_folder(folder), dtype, attn_implementation)
     model = _filled(folder, *spec_and_model, device)

@@ -12,12 +12,14 @@ from models.lora import adapter_names
 from models.nn.prompt import prompt_rows
 from trainer.adapters.files import CONFIG, PREFIX, PROMPT, PROMPT_PREFIX, WEIGHTS
 from trainer.adapters.lora import IA3, LoRA
+from trainer.adapters.nf4 import NONE
 from trainer.adapters.prompt import INITS, PromptTuning
 from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import Entry, read_elements, read_header
 from trainer.files import read_keys
 from trainer.parallel.materialise import Values
 
+AUTO = "auto"
 PEFT = "give a folder that peft saved"
 
 # What changes the computation and is not done here, by key: peft's value for "off".
@@ -46,6 +48,8 @@ class PretrainedAdapter:
     """On the adapter's input, in training; None: as its config says."""
     lr_ratio: float = 1.0
     """Learning rate of B over that of A."""
+    quantize: str = AUTO
+    """auto: the base is kept as it was in training; nf4: in 4 bits; none: as the base is."""
 
     def __post_init__(self) -> None:
         assert self.inner is not None  # reads the folder: what is wrong there is wrong here
@@ -83,9 +87,10 @@ class PretrainedAdapter:
                 )
         if kind == "LORA":
             return self._lora(config)
-        if self.dropout is not None or self.lr_ratio != 1.0:
+        if self.dropout is not None or self.lr_ratio != 1.0 or self.quantize != AUTO:
             raise ValueError(
-                f"adapter.dropout and adapter.lr_ratio have no effect on {kind}; take them out"
+                "adapter.dropout, adapter.lr_ratio and adapter.quantize have no effect on "
+                f"{kind}; take them out"
             )
         return self._ia3() if kind == "IA3" else self._prompt(config)
 
@@ -114,7 +119,16 @@ class PretrainedAdapter:
             rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=dropout,
             use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")),
             targets=targets, modules_to_save=self._saved(targets), lr_ratio=self.lr_ratio,
+            **self._packing(),
         )  # fmt: skip
+
+    def _packing(self) -> dict[str, Any]:
+        """Return how the base is kept: as `quantize` says, else as it was in training."""
+        stated = self._stated.get("quantize", NONE)
+        if self.quantize not in (AUTO, stated):
+            return {"quantize": self.quantize}
+        double = self._stated.get("use_double_quant", True)
+        return {"quantize": stated, "use_double_quant": double}
 
     def _prompt(self, config: dict[str, Any]) -> PromptTuning:
         stated = config.get("num_virtual_tokens")
@@ -156,9 +170,14 @@ class PretrainedAdapter:
         return self.inner.undecayed
 
     @cached_property
-    def base_hash(self) -> str | None:
+    def _stated(self) -> dict[str, Any]:
+        """What a run of ours says of the base; empty for an adapter of others."""
         path = self.folder / BASE
-        return str(read_keys(path, PEFT)["xxh3"]) if path.is_file() else None
+        return read_keys(path, PEFT) if path.is_file() else {}
+
+    @property
+    def base_hash(self) -> str | None:
+        return str(self._stated["xxh3"]) if self._stated else None
 
     def apply(self, model: nn.Module, layout: Layout) -> None:
         targets = () if isinstance(self.inner, PromptTuning) else self.inner.targets
