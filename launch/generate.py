@@ -63,7 +63,7 @@ def _value(text: str) -> Any:
 def _generate(folder: Path, options: dict[str, Any]) -> int:
     import torch
 
-    from trainer.adapters.merged import base_folder, load_merged, merged_spec
+    from trainer.adapters.merged import base_folder, load_merged, merged_spec, num_virtual_tokens
     from trainer.data.tokenizers import FileTokenizer
     from trainer.decoding import check_lengths, generate
 
@@ -78,8 +78,10 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     stops = (*_stop_token_ids(base, tokenizer.eos_token_id), *question.stops)
     spec = _spec(options, tuple(dict.fromkeys(stops)))
     model_spec = merged_spec(folder)
-    check_lengths([prompt], spec, model_spec.max_position_embeddings)
-    if max(prompt) >= model_spec.vocab_size:
+    first = model_spec.vocab_size
+    asked = [*range(first, first + num_virtual_tokens(folder)), *prompt]
+    check_lengths([asked], spec, model_spec.max_position_embeddings)
+    if max(prompt, default=0) >= first:
         raise ValueError(
             f"the prompt has token {max(prompt)}, the model vocab_size={model_spec.vocab_size}; "
             f"put this model's tokenizer.json into {folder}"
@@ -92,7 +94,7 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     if stream:
         print(shown, end="", flush=True)
     start = time.perf_counter()
-    (ids,) = generate(model, [prompt], spec, stream.on_token if stream else None)
+    (ids,) = generate(model, [asked], spec, stream.on_token if stream else None)
     seconds = time.perf_counter() - start
     found = _continuation(tokenizer, prompt, ids)
     if is_json:

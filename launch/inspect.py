@@ -118,13 +118,17 @@ def report_of(run: Any, options: Options) -> "Report":
     """Make the step as rank 0 of 1 would, and look into it."""
     from launch.inspect_report import Report
     from trainer.inspection.counts import count
+    from trainer.inspection.virtual import WithVirtualTokens
     from trainer.inspection.words import read_rows
     from trainer.run_tokenizer import tokenizer_of
     from trainer.settle import settle
 
     run = settle(run)
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
-    loader, eval_loader = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
+    loader, eval_loader = run.data.build(
+        tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1, virtual_ids=run.virtual_ids
+    )
+    speller = WithVirtualTokens(tokenizer, run.virtual_ids)
     batches = loader.step(options.step - 1).micro_batches
     return Report(
         run=run,
@@ -132,6 +136,6 @@ def report_of(run: Any, options: Options) -> "Report":
         tokenizer=tokenizer,
         loader=loader,
         num_held_out=eval_loader.rows.store.num_documents if eval_loader else 0,
-        counts=count(batches, run.data.labels, tokenizer),
-        rows=read_rows(batches, run.data.labels, tokenizer, options.rows),
+        counts=count(batches, run.data.labels, speller),
+        rows=read_rows(batches, run.data.labels, speller, options.rows),
     )

@@ -76,6 +76,8 @@ class Report:
             "padding": f"{counts.num_padding:,} of {counts.num_rows * counts.row_tokens:,} places "
             f"({_share(counts.num_padding, counts.num_rows * counts.row_tokens)})",
         }
+        if virtual := self.run.virtual_ids:
+            found["virtual"] = f"{len(virtual)} tokens before every document, counted as its own"
         if counts.tokens_per_byte is not None:
             found["text"] = (
                 f"{counts.tokens_per_byte:.3f} tokens per byte, "

@@ -1,20 +1,26 @@
-"""Adapters of linears: LoRA, rank-stabilised LoRA, DoRA and IA3, under the names of peft's files.
+"""Adapters of linears: LoRA, rsLoRA, QLoRA, DoRA and IA3, under the names of peft's files.
 
 The linear's own weights keep their names, so a model with adapters reads and starts as one without.
-Source: Hu et al. 2022 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA, section 4), Liu
-et al. 2022 (IA3, section 3.3).
+Source: Hu et al. 2022 (LoRA), Kalajdzievski 2023 (rsLoRA), Dettmers et al. 2023 (QLoRA, equation
+5), Liu et al. 2024 (DoRA, section 4), Liu et al. 2022 (IA3, section 3.3).
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.nn.init import Init, SkipInit
 from models.nn.linear import SummedLinear
+from models.nn.prompt import prompt_rows
 
 MAGNITUDE = "lora_magnitude_vector"
+Unpack = Callable[[], Tensor]
+Pack = Callable[[Tensor, torch.dtype], Unpack]
+"""Takes a weight, and the type to compute in; returns what gives it back, as near as it is kept."""
 
 
 class AdaptedLinear(SummedLinear):
@@ -67,7 +73,7 @@ class LoRALinear(AdaptedLinear):
         }
 
     def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self._low_rank(self._dropped(x))
+        return self.times_weight(x) + self._low_rank(self._dropped(x))
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -76,11 +82,53 @@ class LoRALinear(AdaptedLinear):
         result: Tensor = self.lora_B(self.lora_A(x)) * self.scale
         return result
 
+    def _own_weight(self) -> Tensor:
+        return self.weight
+
     def _sum(self) -> Tensor:
-        return self.weight + self.lora_B.weight @ self.lora_A.weight * self.scale
+        return self._own_weight() + self.lora_B.weight @ self.lora_A.weight * self.scale
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         return self._sum(), self.bias
+
+
+class _UnpackedProduct(torch.autograd.Function):
+    """W x, with W unpacked in each pass: autograd would keep every W until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unpack: Unpack) -> Tensor:
+        ctx.unpack = unpack
+        return F.linear(x, unpack())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.unpack(), None
+
+
+class PackedLoRALinear(LoRALinear):
+    """LoRA beside a frozen W that is kept in few bits.
+
+    It is planned like any other, with a weight on the meta device; `hold` takes W itself.
+    """
+
+    unpack: Unpack
+
+    def __init__(self, linear: nn.Linear, *, pack: Pack, **settings: Any) -> None:
+        super().__init__(linear, **settings)
+        self.pack = pack
+
+    def hold(self, weight: Tensor) -> None:
+        """Keep W (out, in), packed, on its device; the planned parameter is gone."""
+        self.unpack = self.pack(weight, self.weight.dtype)
+        self.register_parameter("weight", None)
+
+    def times_weight(self, x: Tensor) -> Tensor:
+        result: Tensor = _UnpackedProduct.apply(x, self.unpack)
+        return result
+
+    def _own_weight(self) -> Tensor:
+        return self.unpack()
 
 
 class DoRALinear(LoRALinear):
@@ -168,15 +216,21 @@ def adapt(
         model.set_submodule(name, make(linear))
 
 
+def packed_linears(model: nn.Module) -> dict[str, PackedLoRALinear]:
+    """Return the linears whose own weights are kept in few bits, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLoRALinear)}
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters' own parameters, which no weights of the base hold."""
-    return [
+    linears = [
         f"{name}.{own}"
         for name, module in model.named_modules()
         if isinstance(module, AdaptedLinear)
         for own, _ in module.named_parameters()
         if own not in SummedLinear.output_rows
     ]
+    return linears + prompt_rows(model)
 
 
 def merge(model: nn.Module) -> dict[str, AdaptedLinear]:

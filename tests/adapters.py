@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.nn.init import Init, initial_values
-from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS
+from trainer.adapters.files import CONFIG, WEIGHTS, names_in_file
 from trainer.files import write_json
 from trainer.run import Run
 
@@ -32,10 +32,10 @@ def write_adapter(folder: Path, run: Run) -> Path:
     model = run.trained_model()
     folder.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            noise = initial_values(name, Init(std=0.2), 3, 0, parameter.numel())
-            tensors[PREFIX + name] = noise.view(parameter.shape)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, in_file in names_in_file(model, trained).items():
+        noise = initial_values(name, Init(std=0.2), 3, 0, trained[name].numel())
+        tensors[in_file] = noise.view(trained[name].shape)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = run.adapter.peft_config(model)
     assert config is not None

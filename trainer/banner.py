@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from trainer.adapters.nf4 import describe_packed
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.distributed import Ranks
 from trainer.flops import FORMULA
@@ -24,7 +25,7 @@ def _back_ends(model: nn.Module) -> set[str]:
 def _describe_model(model: nn.Module) -> str:
     """Return a line on the size of the whole model, which is not laid out yet."""
     total = sum(parameter.numel() for _, parameter in unique_parameters(model))
-    return f"{total / 1e6:.2f} M parameters" + "".join(
+    return f"{total / 1e6:.2f} M parameters{describe_packed(model)}" + "".join(
         f", attention by {name}" for name in sorted(_back_ends(model))
     )
 

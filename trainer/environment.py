@@ -11,7 +11,7 @@ import torch
 
 _PACKAGES = (
     "tessera-train", "torch", "numpy", "tokenizers", "safetensors", "datasets", "xxhash",
-    "transformers", "accelerate", "deepspeed",
+    "transformers", "accelerate", "deepspeed", "bitsandbytes",
 )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Sampling from a model in training, without a cache: the same text on every rank."""
 
+from collections.abc import Sequence
+
 import torch
 
 from models.nn.head import IGNORED
@@ -17,15 +19,17 @@ def sample(
     max_context: int,
     stop_token_id: int | None,
     seed: int,
+    virtual_ids: Sequence[int] = (),
 ) -> list[int]:
     """Return `prompt` and up to `num_tokens` more ids; temperature 0 takes the likeliest one.
 
-    Collective: every rank must call this with the same arguments.
+    `virtual_ids` stand before what the model still sees of them. Collective: every rank must call
+    this with the same arguments.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt)
+    ids, room = list(prompt), max_context - len(virtual_ids)
     for _ in range(num_tokens):
-        logits_BV = engine.logits(_batch(ids[-max_context:]))[:, -1].double().cpu()
+        logits_BV = engine.logits(_batch([*virtual_ids, *ids[-room:]]))[:, -1].double().cpu()
         ids += choose(logits_BV, [generator], temperature=temperature)
         if ids[-1] == stop_token_id:
             break

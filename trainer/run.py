@@ -9,6 +9,8 @@ from torch import nn
 from models.heads import CausalLMSpec
 from models.nn.decoupled import add_rows
 from models.nn.init import SkipInit
+from models.nn.prompt import virtual_ids
+from trainer.adapters.prompt import prompt_of
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.best import BestSpec
 from trainer.callbacks.protocol import CallbackSpec
@@ -147,11 +149,9 @@ class Run:
                 "set engine=native, or deterministic=off"
             )
         check_topology_free(
-            axes,
-            micro_rows=self.data.micro_rows,
-            precision=PRECISIONS[self.precision],
+            axes, micro_rows=self.data.micro_rows, precision=PRECISIONS[self.precision],
             has_gpu=torch.cuda.is_available(),
-        )
+        )  # fmt: skip
 
     def chosen_mesh(self, world_size: int) -> tuple[MeshSpec, str]:
         """Return the mesh for `world_size` processes, and why; all of them come to the same."""
@@ -189,6 +189,12 @@ class Run:
                 "lower data.row_tokens"
             )
         check_tokenizer(self.data, self.tokenizer_setting, self.model)
+        self.data.check_virtual(self.virtual_ids)
+
+    @property
+    def virtual_ids(self) -> range:
+        """Ids of the virtual tokens that stand before every document; mostly there are none."""
+        return virtual_ids(self.trained_model()) if prompt_of(self.adapter) else range(0)
 
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""
@@ -226,12 +232,9 @@ class Run:
         if folder == RANDOM:
             return None
         return match_weights(
-            Path(folder).expanduser(),
-            model,
-            trunk_name=self.model.trunk_name,
-            head_name=str(model.head_name),
-            ignored=self.model.ignored_weights,
-        )
+            Path(folder).expanduser(), model, trunk_name=self.model.trunk_name,
+            head_name=str(model.head_name), ignored=self.model.ignored_weights,
+        )  # fmt: skip
 
     @property
     def num_steps(self) -> int:
@@ -242,9 +245,6 @@ class Run:
     @property
     def plan(self) -> Plan:
         return Plan(
-            max_steps=self.num_steps,
-            log_every=self.log_every,
-            eval_every=self.eval_every,
-            save_every=self.save_every,
-            max_skipped_in_a_row=self.max_skipped_in_a_row,
-        )
+            max_steps=self.num_steps, log_every=self.log_every, eval_every=self.eval_every,
+            save_every=self.save_every, max_skipped_in_a_row=self.max_skipped_in_a_row,
+        )  # fmt: skip

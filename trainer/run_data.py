@@ -27,8 +27,9 @@ def data_of(
     """
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
     loader, eval_loader = run.data.build(
-        tokenizer=tokenizer, seed=run.seed, rank=rank, num_ranks=num_ranks
-    )
+        tokenizer=tokenizer, seed=run.seed, rank=rank, num_ranks=num_ranks,
+        virtual_ids=run.virtual_ids,
+    )  # fmt: skip
     if run.eval_every and eval_loader is None:
         raise ValueError(
             f"none of the data's documents is held out for eval_every={run.eval_every}: there are "
@@ -40,7 +41,7 @@ def data_of(
 def eval_data_of(run: Run) -> EvalLoader:
     """Return what a single process evaluates; ValueError where nothing is held out."""
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
-    loader = run.data.build_eval(tokenizer=tokenizer)
+    loader = run.data.build_eval(tokenizer=tokenizer, virtual_ids=run.virtual_ids)
     if loader is None:
         raise ValueError("none of the data's documents is held out; set data.eval_path")
     return loader

@@ -1,6 +1,7 @@
 """A vocabulary in two parts: a large one that may be frozen, and additional rows that train."""
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from models.nn.init import Init, SkipInit
 
 class DecoupledEmbedding(nn.Embedding):
     """Ids below `num_embeddings` are looked up in the main table, others in the additional one."""
+
+    scales_additional = True
 
     def __init__(
         self,
@@ -47,16 +50,17 @@ class DecoupledEmbedding(nn.Embedding):
         return inits
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        x_BTD = self._rows(ids_BT)
-        return x_BTD if self.scale is None else scaled(x_BTD, self.scale)
-
-    def _rows(self, ids_BT: Tensor) -> Tensor:
         if not self.has_additional:
-            return super().forward(ids_BT)
+            return self._scaled(super().forward(ids_BT))
         is_additional = ids_BT >= self.num_embeddings
-        main = super().forward(ids_BT.masked_fill(is_additional, 0))
+        main = self._scaled(super().forward(ids_BT.masked_fill(is_additional, 0)))
         other = self.additional_embedding((ids_BT - self.num_embeddings).clamp(min=0))
+        if self.scales_additional:
+            other = self._scaled(other)
         return torch.where(is_additional[..., None], other, main)
+
+    def _scaled(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.scale is None else scaled(x_BTD, self.scale)
 
 
 class DecoupledLMHead(LMHead):
@@ -88,6 +92,19 @@ class NewLMHead(DecoupledLMHead):
     """As NewEmbedding, for the head."""
 
 
+Enlarged = TypeVar("Enlarged", bound=DecoupledEmbedding)
+
+
+def enlarged(kind: type[Enlarged], old: nn.Embedding, count: int) -> Enlarged:
+    """Return an embedding with the weight of `old` and `count` additional rows."""
+    new = kind(
+        old.num_embeddings, count, old.embedding_dim, old.padding_idx,
+        std=getattr(old, "std", None), scale=getattr(old, "scale", None),
+    ).to(old.weight.dtype)  # fmt: skip
+    new.weight = old.weight
+    return new
+
+
 def add_rows(model: nn.Module, embedding: str, count: int) -> None:
     """Give a model's vocabulary `count` more rows, in place; what it has keeps its names.
 
@@ -103,11 +120,7 @@ def add_rows(model: nn.Module, embedding: str, count: int) -> None:
     if type(old) not in (nn.Embedding, ScaledEmbedding, DecoupledEmbedding):
         raise ValueError(_refusal(embedding, old))
     assert isinstance(old, nn.Embedding)
-    new = NewEmbedding(
-        old.num_embeddings, count, old.embedding_dim, old.padding_idx,
-        std=getattr(old, "std", None), scale=getattr(old, "scale", None),
-    ).to(old.weight.dtype)  # fmt: skip
-    new.weight = old.weight
+    new = enlarged(NewEmbedding, old, count)
     model.set_submodule(embedding, new)
     if model.head_name == "lm_head":
         model.set_submodule("lm_head", _new_head(model.get_submodule("lm_head"), old, new))

@@ -43,6 +43,10 @@ class SummedLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return what the input features that are here add to the output; linear in `x`."""
+        return self.times_weight(x)
+
+    def times_weight(self, x: Tensor) -> Tensor:
+        """Return W x, however W is kept."""
         return F.linear(x, self.weight)
 
     def finish(self, total: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from models import heads
 from tests.runs import tiny_run
 from tests.tasks import HeadTask
 from trainer.adapters.lora import IA3, LoRA
+from trainer.adapters.prompt import PromptTuning
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import DeepSpeedEngine
@@ -124,6 +125,9 @@ class Case:
             + len(spec.additional_tokens),
             micro_rows=1 if self.option == "accumulation" else 2,
             packed=self.option != "one document",
+            virtual_ids=range(spec.vocab_size, spec.vocab_size + 3)
+            if self.adapter == "prompt"
+            else (),
             relabel=HeadTask(head=self.head).relabel,
             images=(2, 3, 12) if self.family == "Idefics" else None,
         )
@@ -150,9 +154,11 @@ def adapter_of(kind: str, family: str) -> AdapterSpec:
         outputs = ("c_attn", "attn.c_proj") if is_bigcode else ("q_proj", "k_proj", "o_proj")
         inputs = ("c_fc", "mlp.c_proj") if is_bigcode else ("up_proj", "down_proj")
         return IA3(targets=outputs, feedforward_targets=inputs)
+    if kind == "prompt":
+        return PromptTuning(num_virtual_tokens=3)
     return LoRA(
         rank=3, alpha=6.0, init_lora_weights=False, use_dora=kind == "dora",
-        use_rslora=kind == "rslora",
+        use_rslora=kind == "rslora", quantize="nf4" if kind == "qlora" else "none",
     )  # fmt: skip
 
 

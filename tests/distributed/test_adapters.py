@@ -43,12 +43,15 @@ CASES = [
     Case("zero 3", "Gemma", LM, True, "plain", "dora"),
     Case("zero 2 x tp", MQA, LM, False, "plain", "dora"),
     Case("zero 3 x cp", "Llama", LM, True, "plain", "ia3"),
+    Case("ddp", MQA, SEQUENCE, False, "checkpointing", "qlora"),
+    Case("cp", "Gemma", LM, True, "plain", "qlora"),
+    Case("accelerate", "Idefics", LM, False, "accumulation", "qlora"),
 ]
 
 
 def test_every_layout_and_every_kind_of_adapter_is_among_the_cases() -> None:
     assert {case.layout for case in CASES} == set(LAYOUTS)
-    assert {case.adapter for case in CASES} == {"lora", "rslora", "dora", "ia3"}
+    assert {case.adapter for case in CASES} == {"lora", "rslora", "dora", "ia3", "qlora"}
 
 
 @memo
@@ -58,6 +61,8 @@ def reference(case: Case, cache: Path) -> Answer:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_adapters_train_as_on_one_process(case: Case, cache: Path) -> None:
+    if case.adapter == "qlora":
+        pytest.importorskip("bitsandbytes")
     expected, found = reference(case.reference, cache), ask(case, cache)
     assert not found.complaints
     names = expected.kinds["gradients"].keys()

@@ -101,11 +101,14 @@ def test_a_folder_of_transformers_is_evaluated_with_the_names_of_its_config(
     assert found["num_targets"] == 2
 
 
-def test_an_adapter_is_evaluated_on_its_base(folder: Path, model_folder: Path) -> None:
-    made = words(folder, f"model.path={model_folder}", "adapter=lora", "optim.lr=1e-2")
-    run_ranks(1, train_words, folder / "adapted", made)
-    found = evaluated(f"checkpoint={folder / 'adapted'}")
-    expected = said(folder / "adapted", 4)
+@pytest.mark.parametrize("adapter", ["lora", "prompt"])
+def test_an_adapter_is_evaluated_on_its_base(
+    adapter: str, folder: Path, model_folder: Path
+) -> None:
+    made = words(folder, f"model.path={model_folder}", f"adapter={adapter}", "optim.lr=1e-2")
+    run_ranks(1, train_words, folder / adapter, made)
+    found = evaluated(f"checkpoint={folder / adapter}")
+    expected = said(folder / adapter, 4)
     assert found.pop("confusion") == expected.pop("confusion")
     assert found == pytest.approx(expected, rel=1e-6)
 

@@ -63,6 +63,19 @@ def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
+def test_virtual_tokens_are_spelled_and_said(
+    chats: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = output(capsys, *chats)
+    text = output(capsys, *chats, "adapter=prompt", "adapter.num_virtual_tokens=2")
+    assert "<|virtual_1|><|virtual_2|><|im_start|>system" in text
+    assert "2 tokens before every document" in text
+    assert "virtual" not in plain
+    texts = [line for line in plain.splitlines() if "bytes per token" in line]
+    assert texts
+    assert all(line in text for line in texts)
+
+
 def test_a_pipe_tells_trained_from_read_by_brackets(
     chats: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

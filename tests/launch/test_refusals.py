@@ -303,6 +303,18 @@ REFUSALS = {
         [*TINY, "adapter=ia3", "adapter.rank=8"],
         ["unknown key adapter.rank", "Known: targets"],
     ),
+    "virtual tokens before rows of text": (
+        [*TINY, "adapter=prompt"],
+        ["adapter=prompt puts 20 virtual tokens before every document", "set data=chat"],
+    ),
+    "a base in bits that nobody knows": (
+        [*TINY, "adapter=lora", "adapter.quantize=int3"],
+        ["adapter.quantize='int3' is unknown", "set it to one of none, nf4"],
+    ),
+    "DoRA over a base in 4 bits": (
+        [*TINY, "adapter=dora", "adapter.quantize=nf4"],
+        ["adapter.quantize=nf4 with adapter.use_dora=true", "take adapter=lora"],
+    ),
     "adapter from an empty folder": (
         [*TINY, "adapter=pretrained", "adapter.path={wrong}/empty"],
         ["adapter_config.json", "give a folder that peft saved"],

@@ -61,6 +61,15 @@ def test_adapters_are_verified_at_the_small_size(capsys: pytest.CaptureFixture[s
     assert "q_proj.lora_magnitude_vector differs by 1," in capsys.readouterr().err
 
 
+def test_virtual_tokens_are_verified_before_made_documents(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*QUICK, "adapter=prompt", "layouts=[fsdp_tp]"]) == 0
+    assert "adapter.num_virtual_tokens=3, which fit the small rows" in capsys.readouterr().out
+    assert main([*QUICK, "adapter=prompt", "layouts=[ddp]", "inject=doubled_gradient"]) == 1
+    assert "additional_embedding.weight differs by 1," in capsys.readouterr().err
+
+
 def test_json_has_one_object_per_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, "layouts=[ddp,tp4_sp]", "json=true", "model.num_attention_heads=6",
                  "model.num_key_value_heads=6", "model.hidden_size=192"]) == 0  # fmt: skip

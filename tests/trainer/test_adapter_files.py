@@ -301,7 +301,10 @@ def test_a_head_of_another_task_comes_with_the_adapter(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "peft_type='PREFIX_TUNING'; give a LORA or IA3"),
+        (
+            {"peft_type": "PREFIX_TUNING"},
+            "peft_type='PREFIX_TUNING'; give a LORA, IA3 or PROMPT_TUNING",
+        ),
         ({"bias": "all"}, "bias='all' is not supported; merge the adapter with peft"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern=.* is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),

@@ -142,6 +142,27 @@ def test_greedy_sampling_takes_the_likeliest_and_stops_at_the_stop_token() -> No
     assert draw(stop_token_id=4) == [1, 2, 3, 4]
 
 
+class Seeing(Counting):
+    """As Counting, and keeps what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def logits(self, batch: Batch) -> Tensor:
+        self.seen.append(batch.input_ids[0].tolist())
+        return super().logits(batch)
+
+
+def test_virtual_tokens_stay_in_front_when_the_context_is_full() -> None:
+    engine = Seeing()
+    found = sample(
+        engine, [1, 2], num_tokens=3, temperature=0, max_context=4, stop_token_id=None, seed=0,
+        virtual_ids=(50, 51),
+    )  # type: ignore[arg-type]  # fmt: skip
+    assert found == [1, 2, 3, 4, 5]
+    assert engine.seen == [[50, 51, 1, 2], [50, 51, 2, 3], [50, 51, 3, 4]]
+
+
 def test_sampling_depends_on_the_seed_alone() -> None:
     assert draw(temperature=3.0, num_tokens=20) == draw(temperature=3.0, num_tokens=20)
     assert draw(temperature=3.0, num_tokens=20) != draw(temperature=3.0, num_tokens=20, seed=1)

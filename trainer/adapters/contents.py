@@ -7,12 +7,13 @@ from torch import nn
 
 from trainer.adapters.files import (
     CONFIG,
-    PREFIX,
     WEIGHTS,
     check_base,
     hash_of_files,
     hash_of_seed,
+    names_in_file,
 )
+from trainer.adapters.nf4 import packing_of
 from trainer.checkpoint.contents import BASE, TRAINED, Contents, is_trained_alone
 from trainer.distributed import Ranks
 from trainer.run import Run
@@ -42,14 +43,16 @@ def contents_of(run: Run, ranks: Ranks) -> Contents:
     stated = run.adapter.base_hash or (source.base_hash if source else None)
     check_base(base_hash, stated, "set model.path (or weights) to that base")
     base = str(Path(source.folder).resolve()) if source and not source.is_seeded else None
-    files = {BASE: {"xxh3": base_hash, "weights": base}}
+    kept = packing_of(model)
+    files = {BASE: {"xxh3": base_hash, "weights": base, **(kept.settings if kept else {})}}
     if config is None:
         return Contents(
-            folder=TRAINED, stem=TRAINED, names=trained, base_hash=base_hash, files=files
-        )
+            folder=TRAINED, stem=TRAINED, names={name: name for name in trained},
+            base_hash=base_hash, files=files,
+        )  # fmt: skip
     files[CONFIG] = {"base_model_name_or_path": base, **config}
     return Contents(
-        folder=ADAPTER, stem=Path(WEIGHTS).stem, prefix=PREFIX, names=trained,
+        folder=ADAPTER, stem=Path(WEIGHTS).stem, names=names_in_file(model, trained),
         base_hash=base_hash, files=files,
     )  # fmt: skip
 

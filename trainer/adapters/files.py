@@ -1,10 +1,13 @@
 """The folder of an adapter: peft's files, and which base they belong to."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import xxhash
+from torch import nn
 
+from models.nn.prompt import prompt_rows
 from trainer.checkpoint.commit import hash_range
 from trainer.distributed import Ranks
 from trainer.weights import WeightSource
@@ -12,7 +15,16 @@ from trainer.weights import WeightSource
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of the model it wraps."""
+PROMPT, PROMPT_PREFIX = "prompt_embeddings", "base_model."
+"""Of virtual tokens: their name, and what stands before those of all else: nothing is wrapped."""
 _BITS = 40  # of each part of a hash: sums of 2 ** 23 tensors fit int64
+
+
+def names_in_file(model: nn.Module, trained: Iterable[str]) -> dict[str, str]:
+    """Map the names of trained weights to those in peft's file."""
+    rows = prompt_rows(model)
+    prefix = PROMPT_PREFIX if rows else PREFIX
+    return {name: PROMPT if name in rows else f"{prefix}{name}" for name in trained}
 
 
 def hash_of_files(source: WeightSource, ranks: Ranks | None = None) -> str:

@@ -1,5 +1,6 @@
-"""Settings of the native adapters: LoRA with its variants, and IA3."""
+"""Settings of the native adapters: LoRA with its variants, QLoRA among them, and IA3."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +16,13 @@ from models.lora import (
     IA3InputLinear,
     IA3Linear,
     LoRALinear,
+    PackedLoRALinear,
     adapt,
     adapter_names,
 )
 from models.nn.classifiers import SequenceClassifier, TokenClassifier
 from models.nn.preferences import RewardHead
+from trainer.adapters.nf4 import NONE, check_quantize, packing
 from trainer.adapters.targets import ALL_LINEAR, find_saved, find_targets, short_names
 from trainer.parallel.materialise import Values
 
@@ -46,6 +49,10 @@ class LoRA:
     """Train the length of each output row beside its direction."""
     init_lora_weights: bool = True
     """False: B starts at random, so that the adapter acts from the first step on: for tests."""
+    quantize: str = NONE
+    """nf4: the frozen weights of the targets are kept in 4 bits (QLoRA)."""
+    use_double_quant: bool = True
+    """With quantize: their scales are kept in 8 bits, for 4.13 bits per weight instead of 4.5."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,6 +64,9 @@ class LoRA:
         if self.lr_ratio <= 0:
             raise ValueError(f"adapter.lr_ratio={self.lr_ratio} is not positive; set it to 1")
         check_targets(self.targets)
+        check_quantize(
+            self.quantize, use_double_quant=self.use_double_quant, use_dora=self.use_dora
+        )
 
     @property
     def scale(self) -> float:
@@ -75,7 +85,10 @@ class LoRA:
         return None
 
     def apply(self, model: nn.Module, layout: Layout) -> None:
-        kind = DoRALinear if self.use_dora else LoRALinear
+        kind: Callable[..., LoRALinear] = DoRALinear if self.use_dora else LoRALinear
+        if self.quantize != NONE:
+            pack = packing(self.quantize, use_double_quant=self.use_double_quant)
+            kind = partial(PackedLoRALinear, pack=pack)
         make = partial(
             kind, rank=self.rank, scale=self.scale, dropout=self.dropout,
             is_zero=self.init_lora_weights,
@@ -114,7 +127,7 @@ class LoRA:
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": self.init_lora_weights,
-            **common_config(model, self.modules_to_save),
+            **linear_config(model, self.modules_to_save),
         }
 
 
@@ -163,7 +176,7 @@ class IA3:
 
     def peft_config(self, model: nn.Module) -> dict[str, Any] | None:
         inputs = [n for n, m in model.named_modules() if isinstance(m, IA3InputLinear)]
-        config = common_config(model, self.modules_to_save)
+        config = linear_config(model, self.modules_to_save)
         forward = short_names(model, inputs)
         if not set(forward) <= set(config["target_modules"]):  # short in one list only
             adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
@@ -191,10 +204,15 @@ def train_only(model: nn.Module, saved: list[str]) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def common_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Any]:
-    """Return the keys that peft's config has for every kind of adapter."""
+def linear_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Any]:
+    """Return the keys that peft's config has for every kind of adapter of linears."""
     adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
     saved = find_saved(model, modules_to_save, adapted)
+    return {"target_modules": short_names(model, adapted), **common_config(model, saved)}
+
+
+def common_config(model: nn.Module, saved: list[str]) -> dict[str, Any]:
+    """Return the keys that peft's config has for every kind; modules `saved` train as a whole."""
     head = model.get_submodule(str(model.head_name))
     kinds = {
         SequenceClassifier: "SEQ_CLS",
@@ -202,7 +220,6 @@ def common_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[st
         TokenClassifier: "TOKEN_CLS",
     }
     return {
-        "target_modules": short_names(model, adapted),
         "modules_to_save": short_names(model, saved) or None,
         "task_type": kinds.get(type(head), "CAUSAL_LM"),
         "inference_mode": True,

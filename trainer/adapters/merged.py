@@ -12,6 +12,7 @@ from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
 from trainer.adapters.files import CONFIG, check_base, hash_of_files
 from trainer.adapters.pretrained import PretrainedAdapter
+from trainer.adapters.prompt import prompt_of
 from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import read_entries
 from trainer.parallel.materialise import materialise
@@ -43,6 +44,14 @@ def _num_new_rows(folder: Path, spec: Any) -> int:
     return next((entry.shape[0] for name, entry in entries if name.endswith(NEW_ROWS)), 0)
 
 
+def num_virtual_tokens(folder: Path) -> int:
+    """Return how many virtual tokens stand before every text that the model of `folder` reads."""
+    if not (folder / CONFIG).is_file():
+        return 0
+    prompt = prompt_of(PretrainedAdapter(path=str(folder)))
+    return prompt.num_virtual_tokens if prompt else 0
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     """Return the model's config.json: an adapter's folder of ours has one, others' their base's."""
     is_own = (folder / "config.json").is_file()
@@ -60,7 +69,9 @@ def load_merged(
     """As `load_causal_lm`, of a model's folder, an adapter's, or a checkpoint's `trained`.
 
     New rows become part of embedding and head, or with `has_rows_apart` stay `additional_*` beside
-    them. ValueError where what trained belongs to another base than the one that it names.
+    them; virtual tokens stay ids behind the vocabulary. A base that was kept in few bits is merged
+    as those rounded it: that is what trained. ValueError where what trained belongs to another base
+    than the one that it names.
     """
     spec_and_model = plan_causal_lm(base_folder(folder), dtype, attn_implementation)
     model = _filled(folder, *spec_and_model, device)
@@ -95,7 +106,7 @@ def _filled(folder: Path, spec: Any, model: DecoderModel, device: torch.device) 
         kept = {name: entry for name, entry in source.entries.items() if name not in source.own}
         advice = f"let {CONFIG if adapter else BASE} name the base that it was trained on"
         check_base(hash_of_files(replace(source, entries=kept)), stated, advice)
-    given = adapter.entries if adapter else {}
+    given = adapter.given(model) if adapter else {}
     if absent := [name for name in source.fresh if name not in given]:
         raise ValueError(f"{folder} has no {absent[0]}, which its config.json promises; train it")
     values = source.values(model, spec.initializer_range, seed=0)

@@ -9,13 +9,17 @@ from torch import Tensor, nn
 
 from models.layout import Layout
 from models.lora import adapter_names
-from trainer.adapters.files import CONFIG, PREFIX, WEIGHTS
+from models.nn.prompt import prompt_rows
+from trainer.adapters.files import CONFIG, PREFIX, PROMPT, PROMPT_PREFIX, WEIGHTS
 from trainer.adapters.lora import IA3, LoRA
+from trainer.adapters.nf4 import NONE
+from trainer.adapters.prompt import INITS, PromptTuning
 from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import Entry, read_elements, read_header
 from trainer.files import read_keys
 from trainer.parallel.materialise import Values
 
+AUTO = "auto"
 PEFT = "give a folder that peft saved"
 
 # What changes the computation and is not done here, by key: peft's value for "off".
@@ -44,6 +48,8 @@ class PretrainedAdapter:
     """On the adapter's input, in training; None: as its config says."""
     lr_ratio: float = 1.0
     """Learning rate of B over that of A."""
+    quantize: str = AUTO
+    """auto: the base is kept as it was in training; nf4: in 4 bits; none: as the base is."""
 
     def __post_init__(self) -> None:
         assert self.inner is not None  # reads the folder: what is wrong there is wrong here
@@ -65,19 +71,28 @@ class PretrainedAdapter:
         return folder
 
     @cached_property
-    def inner(self) -> LoRA | IA3:
+    def inner(self) -> LoRA | IA3 | PromptTuning:
         """The settings that the folder stands for, every target by its full name."""
         config = read_keys(self.folder / CONFIG, PEFT)
         kind = config.get("peft_type")
-        if kind not in ("LORA", "IA3"):
-            raise ValueError(f"{self.folder / CONFIG}: peft_type={kind!r}; give a LORA or IA3")
+        if kind not in ("LORA", "IA3", "PROMPT_TUNING"):
+            raise ValueError(
+                f"{self.folder / CONFIG}: peft_type={kind!r}; give a LORA, IA3 or PROMPT_TUNING"
+            )
         for key, neutral in _OFF.items():
             if key in config and config[key] not in neutral:
                 raise ValueError(
                     f"{self.folder / CONFIG}: {key}={config[key]!r} is not supported; "
                     "merge the adapter with peft, and give the merged model as model.path"
                 )
-        return self._ia3(config) if kind == "IA3" else self._lora(config)
+        if kind == "LORA":
+            return self._lora(config)
+        if self.dropout is not None or self.lr_ratio != 1.0 or self.quantize != AUTO:
+            raise ValueError(
+                "adapter.dropout, adapter.lr_ratio and adapter.quantize have no effect on "
+                f"{kind}; take them out"
+            )
+        return self._ia3() if kind == "IA3" else self._prompt(config)
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -86,10 +101,16 @@ class PretrainedAdapter:
         if not path.is_file():
             raise ValueError(f"{self.folder} has no {WEIGHTS}; give a folder that peft saved")
         entries = read_header(path)
+        prefix = PROMPT_PREFIX if PROMPT in entries else PREFIX
         for name in entries:
-            if not name.startswith(PREFIX):
-                raise ValueError(f"{path}: {name} does not begin with {PREFIX}; save it with peft")
-        return {name.removeprefix(PREFIX): entry for name, entry in entries.items()}
+            if name != PROMPT and not name.startswith(prefix):
+                raise ValueError(f"{path}: {name} does not begin with {prefix}; save it with peft")
+        return {name.removeprefix(prefix): entry for name, entry in entries.items()}
+
+    def given(self, model: nn.Module) -> dict[str, Entry]:
+        """Return the tensors of the file by the names of the adapted model."""
+        own = dict(zip((PROMPT,), prompt_rows(model), strict=False))  # the one, if any
+        return {own.get(name, name): entry for name, entry in self.entries.items()}
 
     def _lora(self, config: dict[str, Any]) -> LoRA:
         dropout = config.get("lora_dropout", 0.0) if self.dropout is None else self.dropout
@@ -98,13 +119,32 @@ class PretrainedAdapter:
             rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=dropout,
             use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")),
             targets=targets, modules_to_save=self._saved(targets), lr_ratio=self.lr_ratio,
+            **self._packing(),
         )  # fmt: skip
 
-    def _ia3(self, config: dict[str, Any]) -> IA3:
-        if self.dropout is not None or self.lr_ratio != 1.0:
+    def _packing(self) -> dict[str, Any]:
+        """Return how the base is kept: as `quantize` says, else as it was in training."""
+        stated = self._stated.get("quantize", NONE)
+        if self.quantize not in (AUTO, stated):
+            return {"quantize": self.quantize}
+        double = self._stated.get("use_double_quant", True)
+        return {"quantize": stated, "use_double_quant": double}
+
+    def _prompt(self, config: dict[str, Any]) -> PromptTuning:
+        stated = config.get("num_virtual_tokens")
+        found = self.entries[PROMPT].shape[0] if PROMPT in self.entries else 0
+        if found != stated:
             raise ValueError(
-                "adapter.dropout and adapter.lr_ratio have no effect on IA3; take them out"
+                f"{self.folder / CONFIG}: num_virtual_tokens={stated}, and {WEIGHTS} has {found}; "
+                "give an adapter of a decoder, as peft saved it"
             )
+        is_random = config.get("prompt_tuning_init") == INITS["random"]
+        return PromptTuning(
+            num_virtual_tokens=found, init="random" if is_random else "vocab",
+            modules_to_save=self._saved((PROMPT,)),
+        )  # fmt: skip
+
+    def _ia3(self) -> IA3:
         found = self._modules(".ia3_l")
         inputs = tuple(name for name in found if self.entries[f"{name}.ia3_l"].shape[0] == 1)
         return IA3(
@@ -118,7 +158,7 @@ class PretrainedAdapter:
     def _saved(self, adapted: tuple[str, ...]) -> tuple[str, ...]:
         """Return the modules that are in the file as a whole."""
         prefixes = tuple(f"{name}." for name in adapted)
-        others = (name for name in self.entries if not name.startswith(prefixes))
+        others = (name for name in self.entries if not f"{name}.".startswith(prefixes))
         return tuple(dict.fromkeys(name.rpartition(".")[0] for name in others))
 
     @property
@@ -130,19 +170,26 @@ class PretrainedAdapter:
         return self.inner.undecayed
 
     @cached_property
-    def base_hash(self) -> str | None:
+    def _stated(self) -> dict[str, Any]:
+        """What a run of ours says of the base; empty for an adapter of others."""
         path = self.folder / BASE
-        return str(read_keys(path, PEFT)["xxh3"]) if path.is_file() else None
+        return read_keys(path, PEFT) if path.is_file() else {}
+
+    @property
+    def base_hash(self) -> str | None:
+        return str(self._stated["xxh3"]) if self._stated else None
 
     def apply(self, model: nn.Module, layout: Layout) -> None:
-        missing = [n for n in self.inner.targets if n not in dict(model.named_modules())]
+        targets = () if isinstance(self.inner, PromptTuning) else self.inner.targets
+        missing = [name for name in targets if name not in dict(model.named_modules())]
         advice = "it belongs to another base: give that one as model.path"
         if missing:
             raise ValueError(f"adapter.path={self.path}: the model has no {missing[0]}; {advice}")
         self.inner.apply(model, layout)
         wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-        for name in sorted(wanted.keys() | self.entries.keys()):
-            found = self.entries[name].shape if name in self.entries else None
+        given = self.given(model)
+        for name in sorted(wanted.keys() | given.keys()):
+            found = given[name].shape if name in given else None
             if name in wanted and found is None and name not in adapter_names(model):
                 continue  # a head that the adapter was not trained with starts anew
             if wanted.get(name) != found:
@@ -153,10 +200,12 @@ class PretrainedAdapter:
                 )
 
     def values(self, model: nn.Module, values: Values) -> Values:
+        given = self.given(model)
+
         def value(name: str, start: int, stop: int) -> Tensor:
-            if name not in self.entries:
+            if name not in given:
                 return values(name, start, stop)
-            return read_elements(self.folder, self.entries[name], start, stop, name)
+            return read_elements(self.folder, given[name], start, stop, name)
 
         return value
 

@@ -86,5 +86,6 @@ class ClosingCallback(Callback):
             max_context=self.view.loader.rows.row_tokens,
             stop_token_id=tokenizer.eos_token_id,
             seed=self.view.run.seed,
+            virtual_ids=self.view.run.virtual_ids,
         )
         return tokenizer.decode(ids)

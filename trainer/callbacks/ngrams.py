@@ -32,6 +32,11 @@ class NgramCallback(Callback):
 
     def on_start(self, view: RunView, progress: Progress) -> None:
         self.view = view
+        if view.run.virtual_ids:
+            raise ValueError(
+                "callbacks.ngrams counts pairs of tokens, and virtual tokens stand before the "
+                "first one; set callbacks.ngrams=null"
+            )
         if view.tokenizer.vocab_size > MAX_VOCABULARY:
             raise ValueError(
                 f"callbacks.ngrams counts pairs of at most {MAX_VOCABULARY} tokens, "

@@ -21,10 +21,8 @@ class Contents:
     folder: str = MODEL
     stem: str = "model"
     """Name of the weight file, without its ending."""
-    prefix: str = ""
-    """Put before every name."""
-    names: frozenset[str] | None = None
-    """What is saved; None: every weight."""
+    names: dict[str, str] | None = None
+    """Names in the file of what is saved; None: every weight, under its own."""
     base_hash: str | None = None
     """Of the weights that are not saved; None: there are none."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -32,11 +30,9 @@ class Contents:
 
     def of(self, weights: dict[str, Piece]) -> dict[str, Piece]:
         """Return what is saved of the weights, by the names of the file."""
-        return {
-            f"{self.prefix}{name}": piece
-            for name, piece in weights.items()
-            if self.names is None or name in self.names
-        }
+        if self.names is None:
+            return weights
+        return {self.names[n]: piece for n, piece in weights.items() if n in self.names}
 
     def check_base(self, step: Path) -> None:
         """Raise ValueError where the step was trained on another base."""

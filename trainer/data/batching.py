@@ -1,6 +1,6 @@
 """Rows per step: what is legal on a number of ranks, and the loaders of one of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trainer.data.loader import EvalLoader, Rows, StepLoader
 from trainer.data.named_sources import Source, shares
@@ -41,6 +41,16 @@ def check_share(fraction: float) -> None:
         raise ValueError(
             f"data.eval_fraction={fraction} is no share below 1; set it to 0 or more and less "
             "than 1"
+        )
+
+
+def refuse_virtual(ids: Sequence[int]) -> None:
+    """Raise ValueError for virtual tokens before rows that cut documents anywhere."""
+    if ids:
+        raise ValueError(
+            f"adapter=prompt puts {len(ids)} virtual tokens before every document, and rows of "
+            "data=text, stdlib and tokens begin in the middle of one; set data=chat, which takes "
+            "texts too, or adapter=lora"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -88,6 +89,18 @@ class DocumentData(Places[RowSource]):
             with suppress(BadRowError):  # as any other bad row: counted when all are read
                 self._encoder.encode(row, tokenizer)
 
+    def check_virtual(self, ids: Sequence[int]) -> None:
+        if ids and isinstance(self.encoder, PreferenceEncoder):
+            raise ValueError(
+                "adapter=prompt puts virtual tokens before documents, and a pair is one document "
+                "of two texts; set adapter=lora"
+            )
+        if ids and self.row_tokens <= len(ids):
+            raise ValueError(
+                f"data.row_tokens={self.row_tokens} leaves no place behind {len(ids)} virtual "
+                "tokens; raise it, or lower adapter.num_virtual_tokens"
+            )
+
     @property
     def labels(self) -> Labels | None:
         return self._encoder.outputs
@@ -111,29 +124,41 @@ class DocumentData(Places[RowSource]):
         return given_tokenizer(setting)
 
     def build(
-        self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
+        self,
+        *,
+        tokenizer: Tokenizer,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        virtual_ids: Sequence[int] = (),
     ) -> tuple[StepLoader, EvalLoader | None]:
         """Return the loaders of one data-parallel rank; DataError for documents that do not fit."""
         parts, held_out = self.parts(tokenizer)
         return loaders(
-            self._rows(parts, TRAIN), self._rows(held_out, EVAL) if held_out else None,
+            self._rows(parts, TRAIN, virtual_ids),
+            self._rows(held_out, EVAL, virtual_ids) if held_out else None,
             self.named_sources, global_samples=self.global_documents,
             micro_rows=self.micro_rows, seed=seed, rank=rank, num_ranks=num_ranks,
         )  # fmt: skip
 
-    def build_eval(self, *, tokenizer: Tokenizer) -> EvalLoader | None:
+    def build_eval(
+        self, *, tokenizer: Tokenizer, virtual_ids: Sequence[int] = ()
+    ) -> EvalLoader | None:
         parts = self.eval_parts(tokenizer)
-        return eval_loader(self._rows(parts, EVAL) if parts else None, self.micro_rows)
+        rows = self._rows(parts, EVAL, virtual_ids) if parts else None
+        return eval_loader(rows, self.micro_rows)
 
-    def _rows(self, parts: list[Part], name: str) -> PackedDocuments:
+    def _rows(self, parts: list[Part], name: str, virtual_ids: Sequence[int]) -> PackedDocuments:
+        self.check_virtual(virtual_ids)
         store = DocumentStore(*parts)
-        lengths = store.all_lengths()
-        too_long = lengths > self.row_tokens
+        lengths, room = store.all_lengths(), self.row_tokens - len(virtual_ids)
+        too_long = lengths > room
         if too_long.any():
-            lost = int((lengths[too_long] - self.row_tokens).sum())
+            lost = int((lengths[too_long] - room).sum())
+            less = f" less {len(virtual_ids)} virtual tokens" if virtual_ids else ""
             found = (
                 f"{too_long.sum()} of {len(lengths)} documents ({name}) are longer than "
-                f"data.row_tokens={self.row_tokens}, the longest has {lengths.max()}"
+                f"data.row_tokens={self.row_tokens}{less}, the longest has {lengths.max()}"
             )
             if self.too_long == "refuse":
                 if store.has_pairs:
@@ -142,7 +167,10 @@ class DocumentData(Places[RowSource]):
                     advice = f"data.too_long=cut, which loses {lost} of {lengths.sum()} tokens"
                 raise DataError(f"{found}; raise data.row_tokens, or set {advice}")
             _say(f"{found}: cut, {lost} of {lengths.sum()} tokens are lost")
-        return PackedDocuments(store, self.row_tokens, is_packed=self.packing == "best_fit")
+        return PackedDocuments(
+            store, self.row_tokens, is_packed=self.packing == "best_fit", virtual_ids=virtual_ids,
+            is_text=self.labels is None,
+        )  # fmt: skip
 
     def make(
         self, place: RowSource, tokenizer: Tokenizer, split: object, route: Route

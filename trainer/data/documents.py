@@ -4,6 +4,8 @@ Every rank knows the lengths of all documents of a step, so all come to the same
 reads those of its own micro-batches.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,10 +27,21 @@ class PackedDocuments:
 
     unit = "documents"
 
-    def __init__(self, store: DocumentStore, row_tokens: int, *, is_packed: bool) -> None:
+    def __init__(
+        self,
+        store: DocumentStore,
+        row_tokens: int,
+        *,
+        is_packed: bool,
+        virtual_ids: Sequence[int] = (),
+        is_text: bool = False,
+    ) -> None:
+        """`virtual_ids` begin every document; `is_text`: what is learnt of a token is the next."""
         self.store: TokenStore = store
         self._documents = store
         self.row_tokens, self.is_packed = row_tokens, is_packed
+        self.virtual_ids, self.is_text = np.array(virtual_ids, np.int64), is_text
+        self.num_virtual = len(virtual_ids)
 
     @property
     def counts(self) -> list[int]:
@@ -44,7 +57,7 @@ class PackedDocuments:
         """Return one rank's micro-batches; the last ones may hold rows of padding alone."""
         documents = locate(np.array(samples, np.int64))
         found, whole = zip(*map(self._instead, documents), strict=True)
-        lengths = np.minimum(whole, self.row_tokens)
+        lengths = np.minimum(np.array(whole) + self.num_virtual, self.row_tokens)
         row_of = best_fit(lengths, self.row_tokens) if self.is_packed else np.arange(len(found))
         order = np.argsort(row_of, kind="stable")
         rows = np.split(order, np.cumsum(np.bincount(row_of))[:-1])
@@ -70,6 +83,23 @@ class PackedDocuments:
             document = document + 1 if document + 1 in own else own.start
         raise DataError(f"{self.store.parts[number].folder} holds bad rows alone; correct the data")
 
+    def _example(self, document: int) -> Example:
+        """Return a document behind its virtual tokens, whose targets are those of peft's loss.
+
+        Of a document that is learnt from end to end, the last virtual token predicts the first.
+        """
+        example = self._documents.example(document)
+        if not self.num_virtual:
+            return example
+        labels = example.labels
+        if labels is not None:
+            before = np.full(self.num_virtual, IGNORED, np.int64)
+            if self.is_text and (labels[:-1] != IGNORED).all():
+                before[-1] = example.input_ids[0]
+            labels = np.concatenate((before, labels))
+        ids = np.concatenate((self.virtual_ids, example.input_ids))
+        return replace(example, input_ids=ids, labels=labels)
+
     def _batch(self, rows: list[list[int]], num_rows: int, most: int) -> Batch:
         """Return documents as a batch of `num_rows` rows, with classes for `most` in each row."""
         columns = {name: np.zeros((num_rows, self.row_tokens), np.int64) for name in COLUMNS}
@@ -82,7 +112,7 @@ class PackedDocuments:
         for place, documents in enumerate(rows):
             first = segment = 0
             for number, document in enumerate(documents):
-                example = self._documents.example(document)
+                example = self._example(document)
                 length = min(len(example.input_ids), self.row_tokens)
                 run = slice(first, first + length)
                 columns["input_ids"][place, run] = example.input_ids[:length]

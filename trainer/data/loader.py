@@ -27,7 +27,7 @@ class Step:
     ranges: list[tuple[int, int]]
     """Global sample numbers [first, last) that this rank trains on: what the ledger records."""
     num_tokens: int
-    """Tokens of this rank's rows, padding left out."""
+    """Tokens of this rank's rows, without padding and virtual ones."""
 
     @property
     def provenance(self) -> list[str]:
@@ -48,6 +48,8 @@ class Rows(Protocol):
     row_tokens: int
     unit: str
     """What a sample is, in the plural: `rows` or `documents`."""
+    num_virtual: int
+    """Tokens before each document that are no text."""
 
     @property
     def counts(self) -> list[int]:
@@ -111,8 +113,12 @@ class StepLoader:
         return Step(
             micro_batches=[batch for batch, _ in dealt],
             ranges=[one for _, ranges in dealt for one in ranges],
-            num_tokens=sum(int((batch.segment_ids > 0).sum()) for batch, _ in dealt),
+            num_tokens=sum(self._num_tokens(batch) for batch, _ in dealt),
         )
+
+    def _num_tokens(self, batch: Batch) -> int:
+        is_text = (batch.segment_ids > 0) & (batch.position_ids >= self.rows.num_virtual)
+        return int(is_text.sum())
 
     def first_sample(self, step: int) -> int:
         """Return the global sample that step number `step` (from 0) begins with."""

@@ -1,11 +1,18 @@
 """Pretraining data: any folder of text, tokenised once, concatenated and split into packed rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from trainer.data.batching import check_sizes, eval_loader, loaders, rows_per_micro_batch
+from trainer.data.batching import (
+    check_sizes,
+    eval_loader,
+    loaders,
+    refuse_virtual,
+    rows_per_micro_batch,
+)
 from trainer.data.bpe import train_bpe
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.named_sources import Source
@@ -111,10 +118,20 @@ class PretrainingData(Places[TextSource]):
         key = xxhash.xxh3_128_hexdigest("/".join(map(str, (VERSION, *parts))).encode())
         return self.cache_folder / kind / key
 
+    def check_virtual(self, ids: Sequence[int]) -> None:
+        refuse_virtual(ids)
+
     def build(
-        self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
+        self,
+        *,
+        tokenizer: Tokenizer,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        virtual_ids: Sequence[int] = (),
     ) -> tuple[StepLoader, EvalLoader | None]:
         """Return the loaders of one data-parallel rank."""
+        refuse_virtual(virtual_ids)
         train, evaluation = self.stores(tokenizer)
         return loaders(
             PackedRows(train, self.row_tokens),
@@ -124,7 +141,10 @@ class PretrainingData(Places[TextSource]):
             num_ranks=num_ranks,
         )  # fmt: skip
 
-    def build_eval(self, *, tokenizer: Tokenizer) -> EvalLoader | None:
+    def build_eval(
+        self, *, tokenizer: Tokenizer, virtual_ids: Sequence[int] = ()
+    ) -> EvalLoader | None:
+        refuse_virtual(virtual_ids)
         parts = self.eval_parts(tokenizer)
         rows = PackedRows(TokenStore(*parts), self.row_tokens) if parts else None
         return eval_loader(rows, self.rows_per_micro_batch(1))

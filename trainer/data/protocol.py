@@ -1,5 +1,6 @@
 """What the settings of a data pipeline must offer."""
 
+from collections.abc import Sequence
 from dataclasses import Field
 from typing import Any, ClassVar, Protocol
 
@@ -63,12 +64,24 @@ class DataSpec(Protocol):
         """Raise ValueError where documents of the first rows cannot be made with `tokenizer`."""
         ...
 
-    def build(
-        self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
-    ) -> tuple[StepLoader, EvalLoader | None]:
-        """Return the loaders of one data-parallel rank."""
+    def check_virtual(self, ids: Sequence[int]) -> None:
+        """Raise ValueError where these virtual tokens cannot stand before every document."""
         ...
 
-    def build_eval(self, *, tokenizer: Tokenizer) -> EvalLoader | None:
+    def build(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        virtual_ids: Sequence[int] = (),
+    ) -> tuple[StepLoader, EvalLoader | None]:
+        """Return the loaders of one data-parallel rank; `virtual_ids` begin every document."""
+        ...
+
+    def build_eval(
+        self, *, tokenizer: Tokenizer, virtual_ids: Sequence[int] = ()
+    ) -> EvalLoader | None:
         """Return what one process evaluates alone; nothing is made for training that need not."""
         ...

@@ -23,6 +23,7 @@ class PackedRows:
     """
 
     unit = "rows"
+    num_virtual = 0
 
     def __init__(self, store: TokenStore, row_tokens: int) -> None:
         self.store, self.row_tokens = store, row_tokens

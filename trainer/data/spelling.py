@@ -1,12 +1,20 @@
 """The text of each token of a row: what a person reads where the model sees ids."""
 
-from trainer.data.tokenizers import Tokenizer
+from typing import Protocol
 
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character
 _MAX_BYTES = 4  # of a character in UTF-8, so the most tokens that share one
 
 
-def spell(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+class Speller(Protocol):
+    """What spelling needs of a tokenizer."""
+
+    @property
+    def special_ids(self) -> dict[int, str]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def spell(ids: list[int], tokenizer: Speller) -> list[str]:
     """Return what each token adds to the text; special tokens as they are written.
 
     Of tokens that share a character the first has all of it, and the others are empty.
@@ -25,7 +33,7 @@ def spell(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-def _character(ids: list[int], before: list[int], tokenizer: Tokenizer) -> tuple[str, int]:
+def _character(ids: list[int], before: list[int], tokenizer: Speller) -> tuple[str, int]:
     """Return the text of the first token, and how many tokens there are to its last character."""
     known = len(tokenizer.decode(before))
     texts = (tokenizer.decode([*before, *ids[:n]])[known:] for n in range(1, len(ids) + 1))

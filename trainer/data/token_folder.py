@@ -1,10 +1,17 @@
 """Pretraining from shards that `tessera tokenize` made: nothing is tokenised, nothing is copied."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trainer.data.batching import check_sizes, eval_loader, loaders, rows_per_micro_batch
+from trainer.data.batching import (
+    check_sizes,
+    eval_loader,
+    loaders,
+    refuse_virtual,
+    rows_per_micro_batch,
+)
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.named_sources import Source, key_of, named_sources
 from trainer.data.rows import PackedRows
@@ -119,10 +126,20 @@ class TokenFolder:
             held_out = [Part(_folder(self.eval_path), kind)]
         return TokenStore(*parts), TokenStore(*held_out) if held_out else None
 
+    def check_virtual(self, ids: Sequence[int]) -> None:
+        refuse_virtual(ids)
+
     def build(
-        self, *, tokenizer: Tokenizer, seed: int, rank: int, num_ranks: int
+        self,
+        *,
+        tokenizer: Tokenizer,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        virtual_ids: Sequence[int] = (),
     ) -> tuple[StepLoader, EvalLoader | None]:
         """Return the loaders of one data-parallel rank."""
+        refuse_virtual(virtual_ids)
         train, evaluation = self.stores()
         return loaders(
             PackedRows(train, self.row_tokens),
@@ -132,7 +149,10 @@ class TokenFolder:
             num_ranks=num_ranks,
         )  # fmt: skip
 
-    def build_eval(self, *, tokenizer: Tokenizer) -> EvalLoader | None:
+    def build_eval(
+        self, *, tokenizer: Tokenizer, virtual_ids: Sequence[int] = ()
+    ) -> EvalLoader | None:
+        refuse_virtual(virtual_ids)
         evaluation = self.stores()[1]
         rows = PackedRows(evaluation, self.row_tokens) if evaluation else None
         return eval_loader(rows, self.rows_per_micro_batch(1))

@@ -15,7 +15,7 @@ from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.laid_out import LaidOut
-from trainer.parallel.legal import check_axes, check_exchange
+from trainer.parallel.legal import check_axes, check_exchange, check_packed
 from trainer.parallel.pieces import Splits
 from trainer.parallel.tensor_parallel import split_tensors
 from trainer.parallel.ulysses import Ulysses
@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         precision: Precision,
     ) -> None:
         """Raise ValueError for a mesh or a precision that is not DeepSpeed's here."""
+        check_packed(model, {"engine=deepspeed": True})
         if axes["pp"] > 1:
             raise ValueError(
                 f"mesh.pp={axes['pp']} is not for engine=deepspeed, whose pipelines need a model "

@@ -23,7 +23,7 @@ from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
 from trainer.parallel.data_parallel import cast_to_compute, named_blocks, replicate, shard
 from trainer.parallel.laid_out import LaidOut
-from trainer.parallel.legal import check_axes
+from trainer.parallel.legal import check_axes, check_packed
 from trainer.parallel.pieces import Splits
 from trainer.parallel.pipeline import Elsewhere, Stages
 from trainer.parallel.tensor_parallel import split_tensors
@@ -69,6 +69,8 @@ class NativeEngine:
         precision: Precision,
     ) -> None:
         """Raise ValueError for what this machine, or this model on this mesh, cannot do."""
+        cuts = {f"mesh.{name}={axes[name]}": axes[name] > 1 for name in ("pp", "dp_shard", "tp")}
+        check_packed(model, cuts | {"engine.compile=true": self.compile})
         check_axes(
             model, layout, axes, sequence=self.sequence_parallel, chunks=self.pipeline_chunks,
             row_tokens=row_tokens, micro_batches=micro_batches,

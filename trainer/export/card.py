@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.heads import CAUSAL_LM, SEQUENCE, TOKEN
+from trainer.adapters.nf4 import NONE
 from trainer.environment import environment
 from trainer.export.reloaded import AUTO_CLASSES
 from trainer.export.source import History, Source
@@ -123,7 +124,8 @@ def trained(source: Source) -> str:
     saved = keys.get("modules_to_save") or []
     beside = f"; {', '.join(saved)} as a whole" if saved else ""
     what = kind if keys["peft_type"] == "LORA" else str(keys["peft_type"])
-    return f"{what}{size} on {names}{beside}; merged into the weights"
+    kept = "" if source.quantize == NONE else f", which {source.quantize} rounded as in training"
+    return f"{what}{size} on {names}{beside}; merged into the weights{kept}"
 
 
 def _trained_itself(config: dict[str, Any]) -> str:

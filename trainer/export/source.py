@@ -10,6 +10,8 @@ import torch
 from models.heads import CAUSAL_LM
 from trainer.adapters.files import CONFIG
 from trainer.adapters.merged import base_folder, config_of
+from trainer.adapters.nf4 import NONE
+from trainer.checkpoint.contents import BASE
 from trainer.data.tokenizers import FileTokenizer
 from trainer.files import read_json
 from trainer.planned import head_of
@@ -49,6 +51,11 @@ class Source:
                 f"{self.folder} is an idefics, which cannot be compared on texts alone; open the "
                 "checkpoint's own model/ folder in transformers, as it is"
             )
+        if self.adapter.get("peft_type") == "PROMPT_TUNING":
+            raise ValueError(
+                f"{self.folder} holds virtual tokens, which are no weights of the model and cannot "
+                "be merged; open it as it is: PeftModel.from_pretrained(model, DIR) of peft"
+            )
         is_bare = self.is_adapter and not (self.folder / "config.json").is_file()
         if is_bare and self.adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
             raise ValueError(
@@ -69,6 +76,12 @@ class Source:
         """adapter_config.json; empty for a whole model."""
         keys: dict[str, Any] = read_json(self.folder / CONFIG) if self.is_adapter else {}
         return keys
+
+    @cached_property
+    def quantize(self) -> str:
+        """How an adapter's base was kept in training: merged weights are rounded as it was."""
+        path = self.folder / BASE
+        return str(read_json(path).get("quantize", NONE)) if path.is_file() else NONE
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from models.nn.head import IGNORED
 from trainer.batch import Batch
 from trainer.data.examples import PREFERENCE, Labels, is_none
-from trainer.data.tokenizers import Tokenizer
+from trainer.data.spelling import Speller
 from trainer.inspection.pieces import Piece, pieces_of
 
 
@@ -73,7 +73,7 @@ class Counts:
         return [(1 << bit - 1, min((1 << bit) - 1, self.row_tokens), bits[bit]) for bit in bins]
 
 
-def count(batches: list[Batch], labels: Labels | None, tokenizer: Tokenizer) -> Counts:
+def count(batches: list[Batch], labels: Labels | None, tokenizer: Speller) -> Counts:
     """Count what the micro-batches of a step hold; `labels` are those of the data."""
     documents = [
         (piece, batch.input_ids[row, piece.start : piece.stop].tolist())
@@ -117,7 +117,7 @@ def _classes(batch: Batch, labels: Labels | None) -> Counter[str]:
     return Counter(labels.names[target] for target in targets[~is_none(targets)].tolist())
 
 
-def _tokens_per_byte(documents: list[list[int]], tokenizer: Tokenizer) -> float | None:
+def _tokens_per_byte(documents: list[list[int]], tokenizer: Speller) -> float | None:
     special = list(tokenizer.special_ids)
     num_tokens = sum(int((~np.isin(ids, special)).sum()) for ids in documents)
     num_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in documents)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from models.nn.head import IGNORED
 from trainer.batch import Batch
 from trainer.data.examples import Labels
-from trainer.data.spelling import spell
-from trainer.data.tokenizers import Tokenizer
+from trainer.data.spelling import Speller, spell
 from trainer.inspection.pieces import Piece, pieces_of
 
 
@@ -44,7 +43,7 @@ class SeenRow:
 
 
 def read_rows(
-    batches: list[Batch], labels: Labels | None, tokenizer: Tokenizer, num_rows: int
+    batches: list[Batch], labels: Labels | None, tokenizer: Speller, num_rows: int
 ) -> list[SeenRow]:
     """Return the first rows of a step with their words; `labels` are those of the data."""
     places = [
@@ -67,7 +66,7 @@ def read_rows(
 
 
 def _tokens(
-    batch: Batch, row: int, piece: Piece, labels: Labels | None, tokenizer: Tokenizer
+    batch: Batch, row: int, piece: Piece, labels: Labels | None, tokenizer: Speller
 ) -> list[SeenToken]:
     if piece.is_padding:
         return []

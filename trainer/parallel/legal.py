@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from models.layout import HeadRows, Layout
+from models.lora import packed_linears
 from models.nn.preferences import PreferenceModel
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pipeline import num_scheduled
@@ -44,6 +45,17 @@ def check_axes(
         _check_heads(model, layout, axes["tp"])
     _check_tokens(axes["cp"], axes["tp"] if sequence else 1, row_tokens)
     _check_stages(model, layout, axes["pp"], chunks, micro_batches)
+
+
+def check_packed(model: nn.Module, settings: dict[str, bool]) -> None:
+    """Raise ValueError where weights in few bits meet one of the settings that is on."""
+    found = [name for name, is_on in settings.items() if is_on]
+    if found and packed_linears(model):
+        raise ValueError(
+            f"{found[0]} with adapter.quantize: weights in 4 bits are whole on every rank and are "
+            "unpacked in each pass; use engine=native or accelerate with mesh=ddp and "
+            "engine.compile=false, or set adapter.quantize=none"
+        )
 
 
 def check_exchange(model: nn.Module, layout: Layout, cp: int, tp: int) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.lora import packed_linears
 from models.nn.init import initial_values, initializers
 from trainer.parallel.pieces import Splits, piece_of, tied_names, unique_parameters
 
@@ -16,7 +17,13 @@ Values = Callable[[str, int, int], Tensor]
 def materialise(
     model: nn.Module, device: torch.device, values: Values, splits: Splits | None = None
 ) -> None:
-    """Allocate this rank's pieces on `device` and fill them with `values`. No communication."""
+    """Allocate this rank's pieces on `device` and fill them with `values`. No communication.
+
+    Weights that are kept in few bits come first, one at a time: their model is never there whole.
+    """
+    for name, linear in packed_linears(model).items():
+        shape = linear.weight.shape
+        linear.hold(values(f"{name}.weight", 0, shape.numel()).view(shape).to(device))
     ties = tied_names(model)
     kept = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     model.to_empty(device=device)

@@ -1,6 +1,6 @@
 """Made-up batches that are harder than real ones: uneven documents, targets and padding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ class MadeRows:
     packed: bool = True
     """Several documents in a row, and padding behind the last one."""
     relabel: Relabel | None = None
+    virtual_ids: Sequence[int] = ()
+    """What every document begins with."""
     images: tuple[int, int, int] | None = None
     """Images per row, channels, and height = width; None: text alone."""
 
@@ -71,8 +73,13 @@ class MadeRows:
         labels[(segments == 0) | is_last | is_dropped] = IGNORED
         if number == self.rows // 2:
             labels[:] = IGNORED  # a rank may meet rows without any target
+        inputs, count = ids[:-1], len(self.virtual_ids)
+        if count:
+            virtual = torch.tensor(self.virtual_ids)[positions.clamp(max=count - 1)]
+            inputs = torch.where(positions < count, virtual, inputs)
+            labels[positions + 1 < count] = IGNORED  # a virtual token follows
         return {
-            "input_ids": torch.where(segments > 0, ids[:-1], 0),
+            "input_ids": torch.where(segments > 0, inputs, 0),
             "labels": labels,
             "position_ids": positions,
             "segment_ids": segments,

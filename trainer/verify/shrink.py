@@ -5,6 +5,7 @@ from dataclasses import replace
 from math import lcm
 from typing import Any
 
+from models.nn.prompt import virtual_ids
 from trainer.adapters.targets import ALL_LINEAR, fits
 from trainer.freeze import FreezeSpec
 from trainer.run import RANDOM, Run
@@ -15,6 +16,7 @@ from trainer.verify.rows import MadeRows
 
 HEAD_DIM, LAYERS, VOCABULARY, TOKENS, IMAGE = 8, 4, 257, 32, 12
 MAX_STEPS = 1000
+VIRTUAL = 3
 STD = 0.1  # weights large enough that every part of the model matters
 HEADS = 4  # so that two and four ranks can share them
 
@@ -72,6 +74,7 @@ def shrink(run: Run) -> Small:
         + len(small.additional_tokens),
         tokens=TOKENS,
         relabel=MadeLabels(labels=labels) if labels else None,
+        virtual_ids=virtual_ids(whole),
         images=(2, 3, IMAGE) if hasattr(small, "vision_config") else None,
     )
     changed = replace(
@@ -166,6 +169,9 @@ def _adapter(run: Run, small: Any) -> tuple[Any, list[str]]:
     if "init_lora_weights" in fields:
         notes.append("the adapter's B starts at random: from zero, no gradient would reach A")
         changes["init_lora_weights"] = False
+    if getattr(adapter, "num_virtual_tokens", 0) > VIRTUAL:
+        notes.append(f"adapter.num_virtual_tokens={VIRTUAL}, which fit the small rows")
+        changes["num_virtual_tokens"] = VIRTUAL
     modules = [name for name, _ in replace(run, model=small).plan_model().named_modules()]
     for field in sorted(fields & {"targets", "feedforward_targets", "modules_to_save"}):
         patterns = getattr(adapter, field)
