@@ -7,10 +7,13 @@ import datasets  # noqa: F401
 import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
 
+from trainer.data.named_sources import Source
+from trainer.data.sources import StandardLibrary
 from trainer.verify.forked import run_ranks
 
 __all__ = ["COLLECTIVE_SECONDS", "cache_folder", "run_ranks"]
 COLLECTIVE_SECONDS = 20.0
+StandardLibrary(Source(path="stdlib"), "data.path", None)  # listed once, too
 
 
 def cache_folder(base: Path) -> Path:

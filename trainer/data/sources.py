@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,7 +148,7 @@ class StandardLibrary:
         self.name, self.path = key, source.path
         source.refuse_hub_settings(key)
         self.root = Path(sysconfig.get_path("stdlib"))
-        self.files = sorted(_modules(self.root))[:limit]
+        self.files = list(standard_library(self.root)[:limit])
 
     @property
     def place(self) -> str:
@@ -172,8 +173,14 @@ class StandardLibrary:
         """Do nothing: the modules are there, as this process runs them."""
 
 
-def _modules(root: Path) -> Iterator[Path]:
-    """Yield the modules, without entering what is left out: site-packages can be huge."""
+@cache
+def standard_library(root: Path) -> tuple[Path, ...]:
+    """Return the modules in order; once a process, as they do not change while Python runs.
+
+    What is left out is not entered: site-packages can be huge.
+    """
+    modules: list[Path] = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in _LEFT_OUT]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+        modules += (Path(folder, name) for name in names if name.endswith(".py"))
+    return tuple(sorted(modules))
