@@ -115,4 +115,4 @@ def describe_packed(model: nn.Module) -> str:
         return ""
     sizes = [linear.weight.numel() for linear in packed_linears(model).values()]
     gib = sum(map(kept.num_bytes, sizes)) / 2**30
-    return f", {sum(sizes) / 1e6:.2f} M of them in 4 bits ({kept.quantize}, {gib:.2f} GiB)"
+    return f", {sum(sizes) / 1e6:.2f} M of them in 4 bits ({kept.quantize}, {gib:.3g} GiB)"
