@@ -24,7 +24,8 @@ class Progress:
         self.device = device
         self.total_tokens = self._zero()
         self.window = {name: self._zero() for name in _SUMS}
-        self._tokens_before = 0.0  # of the window, from before this start: no time is known for them
+        # Of the window, from before this start: no time is known for them.
+        self._tokens_before = 0.0
         self.last: StepResult | None = None
         self.stopwatch = Stopwatch(device)
 
