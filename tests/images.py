@@ -10,12 +10,22 @@ from PIL import Image
 
 from trainer.data.added_tokens import extended
 from trainer.data.images.tokens import TOKENS
-from trainer.data.tokenizers import ByteTokenizer, Tokenizer
+from trainer.data.tokenizer_config import CONFIG_FILE
+from trainer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 
 def tokenizer(chat_template: str | None = None) -> Tokenizer:
     """Return the byte tokenizer with the tokens of images: 258 and 259."""
     return extended(ByteTokenizer(chat_template=chat_template), TOKENS, ByteTokenizer.vocab_size)
+
+
+def endless_tokenizer(folder: Path) -> Tokenizer:
+    """Return one without EOS: nothing but their segments tells documents of a row apart."""
+    tokenizer().save(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    del config["eos_token"]
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    return FileTokenizer(folder)
 
 
 def picture(number: int, size: tuple[int, int] = (10, 8), mode: str = "RGB") -> Image.Image:

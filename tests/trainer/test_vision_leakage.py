@@ -11,7 +11,14 @@ from torch import Tensor
 
 from benchmarks.parity.oracle import built, relative, specs
 from models.nn.backends import backend
-from tests.images import encoded, picture, tokenizer, write_pictures, write_rows
+from tests.images import (
+    encoded,
+    endless_tokenizer,
+    picture,
+    tokenizer,
+    write_pictures,
+    write_rows,
+)
 from trainer.batch import Batch
 from trainer.data.images.processor import ImageProcessor
 from trainer.data.vision_text import VisionTextEncoder
@@ -35,8 +42,10 @@ def rows(names: list[str]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def batches(folder: Path, changed: int | None = None, packing: Any = "best_fit") -> list[Batch]:
-    """Return a step of all documents; `changed`: the one whose images are others."""
+def batches(
+    folder: Path, changed: int | None = None, packing: Any = "best_fit", has_eos: bool = True
+) -> list[Batch]:
+    """Return a step of all documents; `changed`: the one whose first image is another."""
     names = write_pictures(folder, 2 * COUNT)
     if changed is not None:
         (folder / names[2 * changed]).write_bytes(encoded(picture(999)))
@@ -46,7 +55,8 @@ def batches(folder: Path, changed: int | None = None, packing: Any = "best_fit")
         eval_fraction=0.0, row_tokens=64, micro_rows=2, global_documents=COUNT, packing=packing,
         cache=str(folder / "cache"),
     )  # fmt: skip
-    loader, _ = data.build(tokenizer=TOKENIZER, seed=0, rank=0, num_ranks=1)
+    own = TOKENIZER if has_eos else endless_tokenizer(folder)
+    loader, _ = data.build(tokenizer=own, seed=0, rank=0, num_ranks=1)
     return loader.step(0).micro_batches
 
 
@@ -71,15 +81,16 @@ def logits(model: Any, found: list[Batch]) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("has_eos", [True, False])
 def test_another_documents_image_changes_no_bit_of_a_documents_logits(
-    tmp_path: Path, attention: str
+    tmp_path: Path, attention: str, has_eos: bool
 ) -> None:
-    before = batches(tmp_path / "a")
+    before = batches(tmp_path / "a", has_eos=has_eos)
     assert max(int(batch.segment_ids.max()) for batch in before) > 2
     model = model_of(attention, torch.float32)
     expected = logits(model, before)
     for target in (1, 5, 8):
-        found = logits(model, batches(tmp_path / str(target), target))
+        found = logits(model, batches(tmp_path / str(target), target, has_eos=has_eos))
         for document in expected:
             is_equal = torch.equal(found[document], expected[document])
             assert is_equal == (document != target), (target, document)
