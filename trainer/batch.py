@@ -58,12 +58,14 @@ class Batch:
         """Return the batch with `count` padding tokens behind every row."""
         if not count:
             return self
+        mask = self.image_attention_mask
         return replace(
             self,
             input_ids=F.pad(self.input_ids, (0, count)),
             labels=F.pad(self.labels, (0, count), value=IGNORED),
             position_ids=F.pad(self.position_ids, (0, count)),
             segment_ids=F.pad(self.segment_ids, (0, count)),
+            image_attention_mask=None if mask is None else F.pad(mask, (0, 0, 0, count)),
         )
 
     def blank(self) -> "Batch":
@@ -73,6 +75,7 @@ class Batch:
         if classes is not None:
             none = torch.nan if classes.is_floating_point() else IGNORED
             classes = torch.full_like(classes, none)
+        mask = self.image_attention_mask
         return replace(
             self,
             input_ids=nothing,
@@ -80,6 +83,7 @@ class Batch:
             position_ids=nothing,
             segment_ids=nothing,
             class_labels=classes,
+            image_attention_mask=None if mask is None else torch.zeros_like(mask),
             provenance=(),
         )
 

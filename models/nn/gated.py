@@ -116,6 +116,9 @@ class GatedCrossBlock(nn.Module):
         """Without image states the cross-attention adds nothing; the feed-forward layer acts."""
         if states_BSE is not None:
             assert mask is not None
+            # A node of its own: the gradients of this block's keys and values are added first, as
+            # they are where the block is an FSDP2 unit, or the sums would differ in the last bit.
+            states_BSE = states_BSE.view_as(states_BSE)
             crossed = self.cross_attn(self.input_layernorm(x_BTD), states_BSE, mask)
             crossed = F.dropout(crossed, self.dropout, self.training)
             x_BTD = x_BTD + self.alpha_cross_attn.tanh() * crossed

@@ -24,6 +24,9 @@ MANDATORY = {
     "data=text": ["data.path=stdlib"],
     "data=token_labels": ["data.path={words}", "task=token_classification"],
     "data=tokens": ["data.path={tokens}"],
+    "data=vision_text": [
+        "data.path={rows}", "data.processor.image_size=64", "model=idefics_tiny",
+    ],
     "experiment=continued_pretraining": [
         "data.path={rows}", "data.column=prompt", "model.path={folder}", "data.row_tokens=64",
     ],

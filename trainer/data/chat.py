@@ -69,34 +69,41 @@ class ChatEncoder:
         content = read(row, self.columns)
         if isinstance(content, Conversation):
             if tokenizer.chat_template is not None:
-                return self._conversation(content, tokenizer)
-            if content.plain is None:
-                raise ValueError(
-                    "the tokenizer has no chat template, which conversations need; put a "
-                    "chat_template.jinja beside its tokenizer.json"
-                )
-            content = content.plain
-        return _pair(content, tokenizer) if isinstance(content, Pair) else _text(content, tokenizer)
+                prepared = with_system(content, self.system)
+                return turns_example(*written_turns(prepared, self.train_on, tokenizer), tokenizer)
+            content = as_plain(content)
+        if isinstance(content, Pair):
+            return pair_example(content, tokenizer)
+        return text_example(content, tokenizer)
 
-    def _conversation(self, conversation: Conversation, tokenizer: Tokenizer) -> Example:
-        if self.system is not None and conversation.messages[0]["role"] != "system":
-            conversation = _with_system(conversation, self.system)
-        text, spans = written_turns(conversation, self.train_on, tokenizer)
-        ids, places = tokenizer.encode_with_spans(text)
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-            raise BadRowError("the chat template writes BOS twice; take one out of the template")
-        is_special = np.isin(ids, list(tokenizer.special_ids))
-        is_end = is_special & ((ids != tokenizer.bos_token_id) | (ids == tokenizer.eos_token_id))
-        is_trained, notes = np.zeros(len(ids), bool), []
-        for start, stop in spans:
-            first, last = turn_tokens(start, stop, text, places, is_end)
-            is_trained[first : last + 1] = True
-            if first <= last and places[first, 0] < start:
-                notes.append(
-                    Note("replies that share a token with their header", text[start : start + 5])
-                )
-        num_bytes = _num_bytes(text, places[is_trained & ~is_special])
-        return _example(ids, is_trained, num_bytes, tuple(notes))
+
+def as_plain(conversation: Conversation) -> Pair:
+    """Return what a conversation is without a template; ValueError where it needs one."""
+    if conversation.plain is None:
+        raise ValueError(
+            "the tokenizer has no chat template, which conversations need; put a "
+            "chat_template.jinja beside its tokenizer.json"
+        )
+    return conversation.plain
+
+
+def turns_example(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Example:
+    """Return the document of a written conversation, whose turns at `spans` are trained."""
+    ids, places = tokenizer.encode_with_spans(text)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        raise BadRowError("the chat template writes BOS twice; take one out of the template")
+    is_special = np.isin(ids, list(tokenizer.special_ids))
+    is_end = is_special & ((ids != tokenizer.bos_token_id) | (ids == tokenizer.eos_token_id))
+    is_trained, notes = np.zeros(len(ids), bool), []
+    for start, stop in spans:
+        first, last = turn_tokens(start, stop, text, places, is_end)
+        is_trained[first : last + 1] = True
+        if first <= last and places[first, 0] < start:
+            notes.append(
+                Note("replies that share a token with their header", text[start : start + 5])
+            )
+    num_bytes = _num_bytes(text, places[is_trained & ~is_special])
+    return _example(ids, is_trained, num_bytes, tuple(notes))
 
 
 def _read_first(row: dict[str, Any], columns: dict[str, str], where: str) -> Any:
@@ -106,7 +113,10 @@ def _read_first(row: dict[str, Any], columns: dict[str, str], where: str) -> Any
         raise ValueError(f"the first row of {where}: {error}") from None
 
 
-def _with_system(conversation: Conversation, system: str) -> Conversation:
+def with_system(conversation: Conversation, system: str | None) -> Conversation:
+    """Return a conversation with this system message, unless it has one; None: as it is."""
+    if system is None or conversation.messages[0]["role"] == "system":
+        return conversation
     return replace(
         conversation,
         messages=[{"role": "system", "content": system}, *conversation.messages],
@@ -122,7 +132,7 @@ def _num_bytes(text: str, places: np.ndarray) -> int:
     return len("".join(text[n] for n in np.flatnonzero(is_covered)).encode())
 
 
-def _pair(pair: Pair, tokenizer: Tokenizer) -> Example:
+def pair_example(pair: Pair, tokenizer: Tokenizer) -> Example:
     """Tokenise prompt and completion as one text; a token with a character of both is trained.
 
     So the model reads what it will read when it is asked, and no part of the answer is lost.
@@ -148,7 +158,8 @@ def _pair(pair: Pair, tokenizer: Tokenizer) -> Example:
     return _example(whole, is_trained, len(pair.completion.encode()), notes)
 
 
-def _text(text: str, tokenizer: Tokenizer) -> Example:
+def text_example(text: str, tokenizer: Tokenizer) -> Example:
+    """Return the document of a text, all of which is trained."""
     whole = _document(tokenizer.encode_with_spans(text)[0], tokenizer)
     return _example(whole, np.ones(len(whole), bool), len(text.encode()))
 

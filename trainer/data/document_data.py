@@ -16,7 +16,7 @@ from trainer.data.bad_rows import BadRows
 from trainer.data.batching import check_sizes, eval_loader, loaders
 from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
-from trainer.data.examples import BadRowError, Encoder, Labels
+from trainer.data.examples import BadRowError, Encoder, Example, Labels
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.label_names import label_names
 from trainer.data.loader import EvalLoader, StepLoader
@@ -105,6 +105,10 @@ class DocumentData(Places[RowSource]):
     def labels(self) -> Labels | None:
         return self._encoder.outputs
 
+    @property
+    def image_size(self) -> int | None:
+        return None
+
     @cached_property
     def _encoder(self) -> Encoder:
         """The encoder with its labels, which are looked up in the training data if need be."""
@@ -135,8 +139,8 @@ class DocumentData(Places[RowSource]):
         """Return the loaders of one data-parallel rank; DataError for documents that do not fit."""
         parts, held_out = self.parts(tokenizer)
         return loaders(
-            self._rows(parts, TRAIN, virtual_ids),
-            self._rows(held_out, EVAL, virtual_ids) if held_out else None,
+            self._rows(parts, TRAIN, tokenizer, virtual_ids),
+            self._rows(held_out, EVAL, tokenizer, virtual_ids) if held_out else None,
             self.named_sources, global_samples=self.global_documents,
             micro_rows=self.micro_rows, seed=seed, rank=rank, num_ranks=num_ranks,
         )  # fmt: skip
@@ -145,10 +149,12 @@ class DocumentData(Places[RowSource]):
         self, *, tokenizer: Tokenizer, virtual_ids: Sequence[int] = ()
     ) -> EvalLoader | None:
         parts = self.eval_parts(tokenizer)
-        rows = self._rows(parts, EVAL, virtual_ids) if parts else None
+        rows = self._rows(parts, EVAL, tokenizer, virtual_ids) if parts else None
         return eval_loader(rows, self.micro_rows)
 
-    def _rows(self, parts: list[Part], name: str, virtual_ids: Sequence[int]) -> PackedDocuments:
+    def _rows(
+        self, parts: list[Part], name: str, tokenizer: Tokenizer, virtual_ids: Sequence[int]
+    ) -> PackedDocuments:
         self.check_virtual(virtual_ids)
         store = DocumentStore(*parts)
         lengths, room = store.all_lengths(), self.row_tokens - len(virtual_ids)
@@ -167,10 +173,29 @@ class DocumentData(Places[RowSource]):
                     advice = f"data.too_long=cut, which loses {lost} of {lengths.sum()} tokens"
                 raise DataError(f"{found}; raise data.row_tokens, or set {advice}")
             _say(f"{found}: cut, {lost} of {lengths.sum()} tokens are lost")
+        return self.packed(store, tokenizer, virtual_ids)
+
+    def packed(
+        self, store: DocumentStore, tokenizer: Tokenizer, virtual_ids: Sequence[int]
+    ) -> PackedDocuments:
+        """Return the rows of documents, each of which fits one behind the virtual tokens."""
         return PackedDocuments(
             store, self.row_tokens, is_packed=self.packing == "best_fit", virtual_ids=virtual_ids,
             is_text=self.labels is None,
         )  # fmt: skip
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What decides, beside rows, tokenizer and encoder, which documents are made."""
+        return {}
+
+    def document(self, row: dict[str, Any], place: RowSource, tokenizer: Tokenizer) -> Example:
+        """Return the document of a row of a place; BadRowError for one that has none."""
+        return self._encoder.encode(row, tokenizer)
+
+    def no_document(self) -> dict[str, np.ndarray]:
+        """Return the sections of what stands in the place of a bad row."""
+        return no_targets(self._encoder.outputs)
 
     def make(
         self, place: RowSource, tokenizer: Tokenizer, split: object, route: Route
@@ -180,6 +205,7 @@ class DocumentData(Places[RowSource]):
             "tokenizer": tokenizer.fingerprint,
             "encoder": f"{type(self.encoder).__name__}/{_settings(self._encoder)}",
             "split": split,
+            **self.limits,
         }
         key = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, recipe]).encode())
         folder = self.cache_folder / "documents" / key
@@ -196,16 +222,16 @@ class DocumentData(Places[RowSource]):
         route: Route,
         writer: FolderWriter,
     ) -> Tokens:
-        bad_rows, encoder = BadRows(writer.folder, source.path), self._encoder
+        bad_rows = BadRows(writer.folder, source.path)
         for row in source.rows():
             name = route(xxhash.xxh3_128_hexdigest(json.dumps(row, default=str).encode()))
             try:
-                example = encoder.encode(row, tokenizer)
+                example = self.document(row, source, tokenizer)
             except BadRowError as error:
                 bad_rows.bad(str(error))
                 if name == EVAL:  # no order to keep: the next one would be judged twice
                     continue
-                document = Written(name, BAD, 0, no_targets(encoder.outputs))
+                document = Written(name, BAD, 0, self.no_document())
             else:
                 bad_rows.good(example.notes)
                 document = Written(name, example.input_ids, example.num_bytes, sections(example))

@@ -1,4 +1,4 @@
-"""Shards of documents that say what is to be learnt: a target per token, or one per document."""
+"""Shards of documents that say what is to be learnt, and which images belong to them."""
 
 from bisect import bisect_right
 from functools import cached_property
@@ -7,20 +7,30 @@ import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.data.examples import PREFERENCE, Example, Labels
-from trainer.data.shards import STARTS
+from trainer.data.images.references import ImageReference, read, written
+from trainer.data.shards import OF_BYTES, STARTS
 from trainer.data.tokens import TokenStore
 
 # Sections of a shard: the target of each token, or the class or numbers of each document.
 LABELS, CLASSES = "labels", "classes"
+# Of documents with images: where they are stored, and how many there are.
+IMAGES, IMAGE_COUNTS = "images", "image_counts"
 
 
 def sections(example: Example) -> dict[str, np.ndarray]:
     """Return what a document adds to the sections of its shard."""
     if example.labels is not None:
-        return {LABELS: example.labels.astype("<i4")}
+        return {LABELS: example.labels.astype("<i4"), **image_sections(example.images)}
     assert example.classes is not None
     is_number = example.classes.dtype.kind == "f"
     return {CLASSES: example.classes.reshape(-1).astype("<f8" if is_number else "<i4")}
+
+
+def image_sections(images: tuple[ImageReference, ...] | None) -> dict[str, np.ndarray]:
+    """Return what the images of a document add, if it may have any."""
+    if images is None:
+        return {}
+    return {IMAGES: written(images), IMAGE_COUNTS: np.array([len(images)], "<i4")}
 
 
 def no_targets(labels: Labels | None) -> dict[str, np.ndarray]:
@@ -62,7 +72,8 @@ class DocumentStore(TokenStore):
         shard = self.shard(number)
         ids = shard.tokens(start, stop).astype(np.int64)
         if LABELS in shard.footer.sections:
-            return Example(input_ids=ids, labels=shard.read(LABELS, start, stop).astype(np.int64))
+            labels = shard.read(LABELS, start, stop).astype(np.int64)
+            return Example(input_ids=ids, labels=labels, images=self._images(number, document))
         assert self.no_class is not None
         width = self.no_class.size
         first = (document - self.first_documents[number]) * width
@@ -70,6 +81,21 @@ class DocumentStore(TokenStore):
         return Example(
             input_ids=ids, classes=classes.astype(self.no_class.dtype).reshape(self.no_class.shape)
         )
+
+    def num_images(self, document: int) -> int:
+        """Return how many images a document has; of data that has none: 0."""
+        number, local = self._local(document)
+        shard = self.shard(number)
+        if IMAGE_COUNTS not in shard.footer.sections:
+            return 0
+        return int(shard.read(IMAGE_COUNTS, local, local + 1)[0])
+
+    def _images(self, number: int, document: int) -> tuple[ImageReference, ...] | None:
+        shard, local = self.shard(number), document - self.first_documents[number]
+        if IMAGES not in shard.footer.sections:
+            return None
+        start, stop = shard.read(IMAGES + OF_BYTES, local, local + 2).tolist()
+        return read(shard.read(IMAGES, start, stop))
 
     @cached_property
     def no_class(self) -> np.ndarray | None:
@@ -93,7 +119,11 @@ class DocumentStore(TokenStore):
 
     def _place(self, document: int) -> tuple[int, int, int]:
         """Return the shard of a document and its tokens [start, stop) there."""
-        number = bisect_right(self.first_documents, document) - 1
-        local = document - self.first_documents[number]
+        number, local = self._local(document)
         start, stop = self.shard(number).read(STARTS, local, local + 2).tolist()
         return number, start, stop
+
+    def _local(self, document: int) -> tuple[int, int]:
+        """Return the shard of a document, and which of its documents that is."""
+        number = bisect_right(self.first_documents, document) - 1
+        return number, document - self.first_documents[number]

@@ -7,6 +7,7 @@ reads those of its own micro-batches.
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from trainer.data.packing import best_fit
 from trainer.data.rows import COLUMNS
 from trainer.data.tokens import TokenStore
 from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.data.images.batches import ImageBatches
 
 
 class PackedDocuments:
@@ -35,10 +39,11 @@ class PackedDocuments:
         is_packed: bool,
         virtual_ids: Sequence[int] = (),
         is_text: bool = False,
+        images: "ImageBatches | None" = None,
     ) -> None:
         """`virtual_ids` begin every document; `is_text`: what is learnt of a token is the next."""
         self.store: TokenStore = store
-        self._documents = store
+        self._documents, self._images = store, images
         self.row_tokens, self.is_packed = row_tokens, is_packed
         self.virtual_ids, self.is_text = np.array(virtual_ids, np.int64), is_text
         self.num_virtual = len(virtual_ids)
@@ -58,18 +63,30 @@ class PackedDocuments:
         documents = locate(np.array(samples, np.int64))
         found, whole = zip(*map(self._instead, documents), strict=True)
         lengths = np.minimum(np.array(whole) + self.num_virtual, self.row_tokens)
-        row_of = best_fit(lengths, self.row_tokens) if self.is_packed else np.arange(len(found))
+        row_of = self._rows_of(found, lengths)
         order = np.argsort(row_of, kind="stable")
         rows = np.split(order, np.cumsum(np.bincount(row_of))[:-1])
         stride = num_ranks * micro_rows
         most = int(np.bincount(row_of).max())  # of the step: all its micro-batches have one shape
-        dealt = []
         for first in range(rank * micro_rows, -(-len(rows) // stride) * stride, stride):
             own = [row.tolist() for row in rows[first : first + micro_rows]]
-            batch = self._batch([[found[place] for place in row] for row in own], micro_rows, most)
+            held = [[found[place] for place in row] for row in own]
+            batch = self._batch(held, micro_rows, most)
+            if self._images is not None:
+                start = first - rank * micro_rows  # of the micro-batches that ranks have together
+                is_last = start + stride >= len(rows)
+                beside = rows if is_last else rows[start : start + stride]
+                documents_beside = [found[place] for row in beside for place in row]
+                batch = self._images.added(batch, held, documents_beside)
             numbers = sorted(samples[place] for row in own for place in row)
-            dealt.append((batch, _ranges(numbers)))
-        return dealt
+            yield batch, _ranges(numbers)
+
+    def _rows_of(self, documents: tuple[int, ...], lengths: np.ndarray) -> np.ndarray:
+        """Return the row of each document."""
+        if self._images is not None:
+            limit = self.row_tokens if self.is_packed else None
+            return self._images.rows_of(documents, lengths, limit)
+        return best_fit(lengths, self.row_tokens) if self.is_packed else np.arange(len(documents))
 
     def _instead(self, document: int) -> tuple[int, int]:
         """Return the document, or the next one of its part that is no bad row; and its length.

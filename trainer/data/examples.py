@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.data.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from trainer.data.images.references import ImageReference
 
 PREFERENCE = "preference"  # the problem type of pairs, of which one text is preferred
 
@@ -33,6 +36,8 @@ class Example:
     classes: np.ndarray | None = None
     """Of the whole document: () int64, or (num_labels,) float64; -100 or NaN: none. Of a pair
     (2,) int64: the tokens of the prompt, and of the chosen text, which the rejected one follows."""
+    images: "tuple[ImageReference, ...] | None" = None
+    """Of its image tokens, in order; None: documents of its data have none."""
     num_bytes: int = 0
     """UTF-8 bytes of the text that is learnt or judged, for bits per byte."""
     notes: tuple[Note, ...] = ()

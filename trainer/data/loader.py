@@ -1,6 +1,6 @@
 """Which rows each rank trains on at each step: a pure function of (step, rank), stateless."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -37,8 +37,9 @@ class Step:
 
 Locate = Callable[[np.ndarray], list[int]]
 """Returns which row or document each global sample is."""
-Dealt = list[tuple[Batch, list[tuple[int, int]]]]
-"""A rank's micro-batches, each with the ranges [first, last) of samples that it holds."""
+Dealt = Iterable[tuple[Batch, list[tuple[int, int]]]]
+"""A rank's micro-batches, each with the ranges [first, last) of samples that it holds. Those with
+images are made one by one: of an evaluation's block they would fill the memory."""
 
 
 class Rows(Protocol):
@@ -106,9 +107,11 @@ class StepLoader:
         return [(part.start, part.stop) for part in shared]
 
     def step(self, number: int) -> Step:
-        dealt = self.rows.deal(
-            self.samples(number), self.order.locate,
-            micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
+        dealt = list(
+            self.rows.deal(
+                self.samples(number), self.order.locate,
+                micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
+            )
         )  # fmt: skip
         return Step(
             micro_batches=[batch for batch, _ in dealt],

@@ -87,9 +87,19 @@ class LocalFiles:
         return class_names(self._load(self.files), column)
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        return self._rows(self.files)
+
+    def rows_of(self, file: Path) -> Iterator[dict[str, Any]]:
+        """Yield the rows of one file, its images as they are stored: undecoded."""
+        return self._rows([file], is_decoded=False)
+
+    def _rows(self, files: list[Path], is_decoded: bool = True) -> Iterator[dict[str, Any]]:
         datasets = quiet_datasets()
         try:
-            for row in islice(self._load(self.files), self.limit):
+            stream = self._load(files)
+            if stream.features and not is_decoded:
+                stream = stream.decode(False)
+            for row in islice(stream, self.limit):
                 self._check_separator(row)
                 yield row
         except StopIteration:  # datasets' way to say that a JSON file is empty

@@ -41,6 +41,11 @@ class DataSpec(Protocol):
         the files may have to be read."""
         ...
 
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of the images of batches, in pixels; None: there are none."""
+        ...
+
     def micro_batches(self, num_ranks: int) -> int | None:
         """Return how many micro-batches a rank has in every step; None: it varies.
 

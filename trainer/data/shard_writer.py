@@ -16,6 +16,7 @@ from trainer.data.shards import (
     HASHES,
     HEADER,
     MAGIC,
+    OF_BYTES,
     STARTS,
     TOKENS,
     VERSION,
@@ -43,6 +44,7 @@ class ShardWriter:
         self._body = _Body(self._file)
         self._starts = [0]
         self._extra: dict[str, list[np.ndarray]] = {}
+        self._starts_of: dict[str, list[int]] = {}
         self._num_bytes = 0
 
     @property
@@ -58,6 +60,9 @@ class ShardWriter:
         self._num_bytes += num_bytes
         for name, values in extra.items():
             self._extra.setdefault(name, []).append(values)
+            if values.dtype == np.uint8:
+                starts = self._starts_of.setdefault(name, [0])
+                starts.append(starts[-1] + len(values))
 
     def close(self) -> Footer:
         """Write what is left, make it durable, and give the file its name."""
@@ -71,6 +76,8 @@ class ShardWriter:
         ]
         sections.append(self._write(STARTS, np.array(self._starts, "<i8")))
         sections += [self._write(name, np.concatenate(v)) for name, v in self._extra.items()]
+        for name, starts in self._starts_of.items():
+            sections.append(self._write(name + OF_BYTES, np.array(starts, "<i8")))
         self._body.align()
         footer = seal(
             self._file,

@@ -6,9 +6,11 @@
     footer     JSON: the sections, counts, tokenizer, xxh3_128 of the hashes
 
 All numbers are little-endian. Every shard has `tokens` and `starts` (the first token of every
-document, then the number of tokens); other sections are free. Opening reads header and footer.
-Pieces are read with `pread`: unlike a mapping, it takes no memory that grows with what was read,
-and a disk that fails raises an error instead of killing the process with SIGBUS.
+document, then the number of tokens); other sections are free. Beside one of bytes, of which each
+document may have any number, stands `NAME_starts`, which is to it what `starts` is to the tokens.
+Opening reads header and footer. Pieces are read with `pread`: unlike a mapping, it takes no memory
+that grows with what was read, and a disk that fails raises an error instead of killing the process
+with SIGBUS.
 """
 
 import json
@@ -26,6 +28,7 @@ from trainer.errors import DataError
 
 SUFFIX = ".shard"
 TOKENS, STARTS, HASHES = "tokens", "starts", "hashes"
+OF_BYTES = "_starts"  # behind the name of a section of bytes
 MAGIC, VERSION = b"TESSERA\0", 1
 HEADER = struct.Struct("<8sI4xQQ16s16x")
 BLOCK_BYTES = 4 << 20

@@ -54,6 +54,10 @@ class TokenFolder:
     def labels(self) -> None:
         return None
 
+    @property
+    def image_size(self) -> None:
+        return None
+
     def rows_per_micro_batch(self, num_ranks: int) -> int:
         """Return micro_rows for this many data-parallel ranks; ValueError lists what is legal."""
         return rows_per_micro_batch(self.global_rows, self.micro_rows, num_ranks)

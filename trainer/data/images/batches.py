@@ -1,0 +1,97 @@
+"""Images for packed rows: which rows documents share, their pixels, and who looks at which."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from trainer.batch import Batch
+from trainer.data.document_store import DocumentStore
+from trainer.data.examples import BadRowError
+from trainer.data.images.files import ImageFiles
+from trainer.data.images.mask import latest_image
+from trainer.data.images.packing import best_fit_images, most_images_first
+from trainer.data.images.processor import ImageProcessor
+from trainer.data.images.references import ImageReference
+from trainer.errors import DataError
+
+
+class ImageBatches:
+    """Reads and processes the images of a store's documents when a batch is made."""
+
+    def __init__(
+        self,
+        store: DocumentStore,
+        files: list[ImageFiles],
+        processor: ImageProcessor,
+        *,
+        row_images: int,
+        image_token_id: int,
+    ) -> None:
+        """`files`: those of each part of the store; `processor`: resolved."""
+        self.store, self.files, self.processor = store, files, processor
+        self.row_images, self.image_token_id = row_images, image_token_id
+        self.eos_token_id = store.shard(0).footer.vocabulary.eos_token_id
+
+    def rows_of(
+        self, documents: tuple[int, ...], lengths: np.ndarray, row_tokens: int | None
+    ) -> np.ndarray:
+        """Return the row of each document, rows with most images first; None: a row for each."""
+        counts = np.array([self.store.num_images(document) for document in documents], np.int64)
+        row_of = np.arange(len(documents))
+        if row_tokens is not None:
+            row_of = best_fit_images(lengths, counts, row_tokens, self.row_images)
+        return most_images_first(row_of, counts)
+
+    def added(self, batch: Batch, rows: list[list[int]], beside: list[int]) -> Batch:
+        """Return a micro-batch with the images of its rows' documents.
+
+        `beside` are the documents of all ranks at the same time; of a step's last micro-batch, all
+        of the step. Where one of them has images and these rows have none, they get one that nobody
+        looks at: ranks run the same modules, and what ran in a step runs when its gradients are
+        reduced. Where none has, there are no images.
+        """
+        if not any(map(self.store.num_images, beside)):
+            return batch
+        images = [self._images(documents) for documents in rows]
+        most = max(1, *map(len, images)) if images else 1
+        side = self.processor.image_size
+        pixels = np.zeros((batch.num_rows, most, 3, side, side), np.float32)
+        for row, references in enumerate(images):
+            for number, (document, reference) in enumerate(references):
+                pixels[row, number] = self._pixels(document, reference)
+        return replace(
+            batch,
+            pixel_values=torch.from_numpy(pixels),
+            image_attention_mask=torch.from_numpy(self._mask(batch, most)),
+        )
+
+    def _images(self, documents: list[int]) -> list[tuple[int, ImageReference]]:
+        """Return the images of a row in order, each with its document."""
+        return [
+            (document, reference)
+            for document in documents
+            for reference in self.store.example(document).images or ()
+        ]
+
+    def _pixels(self, document: int, reference: ImageReference) -> np.ndarray:
+        part, _ = self.store.part_of(document)
+        files = self.files[part]
+        try:
+            return self.processor(files.read(reference))
+        except BadRowError as error:
+            # No bad row any more: the other ranks have dealt the step with this document in it.
+            raise DataError(
+                f"image {files.root}/{reference} of {self.store.cite(document, document + 1)} "
+                f"{error}; it was whole when documents were made: bring it back, or delete "
+                f"{self.store.parts[part].folder} to make them anew"
+            ) from error
+
+    def _mask(self, batch: Batch, most: int) -> np.ndarray:
+        """Return (B, T, images) int64, 1 where a token may look at an image."""
+        ids, segments = batch.input_ids.numpy(), batch.segment_ids.numpy()
+        latest = [
+            latest_image(*row, self.image_token_id, self.eos_token_id)
+            for row in zip(ids, segments, strict=True)
+        ]
+        return (np.stack(latest)[:, :, None] == np.arange(most)).astype(np.int64)
