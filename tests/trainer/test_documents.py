@@ -154,7 +154,7 @@ def test_a_bad_row_is_replaced_by_the_next_good_one_and_shifts_nothing(
     ("change", "message"),
     [
         (lambda d, p: replace(d, path=written(p, with_bad({3, 4, 9}))),
-         r"3 of 60 rows are bad \(allowed: 0.1%, 100 in a row\); the last: the completion is em"),
+         r"3 of 60 rows are bad \(allowed: 0.1%, 100 in a row\); the last, row 9: the completion"),
         (lambda d, p: replace(d, path=written(p, with_bad(set(range(60))) * 2)),
          r"100 rows in a row, the last 99, are bad"),
         (lambda d, p: replace(d, row_tokens=20),

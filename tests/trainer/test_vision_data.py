@@ -269,7 +269,7 @@ def test_too_many_bad_images_end_the_run_with_file_and_reason(
     tmp_path: Path, change: Any, changes: dict[str, Any], reason: str
 ) -> None:
     rows = [change(row) for row in captions(tmp_path, 5)]
-    with pytest.raises(DataError, match=rf"rows.jsonl: 5 of 5 rows are bad .* {reason}"):
+    with pytest.raises(DataError, match=rf"rows.jsonl: 5 of 5 rows .* the last, row 4: .*{reason}"):
         loader_of(own(tmp_path, rows, **changes))
 
 

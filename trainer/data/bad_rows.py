@@ -61,8 +61,8 @@ class BadRows:
             raise self._is_over(f"{self.num_bad} of {self.num_rows} rows")
 
     def _is_over(self, what: str) -> DataError:
-        last = self.path.read_text(encoding="utf-8").splitlines()[-1]
+        last = json.loads(self.path.read_text(encoding="utf-8").splitlines()[-1])
         return DataError(
             f"{self.source}: {what} are bad (allowed: {MAX_SHARE:.1%}, {MAX_IN_A_ROW} in a row); "
-            f"the last: {json.loads(last)['reason']}"
+            f"the last, row {last['row']}: {last['reason']}"
         )
