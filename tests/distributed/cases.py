@@ -5,6 +5,8 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.parity.oracle import specs
 from models import heads
 from tests.runs import tiny_run
@@ -165,6 +167,14 @@ def adapter_of(kind: str, family: str) -> AdapterSpec:
 def spec_of(family: str, tied: bool) -> Any:
     """Return a tiny spec whose weights are large enough that every part matters."""
     return replace(specs()[family], tie_word_embeddings=tied, initializer_range=0.1)
+
+
+def by_urgency(cases: list[Case], *layouts: str) -> list[Any]:
+    """Return cases as parameters: every commit runs those of `layouts`, the slow command others."""
+    return [
+        pytest.param(case, marks=() if case.layout in layouts else pytest.mark.slow, id=str(case))
+        for case in cases
+    ]
 
 
 def covering(strength: int) -> list[Case]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import heads
-from tests.distributed.cases import LAYOUTS, Case, adapter_of
+from tests.distributed.cases import LAYOUTS, Case, adapter_of, by_urgency
 from tests.distributed.test_matrix import ask
 from tests.ranks import run_ranks
 from tests.runs import tiny_run
@@ -59,7 +59,9 @@ def reference(case: Case, cache: Path) -> Answer:
     return ask(case, cache)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", by_urgency(CASES, "fsdp", "tp+sp", "cp", "pp", "accelerate", "zero 3")
+)
 def test_adapters_train_as_on_one_process(case: Case, cache: Path) -> None:
     if case.adapter == "qlora":
         pytest.importorskip("bitsandbytes")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models import heads
-from tests.distributed.cases import Case
+from tests.distributed.cases import Case, by_urgency
 from tests.distributed.test_matrix import ask
 from trainer.verify.compare import first_step
 from trainer.verify.measure import Answer
@@ -33,7 +33,7 @@ def reference(case: Case, cache: Path) -> Answer:
     return ask(case, cache)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", by_urgency(CASES, "fsdp", "tp+sp", "pp", "zero 3"))
 def test_virtual_tokens_train_as_on_one_process(case: Case, cache: Path) -> None:
     expected, found = reference(case.reference, cache), ask(case, cache)
     assert not found.complaints
