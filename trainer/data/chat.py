@@ -2,14 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.data.examples import BadRowError, Example, Note
-from trainer.data.shapes import COLUMNS, Conversation, Pair, explain, find_shape, read
+from trainer.data.shapes import (
+    COLUMNS,
+    Conversation,
+    Pair,
+    check_columns,
+    check_names,
+    explain,
+    find_shape,
+    read,
+)
 from trainer.data.tokenizers import Tokenizer, surround
 from trainer.data.turns import turn_tokens, written_turns
 
@@ -31,13 +39,7 @@ class ChatEncoder:
     """System message of conversations that have none; None: as the template writes them."""
 
     def __post_init__(self) -> None:
-        for name in self.columns:
-            if name not in COLUMNS:
-                near = get_close_matches(name, COLUMNS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise ValueError(
-                    f"columns.{name} is unknown; {hint}Choose among {', '.join(COLUMNS)}"
-                )
+        check_names(self.columns, COLUMNS)
 
     @property
     def outputs(self) -> None:
@@ -48,12 +50,7 @@ class ChatEncoder:
 
     def check(self, row: dict[str, Any], where: str) -> None:
         """Raise ValueError for a first row of no known shape, or a setting without effect."""
-        absent = [column for column in self.columns.values() if column not in row]
-        if absent:
-            raise ValueError(
-                f"{where} has no column {absent[0]!r}, only {', '.join(sorted(row))}; "
-                "correct data.encoder.columns"
-            )
+        check_columns(self.columns, row, where)
         if find_shape(row, self.columns) is None:
             raise ValueError(f"{where}: {explain(row, self.columns)}")
         content = _read_first(row, self.columns, where)

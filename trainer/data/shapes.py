@@ -172,3 +172,22 @@ def _joined(content: Any) -> str | None:
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+
+
+def check_names(columns: dict[str, str], known: tuple[str, ...]) -> None:
+    """Raise ValueError for a name of `data.encoder.columns` that is none of ours."""
+    for name in columns:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"columns.{name} is unknown; {hint}Choose among {', '.join(known)}")
+
+
+def check_columns(columns: dict[str, str], row: dict[str, Any], where: str) -> None:
+    """Raise ValueError where a first row lacks a column of `data.encoder.columns`."""
+    absent = [column for column in columns.values() if column not in row]
+    if absent:
+        raise ValueError(
+            f"{where} has no column {absent[0]!r}, only {', '.join(sorted(row))}; "
+            "correct data.encoder.columns"
+        )

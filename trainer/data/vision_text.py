@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -27,7 +26,7 @@ from trainer.data.images.tokens import (
     image_tokens,
     with_blocks,
 )
-from trainer.data.shapes import Conversation, Pair, read
+from trainer.data.shapes import Conversation, Pair, check_columns, check_names, read
 from trainer.data.tokenizers import Tokenizer
 from trainer.data.turns import written_turns
 from trainer.data.vision_rows import COLUMNS, Flat, flattened
@@ -52,13 +51,7 @@ class VisionTextEncoder:
     """Stands between a prompt and its completion where neither has white space there; trained."""
 
     def __post_init__(self) -> None:
-        for name in self.columns:
-            if name not in COLUMNS:
-                near = get_close_matches(name, COLUMNS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise ValueError(
-                    f"columns.{name} is unknown; {hint}Choose among {', '.join(COLUMNS)}"
-                )
+        check_names(self.columns, COLUMNS)
 
     @property
     def outputs(self) -> None:
@@ -69,12 +62,7 @@ class VisionTextEncoder:
 
     def check(self, row: dict[str, Any], where: str) -> None:
         """Raise ValueError for a first row of no known shape, or a setting without effect."""
-        absent = [column for column in self.columns.values() if column not in row]
-        if absent:
-            raise ValueError(
-                f"{where} has no column {absent[0]!r}, only {', '.join(sorted(row))}; "
-                "correct data.encoder.columns"
-            )
+        check_columns(self.columns, row, where)
         try:
             flat = flattened(row, self.columns)
         except BadRowError as error:
