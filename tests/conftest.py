@@ -1,6 +1,7 @@
 """Fixtures of all tests: one thread, no network, tiny specs."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from models.llama import LlamaSpec
 from tests.ranks import cache_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell's background jobs ignore Ctrl-C, and what tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
