@@ -1,6 +1,7 @@
 """What a token costs to train, by a stated formula that knows what is frozen."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from fractions import Fraction
 
 from torch import nn
@@ -23,15 +24,15 @@ def flops_per_token(model: nn.Module, layout: Layout, attention_width: int, row_
     images are left out: they see no tokens. `attention_width` is heads x head_dim over all layers.
     Recomputed activations do not count.
     """
-    depths = _depths(model, layout)
+    parameters = dict(unique_parameters(model))
+    depths = _depths(model, layout, parameters)
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     head = model.get_submodule(str(model.head_name)).get_parameter("weight")
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    first = min((depths[n] for n, p in unique_parameters(model) if p.requires_grad), default=1)
-    has_trained_below = any(
-        p.requires_grad and (p is not head or id(p) in tables) for _, p in unique_parameters(model)
-    )
+    first = min((depths[name] for name in trained), default=1)
+    has_trained_below = any(parameters[name] is not head or id(head) in tables for name in trained)
     total = 0
-    for name, weight in unique_parameters(model):
+    for name, weight in parameters.items():
         is_head = weight is head
         if weight.ndim < 2 or (id(weight) in tables and not is_head) or _sees_images(name, layout):
             continue
@@ -40,7 +41,7 @@ def flops_per_token(model: nn.Module, layout: Layout, attention_width: int, row_
     return total + int((2 + 4 * (1 - first)) * attention_width * row_tokens)
 
 
-def _depths(model: nn.Module, layout: Layout) -> dict[str, Fraction]:
+def _depths(model: nn.Module, layout: Layout, names: Iterable[str]) -> dict[str, Fraction]:
     """Return how far behind the input each parameter stands: blocks at their share of all blocks of
     their kind, norm and head at 1, all else at 0."""
     kinds: dict[str, list[str]] = defaultdict(list)
@@ -58,7 +59,7 @@ def _depths(model: nn.Module, layout: Layout) -> dict[str, Fraction]:
             return Fraction(1)
         return next((at for prefix, at in blocks.items() if name.startswith(prefix)), Fraction(0))
 
-    return {name: depth(name) for name, _ in unique_parameters(model)}
+    return {name: depth(name) for name in names}
 
 
 def _sees_images(name: str, layout: Layout) -> bool:

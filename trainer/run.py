@@ -9,7 +9,6 @@ from torch import nn
 from models.heads import CausalLMSpec
 from models.nn.decoupled import add_rows
 from models.nn.init import SkipInit
-from models.nn.prompt import virtual_ids
 from trainer.adapters.prompt import prompt_of
 from trainer.adapters.protocol import AdapterSpec, NoAdapter
 from trainer.best import BestSpec
@@ -194,7 +193,8 @@ class Run:
     @property
     def virtual_ids(self) -> range:
         """Ids of the virtual tokens that stand before every document; mostly there are none."""
-        return virtual_ids(self.trained_model()) if prompt_of(self.adapter) else range(0)
+        prompt, first = prompt_of(self.adapter), self.model.vocab_size
+        return range(first, first + (prompt.num_virtual_tokens if prompt else 0))
 
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""

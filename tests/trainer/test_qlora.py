@@ -14,14 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from launch.cli import main
 from models.lora import PackedLoRALinear, packed_linears
 from models.nn.linear import base_alone
-from tests.adapters import peft_package
+from tests.adapters import adapter_in, check_resume, peft_package
 from tests.conftest import tiny_spec
 from tests.ranks import run_ranks
-from tests.runs import DieAt, tiny_run, train
+from tests.runs import tiny_run, train
 from tests.trainer.test_adapter_files import (
     CPU,
     INPUTS,
-    adapter_in,
     peft_logits,
     run_over,
     same,
@@ -45,9 +44,7 @@ from trainer.optim import AdamW
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.materialise import Values, materialise, random_values
 from trainer.pretrained import save_pretrained
-from trainer.record import read_lines
 from trainer.run import Run
-from trainer.verify.forked import RankFailedError
 from trainer.verify.layouts import chosen
 from trainer.verify.rows import MadeRows
 from trainer.verify.shrink import shrink
@@ -296,22 +293,8 @@ def test_transformers_and_peft_compute_the_same_beside_their_own_4_bits(
 def test_resumed_run_equals_uninterrupted_run_also_on_other_ranks(
     tmp_path: Path, cache: Path, model_folder: Path
 ) -> None:
-    run = run_over(model_folder, cache, replace(QLORA, dropout=0.2), max_steps=6, save_every=3)
-    run_ranks(1, train, tmp_path / "whole", run)
-    with pytest.raises(RankFailedError):
-        run_ranks(1, train, tmp_path / "cut", replace(run, callbacks={"die": DieAt(4)}))
-    shutil.copytree(tmp_path / "cut", tmp_path / "other")
-    run_ranks(1, train, tmp_path / "cut", run)
-    run_ranks(2, train, tmp_path / "other", run)
-    losses = {
-        name: [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")]
-        for name in ("whole", "cut", "other")
-    }
-    assert losses["cut"] == losses["whole"]
-    assert losses["other"] == pytest.approx(losses["whole"], rel=1e-5)
-    expected = load_file(adapter_in(tmp_path / "whole", 6) / WEIGHTS)
-    for name, tensor in load_file(adapter_in(tmp_path / "cut", 6) / WEIGHTS).items():
-        assert torch.equal(tensor, expected[name]), name
+    run = run_over(model_folder, cache, replace(QLORA, dropout=0.2))
+    check_resume(tmp_path, run, run)
 
 
 def test_verify_agrees_where_it_may_and_says_why_it_may_not_elsewhere(cache: Path) -> None:

@@ -63,7 +63,7 @@ class Places(ABC, Generic[P]):
     def named_sources(self) -> dict[str, Source]:
         return named_sources(self.path, self.sources, subset=self.subset, split=self.split)
 
-    @property
+    @cached_property
     def places(self) -> dict[str, P]:
         """Where training documents come from."""
         return {
@@ -71,7 +71,7 @@ class Places(ABC, Generic[P]):
             for name, source in self.named_sources.items()
         }
 
-    @property
+    @cached_property
     def eval_place(self) -> P | None:
         source = eval_source(self.eval_path, subset=self.eval_subset, split=self.eval_split)
         return None if source is None else self.open_place(source, EVAL_KEY)

@@ -29,6 +29,8 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 class Tokenizer(Protocol):
     """What the data pipeline, generation and export need of a tokenizer."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""

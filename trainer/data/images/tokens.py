@@ -7,6 +7,7 @@ Source: transformers' IdeficsProcessor.
 """
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,9 @@ class ImageTokens(NamedTuple):
     fake: int
 
 
+@lru_cache(maxsize=4)
 def image_tokens(tokenizer: Tokenizer) -> ImageTokens:
-    """Return the ids; ValueError for a tokenizer that lacks one of them."""
+    """Return the ids; ValueError for a tokenizer that lacks one of them. Every row asks."""
     for token in TOKENS:
         if len(tokenizer.encode(token)) != 1:
             raise ValueError(
