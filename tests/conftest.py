@@ -11,7 +11,9 @@ import torch
 
 from models.llama import LlamaSpec
 from tests.ranks import cache_folder
+from tests.sharing import run_share
 
+LONGEST = ("test_readme", "test_supervisor")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell's background jobs ignore Ctrl-C, and what tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,11 +34,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the layout matrix over all triples of choices, not all pairs",
     )
+    parser.addoption(
+        "--share",
+        type=Path,
+        metavar="FOLDER",
+        help="run the files of tests that no other process with the same folder has begun",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests of JAX last: a process with its threads should not be forked into ranks."""
-    items.sort(key=lambda item: "jax" in item.path.stem)
+    """Run the longest files first: several processes end at about the same time.
+
+    Tests of JAX come last: a process with its threads should not be forked into ranks.
+    """
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, "jax" in item.path.stem))
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    folder = session.config.getoption("--share")
+    if folder is None or session.testsfailed or session.config.option.collectonly:
+        return None  # pytest's own loop
+    return run_share(session, folder)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 BLOCK = (
     1 << 20
 )  # elements per independent random stream: a shard generates only the blocks it overlaps
+_GROUP = 16  # torch makes normal numbers by so many: how many follow does not change those before
 
 
 class SkipInit(TorchFunctionMode):
@@ -77,7 +78,8 @@ def initial_values(name: str, init: Init, seed: int, start: int, stop: int) -> T
         return torch.full((stop - start,), init.mean)
     first, last = start // BLOCK, (stop - 1) // BLOCK
     draw = _even if init.bound else torch.randn
-    blocks = torch.cat([_block(draw, name, seed, number) for number in range(first, last + 1)])
+    numbers = range(first, last + 1)
+    blocks = torch.cat([_block(draw, name, seed, n, stop - n * BLOCK) for n in numbers])
     spread = init.bound or init.std
     values = blocks[start - first * BLOCK : stop - first * BLOCK] * spread + init.mean
     if init.zeros is not None:
@@ -86,10 +88,11 @@ def initial_values(name: str, init: Init, seed: int, start: int, stop: int) -> T
     return values
 
 
-def _block(draw: Callable[..., Tensor], name: str, seed: int, number: int) -> Tensor:
+def _block(draw: Callable[..., Tensor], name: str, seed: int, number: int, needed: int) -> Tensor:
+    """Return the numbers of a block, or its first ones: at least `needed` of them."""
     digest = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return draw(BLOCK, generator=generator)
+    return draw(min(-(-needed // _GROUP) * _GROUP, BLOCK), generator=generator)
 
 
 def _even(count: int, *, generator: torch.Generator) -> Tensor:

@@ -33,6 +33,7 @@ def train_compiled(placement: Placement, folder: Path, run: Run, backend: str) -
     """Train one rank; return what torch.compile counted."""
     from torch._dynamo.utils import counters
 
+    counters.clear()  # a fork has what tests before this one counted
     compile_block = torch.nn.Module.compile
 
     def with_backend(module: torch.nn.Module, **options: Any) -> None:

@@ -1,5 +1,6 @@
 """Initial weights: a function of seed and name, whoever computes which part."""
 
+import pytest
 import torch
 
 from models.nn import init
@@ -7,12 +8,17 @@ from models.nn.init import Init, initial_values, initializers
 from tests.conftest import tiny_spec
 
 
-def test_any_range_equals_the_same_range_of_the_whole() -> None:
+@pytest.mark.parametrize("how", [Init(std=0.02), Init(bound=0.3)], ids=["normal", "even"])
+def test_any_range_equals_the_same_range_of_the_whole(how: Init) -> None:
     count = 2 * init.BLOCK + 1000
-    whole = initial_values("a", Init(std=0.02), 7, 0, count)
-    for start, stop in ((0, 10), (init.BLOCK - 5, init.BLOCK + 5), (13, count), (count - 1, count)):
-        assert torch.equal(initial_values("a", Init(std=0.02), 7, start, stop), whole[start:stop])
-    assert initial_values("a", Init(std=0.02), 7, 5, 5).numel() == 0
+    whole = initial_values("a", how, 7, 0, count)
+    for start, stop in (
+        (0, 1), (0, 10), (0, 16), (0, 17), (3, 250), (5, 100_003), (init.BLOCK - 5, init.BLOCK),
+        (init.BLOCK - 5, init.BLOCK + 5), (init.BLOCK, 2 * init.BLOCK), (13, count),
+        (count - 1, count),
+    ):  # fmt: skip
+        assert torch.equal(initial_values("a", how, 7, start, stop), whole[start:stop])
+    assert initial_values("a", how, 7, 5, 5).numel() == 0
 
 
 def test_values_depend_on_seed_and_name_and_have_the_stated_spread() -> None:

@@ -5,6 +5,8 @@ import multiprocessing as mp
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +122,20 @@ class KilledAt(TokeniseProgress):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forked(work: Callable[[], Any]) -> int | None:
-    """Return the exit code of `work` in a fork."""
-    process = mp.get_context("fork").Process(target=work)
+def process_of(work: Callable[[], Any]) -> BaseProcess:
+    """Return a process for `work` that forks from a server without threads.
+
+    This one has some: those with which pyarrow reads, and what other tests left. A lock that one
+    of them holds at a fork would stay locked in the child.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context.Process(target=work)
+
+
+def exit_code(work: Callable[[], Any]) -> int | None:
+    """Return that of `work` in a process of its own."""
+    process = process_of(work)
     process.start()
     process.join(LIMIT_SECONDS)
     return process.exitcode
@@ -133,8 +146,8 @@ def test_killed_at_any_place_it_goes_on_to_the_same_bytes(
 ) -> None:
     for document in (1, 20, 140, 299):
         folder = tmp_path / str(document)
-        killed = lambda: build(corpus, folder, KilledAt(document))  # noqa: B023, E731  at once
-        assert forked(killed) == -signal.SIGKILL
+        killed = partial(build, corpus, folder, KilledAt(document))
+        assert exit_code(killed) == -signal.SIGKILL
         kept = [path.stat().st_ino for path in sorted(folder.glob("train-*.shard"))]
         assert not (folder / INDEX).exists()
         assert bool(kept) == (document > 20)
@@ -192,32 +205,32 @@ def test_a_worker_that_dies_is_an_error_that_says_so(tmp_path: Path) -> None:
     assert len(found) <= 2
 
 
+def open_and_note(corpus: Path, cache: Path, log: Path) -> None:
+    """Open the corpus as a rank does, and write down what it writes."""
+    begin, add = FolderWriter.__init__, FolderWriter.add
+
+    def note(what: str) -> None:
+        with open(log, "a") as file:
+            file.write(f"{what} {os.getpid()}\n")
+
+    def noted_begin(self: FolderWriter, *arguments: Any) -> None:
+        note("begins")
+        begin(self, *arguments)
+
+    def noted_add(self: FolderWriter, *arguments: Any) -> None:
+        note("adds")
+        add(self, *arguments)
+
+    FolderWriter.__init__, FolderWriter.add = noted_begin, noted_add  # type: ignore[method-assign]
+    data = PretrainingData(path=str(corpus), row_tokens=16, global_rows=4, cache=str(cache))
+    train, _ = data.stores(ByteTokenizer())
+    assert train.num_documents > 250
+
+
 def test_ranks_build_a_cache_once_and_the_others_wait(corpus: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-
-    def rank() -> None:
-        begin, add = FolderWriter.__init__, FolderWriter.add
-
-        def note(what: str) -> None:
-            with open(log, "a") as file:
-                file.write(f"{what} {os.getpid()}\n")
-
-        def noted_begin(self: FolderWriter, *arguments: Any) -> None:
-            note("begins")
-            begin(self, *arguments)
-
-        def noted_add(self: FolderWriter, *arguments: Any) -> None:
-            note("adds")
-            add(self, *arguments)
-
-        FolderWriter.__init__, FolderWriter.add = noted_begin, noted_add  # type: ignore[method-assign]
-        data = PretrainingData(
-            path=str(corpus), row_tokens=16, global_rows=4, cache=str(tmp_path / "cache")
-        )
-        train, _ = data.stores(ByteTokenizer())
-        assert train.num_documents > 250
-
-    processes = [mp.get_context("fork").Process(target=rank) for _ in range(4)]
+    rank = partial(open_and_note, corpus, tmp_path / "cache", log)
+    processes = [process_of(rank) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,18 +1,20 @@
 """Passes over a pipeline: torch's schedules, 1F1B or interleaved."""
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from models.nn.head import Loss
 from trainer.batch import Batch
 from trainer.engines.passes import Keys
 from trainer.parallel import context_parallel
 from trainer.parallel.pipeline import Relay, Stages, num_scheduled
+
+if TYPE_CHECKING:  # torch's schedules import its compiler: over a second, for a pipeline alone
+    from torch.distributed.pipelining import PipelineStage
 
 
 class PipelinedPasses:
@@ -90,6 +92,8 @@ class PipelinedPasses:
         one is kept, not one for each number. A step of another number than the one before it costs
         a round of small messages and a sync (.item() in torch's vote on static shapes).
         """
+        from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
+
         stages: list[Any] = [
             self._stage(part, index, micro_batches[0], self._first_trained)
             for index, part in zip(self.stages.indices, self.called, strict=True)
@@ -103,8 +107,10 @@ class PipelinedPasses:
             return ScheduleInterleaved1F1B(stages, **settings)
         return Schedule1F1B(stages[0], **settings)
 
-    def _stage(self, part: nn.Module, index: int, example: Batch, first: int) -> PipelineStage:
+    def _stage(self, part: nn.Module, index: int, example: Batch, first: int) -> "PipelineStage":
         """`first`: the first stage that trains; what comes before it sends no gradient."""
+        from torch.distributed.pipelining import PipelineStage
+
         shape = self._hidden_shape(example)
         entering, leaving = (
             torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=has_gradient)

@@ -5,12 +5,12 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from trainer.batch import Batch
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.mesh import Mesh
+from trainer.parallel.pieces import is_dtensor
 from trainer.parallel.tree import TreeSum, pairwise_sum, reduce_pairwise, summed_share
 from trainer.precision import Precision
 
@@ -111,7 +111,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 class TreePasses(PlainPasses):

@@ -1,17 +1,20 @@
 """FSDP2 over the planned model, and DDP or nothing where no weight is sharded."""
 
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from models.layout import Layout
 from trainer.mesh import Mesh
 from trainer.precision import Precision
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: Precision) -> None:
@@ -20,6 +23,8 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: Prec
     Embedding and head stay in the root's group: tied weights must share one group, or FSDP2 unties
     them without a word.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(
         param_dtype=precision.compute,
         reduce_dtype=precision.master,
@@ -79,7 +84,13 @@ def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     """Say whether the next backward reduces gradients over ranks or keeps them for the next one."""
-    if isinstance(model, FSDPModule):
+    if is_fsdp(model):
         model.set_requires_gradient_sync(enabled)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = enabled
+
+
+def is_fsdp(module: nn.Module) -> TypeGuard["FSDPModule"]:
+    """Whether it is a unit of FSDP2. None is before something imported the class: over a second."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

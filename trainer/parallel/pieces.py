@@ -1,15 +1,18 @@
 """Which piece of each parameter this rank holds, and sums over all pieces of a tensor."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainer.pieces import Piece, Rows
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Splits = Mapping[str, Piece]
 """Which part of each parameter this rank's module holds, where that is not all of it."""
@@ -22,7 +25,7 @@ def piece_of(tensor: Tensor, split: Piece | None = None) -> Piece:
     `split` is what the module holds of it (with any `local`); None: all of it.
     """
     base = split or Piece.of(tensor)
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return base.like(tensor.detach())
     return narrowed(base, local_tensor(tensor), *_row_range(tensor))
 
@@ -33,8 +36,11 @@ def narrowed(base: Piece, local: Tensor, first: int, last: int) -> Piece:
     return replace(base, local=local, rows=rows)
 
 
-def _row_range(tensor: DTensor) -> tuple[int, int]:
+def _row_range(tensor: "DTensor") -> tuple[int, int]:
     """Return which rows of the (tensor-parallel part of the) tensor this rank's shard holds."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     for placement in tensor.placements:
         if isinstance(placement, Shard) and placement.dim != 0:
             raise AssertionError(f"FSDP2 sharded dim {placement.dim}, not rows")
@@ -114,7 +120,13 @@ def global_square_sum(
 @torch.no_grad()
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part, which aliases the tensor; a plain tensor is its own part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local() if is_dtensor(tensor) else tensor.detach()
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether FSDP2 cut it. None is before something imported the class: 0.8 s."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def unique_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from trainer.parallel.pieces import local_tensor
 from trainer.pieces import Piece
@@ -84,6 +83,8 @@ class _PairwiseReduceScatter:
 
 def reduce_pairwise(model: nn.Module) -> None:
     """Let every FSDP2 unit of `model` add gradients pairwise, and divide them by nothing."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_reduce_scatter(_PairwiseReduceScatter())  # type: ignore[arg-type]

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch import Batch
 from trainer.engines.native import NativeTrainer
 from trainer.engines.update import Update
 from trainer.parallel import collectives
+from trainer.parallel.data_parallel import is_fsdp
 from trainer.protocols import Engine, StepResult
 
 
@@ -26,7 +26,7 @@ def dropped_all_reduce(engine: Engine) -> None:
     for part in engine.passes.called:
         if isinstance(part, DistributedDataParallel):
             part.register_comm_hook(None, _keep_bucket)
-        elif isinstance(part, FSDPModule):
+        elif is_fsdp(part):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
 

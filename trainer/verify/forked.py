@@ -25,6 +25,11 @@ def run_ranks(
 
     `work` opens its own Ranks. Results must be picklable. No thread may run in this process.
     """
+    # What every optimizer, FSDP2 and pipelines import, over a second: once, not in every rank.
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.pipelining  # noqa: F401
+
     context = mp.get_context("fork")
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
