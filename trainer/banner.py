@@ -5,7 +5,6 @@ from torch import nn
 from trainer.adapters.nf4 import describe_packed
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.distributed import Ranks
-from trainer.flops import FORMULA
 from trainer.mesh import Mesh
 from trainer.meter import Meter
 from trainer.parallel.pieces import unique_parameters
@@ -79,5 +78,5 @@ def describe(
         f"{run.num_steps:,} steps = {_passes(loader, run.num_steps)}; "
         f"{held_out} documents held out",
         **({"classes": _weights(weights)} if weights else {}),
-        "FLOPs": f"{meter.flops_per_token() / 1e6:.1f} M per token = {FORMULA}",
+        "FLOPs": meter.flops().describe(),
     }

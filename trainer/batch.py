@@ -54,6 +54,16 @@ class Batch:
         is_none = targets.isnan() if targets.is_floating_point() else targets == IGNORED
         return (~is_none).sum()
 
+    def looks(self) -> Tensor:
+        """Return how many tokens look at an image, and how many images are looked at (2, int64).
+
+        Blank ones, which fill rows up, are not: each other one is seen by its own token at least.
+        """
+        mask = self.image_attention_mask
+        if mask is None:
+            return torch.zeros(2, dtype=torch.int64, device=self.input_ids.device)
+        return torch.stack([(mask != 0).any(dim).sum() for dim in (-1, -2)])
+
     def padded(self, count: int) -> "Batch":
         """Return the batch with `count` padding tokens behind every row."""
         if not count:

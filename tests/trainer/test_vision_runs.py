@@ -58,6 +58,7 @@ def test_losses_are_the_same_packed_or_not_and_after_a_change_of_ranks(
     assert len(expected) == 6
     assert [line[:2] + line[3:] for line in found] == [line[:2] + line[3:] for line in expected]
     assert [n[2] for n in found] == pytest.approx([n[2] for n in expected], rel=1e-12, abs=0)
+    assert curve(tmp_path / "off", "images") == curve(tmp_path / "packed", "images")
 
 
 def test_topology_free_runs_are_equal_in_every_bit(

@@ -159,7 +159,7 @@ class NativeTrainer:
         grad_norm = self.update.grad_norm()
         skipped = ~(grad_norm.isfinite() & loss_sum.isfinite())
         lr = self.update.apply(step, grad_norm, skipped)
-        return StepResult(loss_sum, counts[0], counts[1], grad_norm, skipped, lr)
+        return StepResult(loss_sum, *counts, grad_norm, skipped, lr)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Loss:
