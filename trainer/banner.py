@@ -24,7 +24,9 @@ def _back_ends(model: nn.Module) -> set[str]:
 def _describe_model(model: nn.Module) -> str:
     """Return a line on the size of the whole model, which is not laid out yet."""
     total = sum(parameter.numel() for _, parameter in unique_parameters(model))
-    return f"{total / 1e6:.2f} M parameters{describe_packed(model)}" + "".join(
+    memory = getattr(getattr(model, "trunk", None), "image_memory", None)
+    kept = f", keeps {memory.max_bytes / 2**30:g} GiB of what it says of images" if memory else ""
+    return f"{total / 1e6:.2f} M parameters{describe_packed(model)}{kept}" + "".join(
         f", attention by {name}" for name in sorted(_back_ends(model))
     )
 
