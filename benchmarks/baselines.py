@@ -1,8 +1,9 @@
-"""What simple, old methods reach on the data of a classifier: printed beside what was trained.
+"""What simple, old methods reach on data with answers: printed beside what was trained.
 
     python -m benchmarks.baselines split data=FILE.jsonl output=DIR
     python -m benchmarks.baselines texts train=TRAIN.jsonl test=TEST.jsonl
     python -m benchmarks.baselines tags train=TRAIN.jsonl test=TEST.jsonl
+    python -m benchmarks.baselines questions train=TRAIN.jsonl test=TEST.jsonl
 
 `split` writes DIR/train.jsonl and DIR/test.jsonl by the rows' column `split`. A text that begins
 with "From " is a mail of the mbox format: its body is kept.
@@ -10,6 +11,8 @@ with "From " is a mail of the mbox format: its body is kept.
 defaults and with less regularisation.
 `tags` (rows {"tokens", "tags"}): each word's most frequent tag in training, and for unknown words
 the most frequent tag of words that were seen once.
+`questions` (rows {"question", "answer"}): each question's most frequent answer in training, and for
+unknown questions the most frequent answer of all: what can be said without a look at the image.
 
 Public data: the mails of the SpamAssassin corpus (https://spamassassin.apache.org/old/publiccorpus)
 and the sentences of the Brown corpus (nltk), with every tenth file of each folder as test.
@@ -80,10 +83,29 @@ def tags(train: str, test: str) -> list[str]:
     return [f"most frequent tag of each word: accuracy {right / total:.4f} of {total} words"]
 
 
+def questions(train: str, test: str) -> list[str]:
+    """Return the test accuracy of each question's most frequent answer, in words."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in read_lines(Path(train)):
+        counts[row["question"]][row["answer"]] += 1
+    best = {question: count.most_common(1)[0][0] for question, count in counts.items()}
+    total: Counter[str] = sum(counts.values(), Counter())
+    usual = total.most_common(1)[0][0]
+    rows = read_lines(Path(test))
+    right = sum(best.get(row["question"], usual) == row["answer"] for row in rows)
+    guessed = sum(row["answer"] == usual for row in rows)
+    known = sum(row["question"] in best for row in rows)
+    return [
+        f"most frequent answer ({usual}): accuracy {guessed / len(rows):.4f}",
+        f"most frequent answer of each question: accuracy {right / len(rows):.4f} of {len(rows)} "
+        f"questions, {known} of them known",
+    ]
+
+
 def main(words: list[str]) -> int:
     """Print what the named function found."""
     functions: dict[str, Callable[..., list[str]]]
-    functions = {"split": split, "texts": texts, "tags": tags}
+    functions = {"split": split, "texts": texts, "tags": tags, "questions": questions}
     if not words or words[0] not in functions:
         print(f"say which of {', '.join(functions)} to run", file=sys.stderr)
         return 64

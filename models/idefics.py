@@ -18,6 +18,7 @@ from models.nn.checks import check_heads, check_positive, check_probabilities
 from models.nn.decoder import LAYOUT as DECODER
 from models.nn.decoupled import DecoupledEmbedding, DecoupledLMHead
 from models.nn.gated import ALPHA_INITIALIZERS, ALPHA_TYPES
+from models.nn.image_work import image_work
 from models.nn.model import DecoderModel
 from models.nn.resampler import PerceiverSpec
 from models.nn.rope import RopeParameters
@@ -146,6 +147,7 @@ class IdeficsSpec:
             replicated=("model.vision_model", "model.perceiver_resampler"),
             embedding=DECODER.embedding,
             norm=DECODER.norm,
+            image_work=image_work(self),
         )
 
     def build_trunk(self) -> VisionTextTrunk:

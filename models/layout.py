@@ -1,6 +1,24 @@
 """Parallel layout of a family, as data that the trainer reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageWork:
+    """What is computed for each image, and for each token that looks at one: what FLOPs count.
+
+    Patterns name weights, or the attention modules of `scores`; `*` matches anything, and the first
+    pattern that fits decides.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """How many vectors of one image meet a weight."""
+    scores: dict[str, int] = field(default_factory=dict)
+    """Width x queries x keys of one image in a module with attention."""
+    onlooker_weights: tuple[str, ...] = ()
+    """Weights that meet tokens which look at an image, and no others."""
+    onlooker_scores: dict[str, int] = field(default_factory=dict)
+    """Width x keys of one such token in a module with cross-attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +39,8 @@ class Layout:
     """The token embedding."""
     norm: str = ""
     """The norm behind the last block; empty where no split of the model is known."""
+    image_work: ImageWork = ImageWork()
+    """Of a model that looks at images."""
 
 
 @dataclass(frozen=True, kw_only=True)

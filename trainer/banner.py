@@ -5,7 +5,6 @@ from torch import nn
 from trainer.adapters.nf4 import describe_packed
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.distributed import Ranks
-from trainer.flops import FORMULA
 from trainer.mesh import Mesh
 from trainer.meter import Meter
 from trainer.parallel.pieces import unique_parameters
@@ -25,7 +24,9 @@ def _back_ends(model: nn.Module) -> set[str]:
 def _describe_model(model: nn.Module) -> str:
     """Return a line on the size of the whole model, which is not laid out yet."""
     total = sum(parameter.numel() for _, parameter in unique_parameters(model))
-    return f"{total / 1e6:.2f} M parameters{describe_packed(model)}" + "".join(
+    memory = getattr(getattr(model, "trunk", None), "image_memory", None)
+    kept = f", keeps {memory.max_bytes / 2**30:g} GiB of what it says of images" if memory else ""
+    return f"{total / 1e6:.2f} M parameters{describe_packed(model)}{kept}" + "".join(
         f", attention by {name}" for name in sorted(_back_ends(model))
     )
 
@@ -79,5 +80,5 @@ def describe(
         f"{run.num_steps:,} steps = {_passes(loader, run.num_steps)}; "
         f"{held_out} documents held out",
         **({"classes": _weights(weights)} if weights else {}),
-        "FLOPs": f"{meter.flops_per_token() / 1e6:.1f} M per token = {FORMULA}",
+        "FLOPs": meter.flops().describe(),
     }

@@ -28,6 +28,8 @@ class Batch:
     """(B, I, C, height, width) images of each row, padded to the same number I."""
     image_attention_mask: Tensor | None = None
     """(B, T, I), 1 where a position may look at an image."""
+    image_keys: Tensor | None = None
+    """(B, I, 2), on the host: hashes of the pixels of each image."""
     provenance: tuple[str, ...]
     """For each row where it came from: `source[first:last]` in units of that source's documents."""
 
@@ -46,13 +48,24 @@ class Batch:
         if self.pixel_values is None or self.image_attention_mask is None:
             return {}
         mask = self.image_attention_mask
-        return {"pixel_values": self.pixel_values, "image_attention_mask": mask}
+        images = {"pixel_values": self.pixel_values, "image_attention_mask": mask}
+        return images if self.image_keys is None else images | {"image_keys": self.image_keys}
 
     def num_targets(self) -> Tensor:
         """Return how many targets there are (0-dim, int64)."""
         targets = self.targets
         is_none = targets.isnan() if targets.is_floating_point() else targets == IGNORED
         return (~is_none).sum()
+
+    def looks(self) -> Tensor:
+        """Return how many tokens look at an image, and how many images are looked at (2, int64).
+
+        Blank ones, which fill rows up, are not: each other one is seen by its own token at least.
+        """
+        mask = self.image_attention_mask
+        if mask is None:
+            return torch.zeros(2, dtype=torch.int64, device=self.input_ids.device)
+        return torch.stack([(mask != 0).any(dim).sum() for dim in (-1, -2)])
 
     def padded(self, count: int) -> "Batch":
         """Return the batch with `count` padding tokens behind every row."""
@@ -95,6 +108,6 @@ class Batch:
             # Pinned: a copy from pageable memory makes the host wait.
             field.name: getattr(self, field.name).pin_memory().to(device, non_blocking=True)
             for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
+            if isinstance(getattr(self, field.name), Tensor) and field.name != "image_keys"
         }
         return replace(self, **moved)

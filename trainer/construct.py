@@ -95,7 +95,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     )
     model = run.trained_model()
     meter = Meter(
-        flops_per_token=lambda: engine.flops_per_token,
+        flops=lambda: engine.flops,
         world_size=start.placement.world_size,
         device=ranks.device,
         has_peak=PRECISIONS[run.precision].compute == torch.bfloat16,

@@ -8,6 +8,7 @@ from itertools import chain
 
 from torch import nn
 
+from trainer.image_memory import remember_images
 from trainer.new_tokens import train_new_rows
 from trainer.optim import Rules
 
@@ -68,6 +69,9 @@ class FreezeSpec:
     """By a name of the user's choice; no parameter may be in two."""
     new_tokens: bool = False
     """Only the additional rows of the vocabulary train, and a classification head."""
+    image_cache_gib: float | None = None
+    """GiB of the host's memory, for each rank, in which a model keeps what its frozen vision tower
+    says of images, and does not ask it again; null: it asks each time."""
 
     def __post_init__(self) -> None:
         _check("freeze.frozen", self.frozen)
@@ -136,6 +140,8 @@ class FreezeSpec:
                 if self.frozen
                 else f"freeze.groups leaves nothing to train at step {step}; remove a group"
             )
+        if self.image_cache_gib is not None:
+            remember_images(model, self.image_cache_gib)
 
     def fitting(self, model: nn.Module) -> "FreezeSpec":
         """Return these settings without the patterns that match nothing in a smaller model."""

@@ -96,7 +96,7 @@ class Loop:
     def _log(self) -> None:
         self.whereabouts.enter("log")
         metrics = self.progress.close_window()
-        metrics |= self.meter.measure(metrics["tokens_per_second"])
+        metrics |= self.meter.measure(metrics)
         self.record.metrics(self.progress.step, "train", metrics)
         for callback in self.callbacks:
             callback.on_step(self.progress, metrics)

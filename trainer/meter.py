@@ -1,10 +1,13 @@
 """How well the hardware is used: MFU by a stated formula, and peak memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from trainer.flops import Flops
 
 # Dense bf16 peak in FLOP/s by exact device name (vendors' data sheets): a prefix would match slower
 # cards.
@@ -20,22 +23,29 @@ PEAKS = {
 class Meter:
     """Adds what the hardware did to each log point."""
 
-    flops_per_token: Callable[[], int]
+    flops: Callable[[], Flops]
     """Of what trains by now."""
     world_size: int
     device: torch.device
     has_peak: bool
     """Whether the stated peak fits: bf16 compute."""
 
-    def measure(self, tokens_per_second: float) -> dict[str, float | None]:
-        """Return `mfu` (None on a device of unknown peak) and `memory_gib`, this rank's peak."""
-        return {"mfu": self._mfu(tokens_per_second), "memory_gib": self._memory_gib()}
+    def measure(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+        """Return `mfu` (None on a device of unknown peak) and `memory_gib`, this rank's peak.
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
+        `metrics` say how much was done per second.
+        """
+        return {"mfu": self._mfu(metrics), "memory_gib": self._memory_gib()}
+
+    def _mfu(self, metrics: Mapping[str, Any]) -> float | None:
         if self.device.type != "cuda" or not self.has_peak:
             return None
         peak = PEAKS.get(torch.cuda.get_device_name(self.device))
-        flops = tokens_per_second * self.flops_per_token()
+        flops = self.flops().of(
+            tokens=metrics["tokens_per_second"],
+            onlookers=metrics.get("onlookers_per_second", 0.0),
+            images=metrics.get("images_per_second", 0.0),
+        )
         return flops / (peak * self.world_size) if peak else None
 
     def _memory_gib(self) -> float:

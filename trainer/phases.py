@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.nn.head import Loss
 from trainer.batch import Batch
-from trainer.flops import flops_per_token
+from trainer.flops import training_flops
 from trainer.parallel.materialise import Values
 from trainer.pieces import Piece
 from trainer.progress import Stopwatch
@@ -56,7 +56,7 @@ class PhasedEngine:
         model = self.run.trained_model(step)
         self.trained = Trained.of(self.run.freeze, model, step)
         spec = self.run.model
-        self.flops_per_token = flops_per_token(
+        self.flops = training_flops(
             model, spec.layout, spec.attention_width, self.run.data.row_tokens
         )
         return self.build(model, values)

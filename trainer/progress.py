@@ -1,7 +1,7 @@
 """How far a run has come: its step, its totals, and the window since the last log point."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,13 @@ from torch import Tensor
 
 from trainer.protocols import StepResult
 
-_SUMS = ("loss_sum", "num_targets", "num_tokens", "num_skipped")
+TOKENS, NONE = "tokens_per_second", "0x0.0p+0"
+_RATES = {
+    TOKENS: "num_tokens",
+    "onlookers_per_second": "num_onlookers",
+    "images_per_second": "num_images",
+}
+_SUMS = ("loss_sum", "num_targets", "num_skipped", *_RATES.values())
 
 
 class Progress:
@@ -23,8 +29,10 @@ class Progress:
         self.step = 0
         self.device = device
         self.total_tokens = self._zero()
+        self.total_images = self._zero()
         self.window = {name: self._zero() for name in _SUMS}
-        self._tokens_before = 0.0  # of the window, before this start: no time is known for them
+        # Of the window, before this start: no time is known for them.
+        self._before = dict.fromkeys(_RATES.values(), 0.0)
         self.last: StepResult | None = None
         self.stopwatch = Stopwatch(device)
 
@@ -35,40 +43,51 @@ class Progress:
         self.step += 1
         self.last = result
         self.total_tokens += result.num_tokens
-        self.window["loss_sum"] += result.loss_sum
-        self.window["num_targets"] += result.num_targets
-        self.window["num_tokens"] += result.num_tokens
+        self.total_images += result.num_images
+        for name in ("loss_sum", "num_targets", *_RATES.values()):
+            self.window[name] += getattr(result, name)
         self.window["num_skipped"] += result.skipped
 
     def close_window(self) -> dict[str, Any]:
-        """Return the window's numbers and start a new one."""
+        """Return the window's numbers and start a new one; of images once there was one."""
         assert self.last is not None
         # sync: the only one in the loop.
         sums = {name: float(value) for name, value in self.window.items()}
+        images = int(self.total_images)
+        counts = {rate: sums[name] - self._before[name] for rate, name in _RATES.items()}
         metrics = {
             "loss": _ratio(sums["loss_sum"], sums["num_targets"]),
             "num_targets": int(sums["num_targets"]),
             "tokens": int(self.total_tokens),
+            **({"images": images} if images else {}),
             "grad_norm": float(self.last.grad_norm),
             "lr": self.last.lr,
             "skipped_steps": int(sums["num_skipped"]),
-            **self.stopwatch.lap(int(sums["num_tokens"] - self._tokens_before)),
+            **self.stopwatch.lap(counts if images else {TOKENS: counts[TOKENS]}),
         }
         self.window = {name: self._zero() for name in _SUMS}
-        self._tokens_before = 0.0
+        self._before = dict.fromkeys(_RATES.values(), 0.0)
         return metrics
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, equal on every rank; hexadecimal, to lose no bit."""
         window = {name: float(value).hex() for name, value in self.window.items()}
-        return {"step": self.step, "total_tokens": float(self.total_tokens).hex(), "window": window}
+        return {
+            "step": self.step,
+            "total_tokens": float(self.total_tokens).hex(),
+            "total_images": float(self.total_images).hex(),
+            "window": window,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.total_tokens += float.fromhex(state["total_tokens"])
-        for name in _SUMS:
-            self.window[name] += float.fromhex(state["window"][name])
-        self._tokens_before = float.fromhex(state["window"]["num_tokens"])
+        # Checkpoints of version 0.1 counted no images.
+        self.total_images += float.fromhex(state.get("total_images", NONE))
+        saved = {name: float.fromhex(state["window"].get(name, NONE)) for name in _SUMS}
+        for name, value in saved.items():
+            self.window[name] += value
+        self._before = {name: saved[name] for name in _RATES.values()}
 
 
 def _ratio(total: float, count: float) -> float:
@@ -102,11 +121,11 @@ class Stopwatch:
         yield
         self._waited += time.monotonic() - start
 
-    def lap(self, num_tokens: int) -> dict[str, float]:
-        """Return throughput (tokens/s) and the share of time spent waiting for data; start anew."""
+    def lap(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Return each count per second and the share of time spent waiting for data; start anew."""
         elapsed = max(1e-9, time.monotonic() - self._start - self._paused)
         lap = {
-            "tokens_per_second": num_tokens / elapsed,
+            **{name: count / elapsed for name, count in counts.items()},
             "data_wait_fraction": self._waited / elapsed,
         }
         self.start()

@@ -17,6 +17,10 @@ class StepResult(NamedTuple):
     num_targets: Tensor
     num_tokens: Tensor
     """Tokens of the step over all ranks, padding left out."""
+    num_onlookers: Tensor
+    """Tokens that look at an image."""
+    num_images: Tensor
+    """Images that are looked at: blank ones, which fill rows up, are left out."""
     grad_norm: Tensor
     """Global norm before clipping."""
     skipped: Tensor

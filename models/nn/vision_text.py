@@ -13,6 +13,7 @@ from models.nn.decoupled import DecoupledEmbedding
 from models.nn.dense import Eager, Sdpa
 from models.nn.gated import CrossAttention, GatedCrossBlock, ImageMask
 from models.nn.head import LMHead
+from models.nn.image_memory import ImageMemory
 from models.nn.init import Init
 from models.nn.mlp import GatedMLP
 from models.nn.model import DecoderModel
@@ -45,6 +46,8 @@ class VisionTextTrunk(nn.Module):
                 spec.perceiver_config, spec.vision_config.embed_dim, spec.num_hidden_layers, dense
             )
         self.has_resampler = spec.use_resampler
+        self.image_memory: ImageMemory | None = None
+        """Of a frozen tower, where it is asked for."""
         self.layers = nn.ModuleList(
             _decoder_block(spec, self.backend) for _ in range(spec.num_hidden_layers)
         )
@@ -72,19 +75,21 @@ class VisionTextTrunk(nn.Module):
         pixel_values: Tensor | None = None,
         image_states: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
+        image_keys: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
         """Return the (B, T, D) hidden states of (B, T) ids.
 
         Images come as `pixel_values` (B, I, C, height, width) or as `image_states`, what
         `encode_images` returned for them (generation encodes once), with `image_attention_mask`
-        (B, T, I), which image each position may look at. Without images the cross-attention adds
-        nothing. ValueError where these do not fit together.
+        (B, T, I), which image each position may look at, and `image_keys` (B, I, 2), hashes by
+        which an image memory knows them. Without images the cross-attention adds nothing.
+        ValueError where these do not fit together.
         """
         if pixel_values is not None and image_states is not None:
             raise ValueError("both pixel_values and image_states were given; leave one of them out")
         if pixel_values is not None:
-            image_states = self.encode_images(pixel_values, interpolate_pos_encoding)
+            image_states = self.encode_images(pixel_values, interpolate_pos_encoding, image_keys)
         mask, states_BSE = None, None
         if image_states is not None:
             mask = _image_mask(image_states, image_attention_mask, segment_ids)
@@ -101,11 +106,29 @@ class VisionTextTrunk(nn.Module):
         result: Tensor = self.norm(x_BTD)
         return result
 
-    def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        image_keys: Tensor | None = None,
+    ) -> Tensor:
         """Return (B, I, states, E): what the text looks at, of (B, I, C, height, width) pixels."""
-        states_XSE = self.vision_model(pixel_values.flatten(0, 1), interpolate_pos_encoding)
-        if self.has_resampler:
-            states_XSE = self.perceiver_resampler(states_XSE)
+
+        def seen(pixels_XCHW: Tensor) -> Tensor:
+            states_XSE: Tensor = self.vision_model(pixels_XCHW, interpolate_pos_encoding)
+            return states_XSE
+
+        def resampled(states_XSE: Tensor) -> Tensor:
+            return self.perceiver_resampler(states_XSE) if self.has_resampler else states_XSE
+
+        pixels_XCHW, memory = pixel_values.flatten(0, 1), self.image_memory
+        if memory is None or image_keys is None:
+            states_XSE = resampled(seen(pixels_XCHW))
+        elif memory.is_resampled:
+            keys_X2 = image_keys.flatten(0, 1)
+            states_XSE = memory.states(pixels_XCHW, keys_X2, lambda pixels: resampled(seen(pixels)))
+        else:
+            states_XSE = resampled(memory.states(pixels_XCHW, image_keys.flatten(0, 1), seen))
         return states_XSE.unflatten(0, pixel_values.shape[:2])
 
 

@@ -168,11 +168,13 @@ def test_sampling_depends_on_the_seed_alone() -> None:
     assert draw(temperature=3.0, num_tokens=20) != draw(temperature=3.0, num_tokens=20, seed=1)
 
 
-def result(loss_sum: float, num_targets: int) -> StepResult:
+def result(loss_sum: float, num_targets: int, onlookers: int = 0, images: int = 0) -> StepResult:
     return StepResult(
         torch.tensor(loss_sum, dtype=torch.float64),
         torch.tensor(num_targets),
         torch.tensor(num_targets + 1),
+        torch.tensor(onlookers),
+        torch.tensor(images),
         torch.tensor(2.0),
         torch.tensor(False),
         lr=0.1,
@@ -212,6 +214,33 @@ def test_speed_counts_the_tokens_since_this_start_alone(monkeypatch: pytest.Monk
     other.advance(result(1.0, 1))
     now += 3.0
     assert other.close_window()["tokens_per_second"] == 2 / 3.0
+
+
+def test_speed_counts_images_and_who_looks_at_them_once_there_are_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    one = Progress(torch.device("cpu"))
+    one.advance(result(1.0, 1))
+    now += 1.0
+    assert not [name for name in one.close_window() if "image" in name or "onlooker" in name]
+    one.advance(result(1.0, 1, onlookers=7, images=3))
+    other = Progress(torch.device("cpu"))
+    other.load(one.state())
+    other.advance(result(1.0, 1, onlookers=5, images=2))
+    now += 2.0
+    metrics = other.close_window()
+    assert (metrics["images"], metrics["images_per_second"]) == (5, 1.0)
+    assert (metrics["tokens_per_second"], metrics["onlookers_per_second"]) == (1.0, 2.5)
+    other.advance(result(1.0, 1))
+    assert other.close_window()["images_per_second"] == 0.0
+    old = one.state()
+    del old["total_images"], old["window"]["num_images"], old["window"]["num_onlookers"]
+    before = Progress(torch.device("cpu"))
+    before.load(old)  # of version 0.1
+    before.advance(result(1.0, 1))
+    assert "images" not in before.close_window()
 
 
 def test_a_nan_is_the_worst_deviation_wherever_it_stands() -> None:

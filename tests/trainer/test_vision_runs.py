@@ -15,8 +15,10 @@ from tests.runs import tiny_run, train
 from tests.trainer.test_documents import numbers
 from trainer.data.images.processor import FILE, ImageProcessor
 from trainer.data.images.tokens import TOKENS, image_tokens
+from trainer.data.named_sources import Source
 from trainer.data.vision_text import VisionTextEncoder
 from trainer.data.vision_text_data import VisionTextData
+from trainer.evaluate_run import evaluate_run
 from trainer.mesh import MeshSpec
 from trainer.run import Run
 from trainer.run_tokenizer import check_tokenizer, tokenizer_of
@@ -58,6 +60,7 @@ def test_losses_are_the_same_packed_or_not_and_after_a_change_of_ranks(
     assert len(expected) == 6
     assert [line[:2] + line[3:] for line in found] == [line[:2] + line[3:] for line in expected]
     assert [n[2] for n in found] == pytest.approx([n[2] for n in expected], rel=1e-12, abs=0)
+    assert curve(tmp_path / "off", "images") == curve(tmp_path / "packed", "images")
 
 
 def test_topology_free_runs_are_equal_in_every_bit(
@@ -69,6 +72,28 @@ def test_topology_free_runs_are_equal_in_every_bit(
         run_ranks(ranks, train, folder, replace(run, mesh=mesh))
         assert numbers(folder) == numbers(tmp_path / "11")
         assert curve(folder, "grad_norm") == curve(tmp_path / "11", "grad_norm")
+
+
+def test_an_evaluation_tells_the_loss_of_each_source_as_each_alone_has_it(
+    tmp_path: Path, cache: Path
+) -> None:
+    names = write_pictures(tmp_path, 5)
+    for name, share in (("even", slice(0, 40, 2)), ("odd", slice(1, 40, 2))):
+        write_rows(tmp_path / f"{name}.jsonl", mixed_rows(names, 40)[share])
+    sources = {name: Source(path=str(tmp_path / f"{name}.jsonl")) for name in ("even", "odd")}
+    data = VisionTextData(
+        sources=sources, encoder=VisionTextEncoder(), eval_fraction=0.4,
+        processor=ImageProcessor(image_size=SPEC.vision_config.image_size),
+        row_tokens=64, row_images=5, global_documents=8, micro_rows=2, cache=str(tmp_path / "c"),
+    )  # fmt: skip
+    both = evaluate_run(run_on(data, cache))  # each time on the same random weights
+    num_targets = 0
+    for name, source in sources.items():
+        own = evaluate_run(run_on(replace(data, sources={name: source}), cache))
+        assert both[f"loss/{name}"] == pytest.approx(own["loss"], rel=1e-12, abs=0)
+        num_targets += own["num_targets"]
+    assert both["num_targets"] == num_targets
+    assert both["loss/even"] != pytest.approx(both["loss/odd"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

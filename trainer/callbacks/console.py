@@ -47,14 +47,16 @@ class ConsoleCallback(Callback):
 
     def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
         skipped = metrics["skipped_steps"]
-        mfu = metrics["mfu"]
+        mfu, images = metrics["mfu"], metrics.get("images_per_second")
         log.info(
-            "%s | loss %7.4f | grad norm %8.4f | lr %.2e | %9s tok/s%s | %6.2f GiB | %s | ETA %s%s",
+            "%s | loss %7.4f | grad norm %8.4f | lr %.2e | %9s tok/s%s%s | %6.2f GiB | %s "
+            "| ETA %s%s",
             self._step(progress.step),
             metrics["loss"],
             metrics["grad_norm"],
             metrics["lr"],
             f"{metrics['tokens_per_second']:,.0f}",
+            f" | {images:,.1f} images/s" if images is not None else "",
             f" | MFU {mfu:.1%}" if mfu is not None else "",
             metrics["memory_gib"],
             self.view.loader.position(progress.step),

@@ -11,6 +11,7 @@ from trainer.engines.deepspeed_config import check_settings, config_for
 from trainer.engines.deepspeed_state import ShardedState, initialize
 from trainer.engines.deepspeed_trainer import DeepSpeedTrainer
 from trainer.engines.protocol import Surroundings
+from trainer.image_memory import check_memory
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
 from trainer.parallel.data_parallel import named_blocks
@@ -71,7 +72,8 @@ class DeepSpeedEngine:
         precision: Precision,
     ) -> None:
         """Raise ValueError for a mesh or a precision that is not DeepSpeed's here."""
-        check_packed(model, {"engine=deepspeed": True})
+        for check in (check_packed, check_memory):
+            check(model, {"engine=deepspeed": True})
         if axes["pp"] > 1:
             raise ValueError(
                 f"mesh.pp={axes['pp']} is not for engine=deepspeed, whose pipelines need a model "

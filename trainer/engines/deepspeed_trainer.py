@@ -41,9 +41,7 @@ class DeepSpeedTrainer:
         for group, lr in zip(self.state.base.param_groups, self.lrs, strict=True):
             group["lr"] = lr * factor
         norm, skipped = self._step_plain() if self.stage == 0 else self._step_sharded()
-        return StepResult(
-            loss_sum, counts[0], counts[1], norm, torch.tensor(skipped), self.optim.lr * factor
-        )
+        return StepResult(loss_sum, *counts, norm, torch.tensor(skipped), self.optim.lr * factor)
 
     def _step_plain(self) -> tuple[Tensor, bool]:
         """Take the step of stage 0, where DeepSpeed reports no norm; return it, and if skipped."""

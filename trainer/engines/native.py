@@ -18,6 +18,7 @@ from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.protocol import Surroundings
 from trainer.engines.topology_free import TreePasses
 from trainer.engines.update import Update
+from trainer.image_memory import check_memory
 from trainer.mesh import Mesh
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
@@ -70,6 +71,7 @@ class NativeEngine:
     ) -> None:
         """Raise ValueError for what this machine, or this model on this mesh, cannot do."""
         cuts = {f"mesh.{name}={axes[name]}": axes[name] > 1 for name in ("pp", "dp_shard", "tp")}
+        check_memory(model, cuts)
         check_packed(model, cuts | {"engine.compile=true": self.compile})
         check_axes(
             model, layout, axes, sequence=self.sequence_parallel, chunks=self.pipeline_chunks,
@@ -159,7 +161,7 @@ class NativeTrainer:
         grad_norm = self.update.grad_norm()
         skipped = ~(grad_norm.isfinite() & loss_sum.isfinite())
         lr = self.update.apply(step, grad_norm, skipped)
-        return StepResult(loss_sum, counts[0], counts[1], grad_norm, skipped, lr)
+        return StepResult(loss_sum, *counts, grad_norm, skipped, lr)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Loss:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import xxhash
 
 from trainer.batch import Batch
 from trainer.data.document_store import DocumentStore
@@ -63,6 +64,7 @@ class ImageBatches:
         return replace(
             batch,
             pixel_values=torch.from_numpy(pixels),
+            image_keys=torch.from_numpy(_keys(pixels)),
             image_attention_mask=torch.from_numpy(self._mask(batch, most)),
         )
 
@@ -95,3 +97,10 @@ class ImageBatches:
             for row in zip(ids, segments, strict=True)
         ]
         return (np.stack(latest)[:, :, None] == np.arange(most)).astype(np.int64)
+
+
+def _keys(pixels: np.ndarray) -> np.ndarray:
+    """Return (B, images, 2) int64, the xxh3_128 of the pixels of each image."""
+    rows, images = pixels.shape[:2]
+    each = (xxhash.xxh3_128_digest(image.data) for image in pixels.reshape(rows * images, -1))
+    return np.frombuffer(b"".join(each), np.int64).reshape(rows, images, 2).copy()
