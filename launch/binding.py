@@ -81,8 +81,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         options = [option for option in get_args(hint) if option is not type(None)]
         if value is None and len(options) < len(get_args(hint)):
             return None
-        for option in options[:-1]:  # words that stand in place of the value
-            if isinstance(value, str) and value in get_args(option):
+        for option in options[:-1]:  # words, or any text, that stand in place of the value
+            if isinstance(value, str) and (option is str or value in get_args(option)):
                 return value
         if isinstance(value, str) and len(options) > 1:
             names = " or ".join([*map(_name, options[:-1]), "a group of keys"])

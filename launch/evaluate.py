@@ -113,8 +113,13 @@ def _composed(folder: Path, words: list[str], is_adapter: bool) -> dict[str, Any
 
     base = folder
     if is_adapter or (folder / "base.json").is_file():
-        from trainer.adapters.merged import base_folder
+        from trainer.adapters.merged import base_folder, config_folder
 
+        if config_folder(folder) == folder:
+            raise ValueError(
+                f"{folder} belongs to a base of several folders (base.json), which only its run "
+                "puts together; evaluate it where its run is, or what tessera export writes"
+            )
         base = base_folder(folder)
     chosen = [] if any(word.startswith("model=") for word in words) else ["model=pretrained"]
     tree = compose([*chosen, *words, f"model.path={base}"], command="evaluate").tree

@@ -120,12 +120,13 @@ def report_of(run: Any, options: Options) -> "Report":
     from trainer.inspection.counts import count
     from trainer.inspection.virtual import WithVirtualTokens
     from trainer.inspection.words import read_rows
+    from trainer.run_images import fitted
     from trainer.run_tokenizer import tokenizer_of
     from trainer.settle import settle
 
     run = settle(run)
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
-    loader, eval_loader = run.data.build(
+    loader, eval_loader = fitted(run.data, run.model).build(
         tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1, virtual_ids=run.virtual_ids
     )
     speller = WithVirtualTokens(tokenizer, run.virtual_ids)

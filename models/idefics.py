@@ -25,6 +25,9 @@ from models.nn.rope import RopeParameters
 from models.nn.vision import VisionSpec
 from models.nn.vision_text import FREEZABLE, VisionTextTrunk, freeze
 
+BEYOND_HUGGING_FACE = ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
+"""Of Llama's decoders: in a config.json where they are set, which transformers then cannot read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IdeficsSpec:
@@ -48,6 +51,13 @@ class IdeficsSpec:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
+    num_key_value_heads: int | None = None
+    """Of the text; None: num_attention_heads, which is all that Hugging Face's Idefics can have."""
+    head_dim: int | None = None
+    """Of the text; None: hidden_size / num_attention_heads, as in Hugging Face."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    """Biases in the layers of the text; Hugging Face has none."""
     max_position_embeddings: int = 2048
     """Longest row, in tokens."""
     rope_parameters: RopeParameters = field(default_factory=RopeParameters)
@@ -89,6 +99,11 @@ class IdeficsSpec:
         more = ("num_attention_heads", "max_position_embeddings", "cross_layer_interval")
         check_positive(self, *names, *more)
         check_heads(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide "
+                f"hidden_size={self.hidden_size}, as cross-attention needs; change one of them"
+            )
         check_probabilities(self, "dropout")
         check_activation("hidden_act", self.hidden_act)
         backends.check_name(self.attn_implementation)
@@ -107,12 +122,9 @@ class IdeficsSpec:
                 raise ValueError(f"{key}={value!r} is unknown; set it to one of {', '.join(known)}")
 
     @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int | None:
-        return None
+    def head_size(self) -> int:
+        """Width of one head of the text."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> "IdeficsSpec":
@@ -175,7 +187,7 @@ class IdeficsSpec:
 
     @property
     def attention_width(self) -> int:
-        return self.num_hidden_layers * self.hidden_size
+        return self.num_hidden_layers * self.num_attention_heads * self.head_size
 
     def hf_config(self, head: str = heads.CAUSAL_LM) -> dict[str, Any]:
         """Return the keys of a Hugging Face (v5-style) config.json of the model with this head."""
@@ -183,6 +195,9 @@ class IdeficsSpec:
             raise ValueError(f"Hugging Face has no Idefics with a head for {head}; use causal_lm")
         config = asdict(self)
         drop_own(config)
+        for key in BEYOND_HUGGING_FACE:
+            if not config[key]:
+                del config[key]
         for part in ("text", "vision"):
             key = f"freeze_{part}_module_exceptions"
             config[key] = list(config[key])

@@ -1,6 +1,7 @@
 """What stands beside the weights of a checkpoint: config, tokenizer, and an adapter's own files."""
 
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint.contents import Contents
 from trainer.data.labels import label_keys
@@ -8,6 +9,7 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.files import write_json
 from trainer.precision import PRECISIONS
 from trainer.run import Run
+from trainer.run_images import fitted
 
 
 def write_model_files(run: Run, tokenizer: Tokenizer, contents: Contents, target: Path) -> None:
@@ -21,4 +23,7 @@ def write_model_files(run: Run, tokenizer: Tokenizer, contents: Contents, target
     }
     for name, keys in {"config.json": config, **contents.files}.items():
         write_json(target / name, keys)
+    if run.data.image_size is not None:
+        images: Any = fitted(run.data, run.model)
+        images.processor.save(target)
     tokenizer.save(target)

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from models.nn.decoupled import new_rows
+from models.nn.decoupled import additional_rows, new_rows
 from trainer.parallel.materialise import Values
 
 ROWS = (".additional_embedding.weight", ".additional_fc.weight")
@@ -29,11 +29,16 @@ def train_new_rows(model: nn.Module) -> None:
 def starting_at_mean(model: nn.Module, values: Values, given: frozenset[str]) -> Values:
     """Return what the planned model starts from: new rows at the mean of the rows before them.
 
-    `values` gives all else, and those of the new rows that are `given`. Every rank reads all rows,
-    in one order, and sums them in fp64: the same bits on every layout.
+    So do a family's own additional rows that are not `given` where the rows before them are.
+    `values` gives all else. Every rank reads all rows, in one order, and sums them in fp64: the
+    same bits on every layout.
     """
-    parameters = dict(model.named_parameters())
-    fronts = {name: front for name, front in new_rows(model).items() if name not in given}
+    parameters, new = dict(model.named_parameters()), new_rows(model)
+    fronts = {
+        name: front
+        for name, front in additional_rows(model).items()
+        if name not in given and (name in new or front in given)
+    }
 
     @cache
     def mean_of(name: str) -> Tensor:

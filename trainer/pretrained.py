@@ -10,18 +10,19 @@ from torch import nn
 
 from models.heads import CAUSAL_LM
 from models.hf_config import family_of
-from models.layout import Layout
 from models.nn.backends import check_name
 from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
 from trainer.checkpoint.tensor_file import plan, tensor_bytes, write_index
 from trainer.files import read_keys, write_json
+from trainer.folder_model import FolderModel
 from trainer.parallel.materialise import materialise
 from trainer.parallel.pieces import named_pieces, unique_parameters
 from trainer.weights import WeightSource, match_weights
 
 # Keys of v4 files that others replace, and a version that would no longer be true.
 REPLACED = ("rope_theta", "rope_scaling", "torch_dtype", "transformers_version", "auto_map")
+FREEZING = ("freeze_text_layers", "freeze_vision_layers", "freeze_lm_head")
 CHUNK_TOKENS = 1024  # of a model that is loaded to be used, not trained
 
 
@@ -105,13 +106,16 @@ def save_pretrained(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainedModel:
+class PretrainedModel(FolderModel):
     """A model of a known family (Llama, Gemma, GPT-BigCode, Idefics) from its own folder."""
 
     path: str
     """Hugging Face folder: config.json, weights and tokenizer."""
     additional_tokens: tuple[str, ...] = ()
     """Tokens that the tokenizer gets, with rows of their own behind those of vocab_size."""
+    freezes_itself: bool = True
+    """An Idefics is frozen as its config.json says; false: all trains, but for what `freeze` says.
+    """
     attn_implementation: str = "auto"
     """Attention back-end: auto, eager (the reference), sdpa, flex, varlen or flash."""
 
@@ -122,40 +126,20 @@ class PretrainedModel:
     @cached_property
     def spec(self) -> Any:
         folder = Path(self.path).expanduser()
-        return spec_from(folder, attn_implementation=self.attn_implementation)
+        spec = spec_from(folder, attn_implementation=self.attn_implementation)
+        if self.freezes_itself:
+            return spec
+        if not hasattr(spec, "freeze"):
+            raise ValueError(
+                f"model.freezes_itself=false has no effect: {folder} holds a {spec.model_type}, "
+                "which freezes nothing; leave it out"
+            )
+        return replace(spec, **dict.fromkeys(FREEZING, False))
 
     @property
-    def vocab_size(self) -> int:
-        return int(self.spec.vocab_size)
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return int(self.spec.max_position_embeddings)
-
-    @property
-    def initializer_range(self) -> float:
-        return float(self.spec.initializer_range)
-
-    @property
-    def layout(self) -> Layout:
-        layout: Layout = self.spec.layout
-        return layout
-
-    @property
-    def trunk_name(self) -> str:
-        return str(self.spec.trunk_name)
-
-    @property
-    def ignored_weights(self) -> tuple[str, ...]:
-        return tuple(self.spec.ignored_weights)
-
-    def build_causal_lm(self, *, chunk_tokens: int) -> DecoderModel:
-        model: DecoderModel = self.spec.build_causal_lm(chunk_tokens=chunk_tokens)
-        return model
-
-    @property
-    def attention_width(self) -> int:
-        return int(self.spec.attention_width)
+    def vision_folder(self) -> Path:
+        """Where settings of images may be."""
+        return Path(self.path).expanduser()
 
     def hf_config(self, head: str = CAUSAL_LM) -> dict[str, Any]:
         """Return the spec's keys over those of the folder: labels, padding token and the like."""

@@ -73,10 +73,10 @@ class Run:
     """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
     tokenizer: str
     """`byte`, `bpe` (trained on the data, cached), a folder with tokenizer.json, or `auto`: that
-    of model.path, where the model has one, else that of data=tokens, else bpe."""
+    of model.path or model.text, where the model has one, else that of data=tokens, else bpe."""
     weights: str
     """`random`, a folder with safetensors files in Hugging Face layout, or `auto`: those of
-    model.path, where the model has one, else random."""
+    model.path, or of model.text and model.vision, where the model has one, else random."""
     resume: str
     """`auto`: go on with an unfinished run of this name; `never`; or the folder of a run."""
     resume_step: int | None
@@ -220,15 +220,14 @@ class Run:
         """`byte`, `bpe` or a folder: what `tokenizer` comes to."""
         if self.tokenizer != AUTO:
             return self.tokenizer
-        return self._model_path or self.data.own_tokenizer
-
-    @property
-    def _model_path(self) -> str | None:
-        return getattr(self.model, "path", None)
+        return getattr(self.model, "path", None) or self.data.own_tokenizer
 
     def weight_source(self, model: nn.Module) -> WeightSource | None:
         """Match the weight files to the planned model; None: random. ValueError: no match."""
-        folder = self.weights if self.weights != AUTO else self._model_path or RANDOM
+        if self.weights == AUTO and hasattr(self.model, "own_weights"):  # of several folders
+            return self.model.own_weights(model)
+        path = getattr(self.model, "path", None)
+        folder = self.weights if self.weights != AUTO else path or RANDOM
         if folder == RANDOM:
             return None
         return match_weights(

@@ -6,6 +6,7 @@ from trainer.distributed import Ranks
 from trainer.errors import DataError
 from trainer.mesh import Mesh
 from trainer.run import Run
+from trainer.run_images import fitted
 from trainer.run_tokenizer import tokenizer_of
 
 
@@ -26,7 +27,7 @@ def data_of(
     ValueError or DataError for data that cannot serve.
     """
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
-    loader, eval_loader = run.data.build(
+    loader, eval_loader = fitted(run.data, run.model).build(
         tokenizer=tokenizer, seed=run.seed, rank=rank, num_ranks=num_ranks,
         virtual_ids=run.virtual_ids,
     )  # fmt: skip
@@ -41,7 +42,9 @@ def data_of(
 def eval_data_of(run: Run) -> EvalLoader:
     """Return what a single process evaluates; ValueError where nothing is held out."""
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
-    loader = run.data.build_eval(tokenizer=tokenizer, virtual_ids=run.virtual_ids)
+    loader = fitted(run.data, run.model).build_eval(
+        tokenizer=tokenizer, virtual_ids=run.virtual_ids
+    )
     if loader is None:
         raise ValueError("none of the data's documents is held out; set data.eval_path")
     return loader

@@ -1,12 +1,11 @@
 """The tokenizer of a run: of the data and the model, with the tokens that the model gets."""
 
-from typing import Any
-
 from models.heads import CausalLMSpec
 from trainer.data.added_tokens import check_tokens, extended
 from trainer.data.images.tokens import TOKENS, knows_images
 from trainer.data.protocol import DataSpec
 from trainer.data.tokenizers import BPE, Tokenizer
+from trainer.run_images import family_of, fitted
 
 
 def tokenizer_of(data: DataSpec, setting: str, model: CausalLMSpec) -> Tokenizer:
@@ -15,7 +14,7 @@ def tokenizer_of(data: DataSpec, setting: str, model: CausalLMSpec) -> Tokenizer
     For data with images, one that lacks their tokens gets them as the additional ids of an Idefics.
     """
     tokenizer = data.tokenizer(setting, model.vocab_size)
-    own = int(getattr(_family(model), "additional_vocab_size", 0))
+    own = int(getattr(family_of(model), "additional_vocab_size", 0))
     if tokenizer.vocab_size > model.vocab_size + own + len(model.additional_tokens):
         raise ValueError(
             f"tokenizer={setting} has {tokenizer.vocab_size} tokens, "
@@ -30,28 +29,7 @@ def tokenizer_of(data: DataSpec, setting: str, model: CausalLMSpec) -> Tokenizer
 def check_tokenizer(data: DataSpec, setting: str, model: CausalLMSpec) -> None:
     """Raise ValueError where the tokenizer, or the images, do not fit the model or the data."""
     check_tokens(model.additional_tokens)
-    _check_images(data.image_size, model)
+    data = fitted(data, model)
     if setting == data.own_tokenizer == BPE:
         return  # trained to fit, on the data
     data.check_encoding(tokenizer_of(data, setting, model))
-
-
-def _check_images(image_size: int | None, model: CausalLMSpec) -> None:
-    if image_size is None:
-        return
-    vision = getattr(_family(model), "vision_config", None)
-    if vision is None:
-        raise ValueError(
-            "data=vision_text has images, and the model looks at none; set model=idefics_tiny, or "
-            "model=pretrained model.path to the folder of an Idefics"
-        )
-    if vision.image_size != image_size:
-        raise ValueError(
-            f"data.processor makes images of {image_size} pixels, the model takes "
-            f"{vision.image_size}; set data.processor.image_size={vision.image_size}"
-        )
-
-
-def _family(model: CausalLMSpec) -> Any:
-    """Return the spec of a model's family, which a folder's model holds."""
-    return getattr(model, "spec", model)

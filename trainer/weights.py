@@ -42,6 +42,8 @@ class WeightSource:
     """Whether all others come from a seed, as in the run that left that checkpoint."""
     new_head: tuple[str, ...] = ()
     """Those of `fresh` that belong to a head."""
+    assembled: dict[str, Path | None] | None = None
+    """Folders of the parts of an assembled model, by the names of its settings."""
 
     def values(self, model: nn.Module, std: float, seed: int) -> Values:
         """Return what fills each piece: the file's numbers, or random ones for what is new."""
@@ -139,7 +141,7 @@ def match_weights(
         fresh = ()  # a language model without its head is broken, not new
     if fresh:
         entries = {n: e for n, e in entries.items() if n.startswith(f"{trunk_name}.")}
-    _check(folder, entries, wanted, (*fresh, *rows))
+    check_entries(folder, entries, wanted, (*fresh, *rows))
     return WeightSource(
         folder=folder, entries=entries, fresh=(*fresh, *rows, *adapters), new_head=fresh
     )
@@ -167,6 +169,21 @@ def stated_base(folder: Path) -> Path:
     return Path(named)
 
 
+def match_base(folder: Path, model: nn.Module) -> WeightSource | None:
+    """Match the assembled base that a checkpoint of what trained names; None: it has another."""
+    path = folder / BASE
+    parts = read_keys(path).get("assembled") if path.is_file() else None
+    if parts is None:
+        return None
+    from trainer.assembled import assembled_source  # it reads a text model through this file
+
+    for name, part in parts.items():
+        if part is not None and not Path(part).is_dir():
+            raise ValueError(f"{path}: {name}={part!r} is no folder here; write there where it is")
+    vision = parts["vision"]
+    return assembled_source(Path(parts["text"]), Path(vision) if vision else None, model)
+
+
 def _on_base(folder: Path, model: nn.Module, **names: Any) -> WeightSource:
     """Match a checkpoint that holds what trained to its base, and put the two together."""
     stated = read_json(folder / BASE)
@@ -175,14 +192,14 @@ def _on_base(folder: Path, model: nn.Module, **names: Any) -> WeightSource:
         n: replace(e, file=str((folder / e.file).resolve()))
         for n, e in read_entries(folder).items()
     }
-    _check(folder, own, {name: piece for name, piece in wanted.items() if name in own}, ())
+    check_entries(folder, own, {name: piece for name, piece in wanted.items() if name in own}, ())
     if stated["weights"] is None:
         others = tuple(name for name in wanted if name not in own)
         return WeightSource(
             folder=folder, entries=own, fresh=others, base_hash=stated["xxh3"],
             own=frozenset(own), is_seeded=True,
         )  # fmt: skip
-    base = match_weights(stated_base(folder), model, **names)
+    base = match_base(folder, model) or match_weights(stated_base(folder), model, **names)
     fresh = tuple(name for name in base.fresh if name not in own)
     return replace(
         base, entries=base.entries | own, fresh=fresh, base_hash=stated["xxh3"],
@@ -211,7 +228,7 @@ def _whole(folder: Path, entry: Entry, name: str) -> Tensor:
     return read_elements(folder, entry, 0, prod(entry.shape), name)
 
 
-def _check(
+def check_entries(
     folder: Path, entries: dict[str, Entry], wanted: dict[str, Piece], fresh: tuple[str, ...]
 ) -> None:
     missing = [n for n in wanted if n not in entries and n not in fresh]

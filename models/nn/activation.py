@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": _TANH_GELU,
     "gelu_new": _TANH_GELU,  # the same formula, written out in other libraries
     "relu": F.relu,
+    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),  # of CLIP
 }
 
 

@@ -22,8 +22,9 @@ def check_probabilities(spec: Any, *names: str) -> None:
 
 def check_heads(spec: Any) -> None:
     """Raise ValueError where key/value heads, query heads, width and head size do not fit."""
-    heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
-    if heads % kv_heads:
+    heads = spec.num_attention_heads
+    kv_heads = heads if spec.num_key_value_heads is None else spec.num_key_value_heads
+    if kv_heads < 1 or heads % kv_heads:
         raise ValueError(
             f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; "
             f"set it to one of {[n for n in range(1, heads + 1) if heads % n == 0]}"

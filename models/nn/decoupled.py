@@ -150,16 +150,23 @@ def _refusal(name: str, module: nn.Module) -> str:
 
 def new_rows(model: nn.Module) -> dict[str, str]:
     """Map each parameter of new rows to that of the rows in front of them."""
-    return dict(_new_rows(model))
+    return dict(_rows(model, NewEmbedding, NewLMHead))
 
 
-def _new_rows(model: nn.Module) -> Iterator[tuple[str, str]]:
+def additional_rows(model: nn.Module) -> dict[str, str]:
+    """As new_rows, also of the additional rows that belong to the model's family."""
+    return dict(_rows(model, DecoupledEmbedding, DecoupledLMHead))
+
+
+def _rows(
+    model: nn.Module, embedding: type[nn.Module], head: type[nn.Module]
+) -> Iterator[tuple[str, str]]:
     names = {name for name, _ in model.named_parameters()}  # a tied head's are the embedding's
-    ends = {NewEmbedding: "additional_embedding", NewLMHead: "additional_fc"}
     for name, module in model.named_modules():
-        new = f"{name}.{ends.get(type(module))}.weight"
-        if new in names:
-            yield new, f"{name}.weight"
+        for kind, end in ((embedding, "additional_embedding"), (head, "additional_fc")):
+            new = f"{name}.{end}.weight"
+            if isinstance(module, kind) and new in names:
+                yield new, f"{name}.weight"
 
 
 @torch.no_grad()

@@ -160,6 +160,8 @@ class VisionBlock(nn.Module):
 class VisionTower(nn.Module):
     """Images to the states of their class token and patches."""
 
+    never_trains = ("post_layernorm",)
+
     def __init__(self, spec: VisionSpec, backend: Any) -> None:
         super().__init__()
         self.embeddings = VisionEmbeddings(spec)

@@ -57,9 +57,7 @@ class VisionTextTrunk(nn.Module):
         )
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(
-            spec.rope_parameters,
-            spec.hidden_size // spec.num_attention_heads,
-            spec.max_position_embeddings,
+            spec.rope_parameters, spec.head_size, spec.max_position_embeddings
         )
 
     @property
@@ -146,11 +144,12 @@ def _decoder_block(spec: Any, backend: Backend) -> DecoderBlock:
     heads = spec.num_attention_heads
     return DecoderBlock(
         self_attn=Attention(
-            spec.hidden_size, heads, heads, spec.hidden_size // heads,
-            bias=False, dropout=spec.dropout, backend=backend,
+            spec.hidden_size, heads, spec.num_key_value_heads or heads, spec.head_size,
+            bias=spec.attention_bias, dropout=spec.dropout, backend=backend,
         ),
         mlp=GatedMLP(
-            spec.hidden_size, spec.intermediate_size, bias=False, activation=spec.hidden_act
+            spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias,
+            activation=spec.hidden_act,
         ),
         input_layernorm=RMSNorm(spec.hidden_size, spec.rms_norm_eps),
         post_attention_layernorm=RMSNorm(spec.hidden_size, spec.rms_norm_eps),

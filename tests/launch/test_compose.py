@@ -24,12 +24,14 @@ MANDATORY = {
     "data=text": ["data.path=stdlib"],
     "data=token_labels": ["data.path={words}", "task=token_classification"],
     "data=tokens": ["data.path={tokens}"],
-    "data=vision_text": [
-        "data.path={rows}", "data.processor.image_size=64", "model=idefics_tiny",
-    ],
+    "data=vision_text": ["data.path={rows}", "model=idefics_tiny"],
     "experiment=continued_pretraining": [
         "data.path={rows}", "data.column=prompt", "model.path={folder}", "data.row_tokens=64",
     ],
+    "experiment=idefics_caption": ["data.path={rows}"],
+    "experiment=idefics_interleaved": ["data.path={rows}"],
+    "experiment=idefics_lora": ["data.path={rows}", "model.text={folder}", "data.row_tokens=64"],
+    "experiment=idefics_vqa": ["data.path={rows}"],
     "experiment=pretrain_text": ["data.path=stdlib"],
     "experiment=sequence_classification": [
         "data.path={texts}", "model.path={folder}", "data.row_tokens=64",
@@ -48,8 +50,12 @@ MANDATORY = {
     "freeze=groups": [
         "freeze.groups.low.names=['model.layers.[0-1].*']", "freeze.groups.low.unfreeze_at=9",
     ],
+    "freeze=idefics_frozen": ["model=idefics_tiny"],
+    "freeze=idefics_rates": ["model=idefics_tiny"],
+    "freeze=idefics_stages": ["model=idefics_tiny"],
     "freeze=new_tokens": ["model.additional_tokens=[self]"],
     "freeze=parts": ["freeze.frozen=[model.layers.0.*]"],
+    "model=idefics": ["model.text={folder}"],
     "model=pretrained": ["model.path={folder}"],
     "model=hf_auto": ["model.path={folder}"],
     "task=dpo": ["data=preferences", "data.path={pairs}", "adapter=lora"],

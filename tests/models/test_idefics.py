@@ -280,6 +280,25 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) 
         replace(SPEC, **changes)
 
 
+@pytest.mark.parametrize("num_shared", [1, 2])
+def test_shared_key_heads_compute_what_repeated_ones_compute(num_shared: int) -> None:
+    spec = replace(SPEC, num_key_value_heads=num_shared)
+    model, whole, batch = built(spec), built(SPEC), inputs(SPEC)
+    times, head_size = SPEC.num_attention_heads // num_shared, spec.head_size
+    repeated = {
+        name: weight.unflatten(0, (-1, head_size)).repeat_interleave(times, dim=0).flatten(0, 1)
+        for name, weight in model.state_dict().items()
+        if name.endswith(("self_attn.k_proj.weight", "self_attn.v_proj.weight"))
+        and ".layers." in name
+        and "vision" not in name
+    }
+    assert len(repeated) == 2 * SPEC.num_hidden_layers
+    whole.load_state_dict(model.state_dict() | repeated)
+    assert relative(model(**batch), whole(**batch)) < 1e-6
+    assert relative(model(**batch), theirs(SPEC, whole)(**their_inputs(batch)).logits) < 1e-5
+    assert IdeficsSpec.from_hf_config(spec.hf_config()) == replace(spec, attn_implementation="auto")
+
+
 def test_images_without_a_fitting_mask_are_refused() -> None:
     model, batch = built(SPEC), inputs(SPEC)
     mask = batch.pop("image_attention_mask")

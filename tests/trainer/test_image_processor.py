@@ -1,6 +1,7 @@
 """Pixels as transformers' IdeficsImageProcessor makes them, and settings from its file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ def test_settings_are_read_from_files_of_transformers_4_and_5(
     tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     (tmp_path / FILE).write_text(json.dumps(keys))
-    assert ImageProcessor(path=str(tmp_path)).resolved == ImageProcessor(image_size=30)
+    assert ImageProcessor(path=str(tmp_path)).resolved == ImageProcessor(image_size=30).resolved
 
 
 def test_a_file_that_transformers_writes_is_read(tmp_path: Path) -> None:
     theirs(image_size=20, image_mean=[0.5, 0.5, 0.5]).save_pretrained(tmp_path)
     expected = ImageProcessor(image_size=20, image_mean=(0.5, 0.5, 0.5))
-    assert ImageProcessor(path=str(tmp_path)).resolved == expected
+    assert ImageProcessor(path=str(tmp_path)).resolved == expected.resolved
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,34 @@ def test_settings_without_effect_and_missing_files_are_refused(tmp_path: Path) -
         assert ImageProcessor(path=str(tmp_path)).resolved
     with pytest.raises(ValueError, match="image_size=0 is not positive"):
         ImageProcessor(image_size=0)
+
+
+def test_a_models_folder_says_what_is_not_set(tmp_path: Path) -> None:
+    theirs(image_size=20, image_mean=[0.5, 0.5, 0.5]).save_pretrained(tmp_path)
+    found = ImageProcessor().fitted(20, tmp_path)
+    assert found == replace(ImageProcessor(image_size=20).resolved, image_mean=(0.5, 0.5, 0.5))
+    own = ImageProcessor(image_mean=(0.1, 0.2, 0.3)).fitted(20, tmp_path)
+    assert own == replace(found, image_mean=(0.1, 0.2, 0.3))
+    assert ImageProcessor().fitted(33, None) == ImageProcessor(image_size=33).resolved
+    with pytest.raises(ValueError, match=r"config.json makes images of 20 pixels, the model takes"):
+        ImageProcessor().fitted(30, tmp_path)
+    assert ImageProcessor(image_size=30).fitted(30, tmp_path).image_mean == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match=r"data.processor makes images of 31 pixels, the model "):
+        ImageProcessor(image_size=31).fitted(30, tmp_path)
+
+
+def test_transformers_reads_the_settings_that_are_saved(tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    own = ImageProcessor(image_size=9, image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.4))
+    own.save(tmp_path)
+    assert ImageProcessor(path=str(tmp_path)).resolved == own
+    reader = AutoImageProcessor.from_pretrained(tmp_path)
+    (expected,) = reader([picture(3)], return_tensors="np")
+    np.testing.assert_allclose(own(picture(3)), expected, rtol=0, atol=1e-6)
+
+
+def test_of_a_clips_file_the_crop_is_the_size(tmp_path: Path) -> None:
+    crop = {"size": {"shortest_edge": 30}, "crop_size": {"height": 28, "width": 28}}
+    (tmp_path / FILE).write_text(json.dumps(crop))
+    assert ImageProcessor(path=str(tmp_path)).resolved == ImageProcessor(image_size=28).resolved

@@ -39,12 +39,17 @@ def contents_of(run: Run, ranks: Ranks) -> Contents:
             "before; export the checkpoint first, and give that folder as model.path"
         )
     trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    if source and not source.is_seeded:
+        trained |= frozenset(source.fresh)  # what no file holds, though it may be frozen
     base_hash = _hash(run, model, source, trained if config is None else frozenset(), ranks)
     stated = run.adapter.base_hash or (source.base_hash if source else None)
     check_base(base_hash, stated, "set model.path (or weights) to that base")
     base = str(Path(source.folder).resolve()) if source and not source.is_seeded else None
     kept = packing_of(model)
-    files = {BASE: {"xxh3": base_hash, "weights": base, **(kept.settings if kept else {})}}
+    stated_base = {"xxh3": base_hash, "weights": base, **(kept.settings if kept else {})}
+    if source and source.assembled:
+        stated_base["assembled"] = {n: p and str(p) for n, p in source.assembled.items()}
+    files = {BASE: stated_base}
     if config is None:
         return Contents(
             folder=TRAINED, stem=TRAINED, names={name: name for name in trained},

@@ -197,11 +197,14 @@ def check_targets(targets: tuple[str, ...]) -> None:
 
 
 def train_only(model: nn.Module, saved: list[str]) -> None:
-    """Let the adapters and the modules of these names train."""
+    """Let the adapters and the modules of these names train, but for what no gradient reaches."""
     for name in adapter_names(model):
         model.get_parameter(name).requires_grad_(True)
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
+    for module in model.modules():
+        for name in getattr(module, "never_trains", ()):
+            module.get_submodule(name).requires_grad_(False)
 
 
 def linear_config(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.adapters.prompt import prompt_of
 from trainer.checkpoint.contents import BASE
 from trainer.checkpoint.tensor_file import read_entries
+from trainer.files import read_keys
 from trainer.parallel.materialise import materialise
 from trainer.planned import plan_model
 from trainer.pretrained import plan_causal_lm, read_hf_config, source_of, spec_from
-from trainer.weights import stated_base
+from trainer.weights import match_base, stated_base
 
 NEW_ROWS = ".additional_embedding.weight"
 
@@ -30,9 +31,16 @@ def base_folder(folder: Path) -> Path:
     return stated_base(folder) if (folder / BASE).is_file() else folder
 
 
+def config_folder(folder: Path) -> Path:
+    """Return the folder whose config.json is that of the base: an assembled one is in no other."""
+    path = folder / BASE
+    is_assembled = path.is_file() and "assembled" in read_keys(path)
+    return folder if is_assembled else base_folder(folder)
+
+
 def merged_spec(folder: Path) -> Any:
     """Return the family's spec of what `load_merged` loads: new rows count as vocabulary."""
-    spec = spec_from(base_folder(folder))
+    spec = spec_from(config_folder(folder))
     return replace(spec, vocab_size=spec.vocab_size + _num_new_rows(folder, spec))
 
 
@@ -73,7 +81,7 @@ def load_merged(
     as those rounded it: that is what trained. ValueError where what trained belongs to another base
     than the one that it names.
     """
-    spec_and_model = plan_causal_lm(base_folder(folder), dtype, attn_implementation)
+    spec_and_model = plan_causal_lm(config_folder(folder), dtype, attn_implementation)
     model = _filled(folder, *spec_and_model, device)
     merge(model)
     if not has_rows_apart:
@@ -87,20 +95,21 @@ def load_as_trained(folder: Path, *, dtype: torch.dtype, device: torch.device) -
     Also of families that are not ours. `merge` and `merge_rows` make it one set of weights. Errors
     of load_merged.
     """
-    planned = plan_model(base_folder(folder), config_of(folder), dtype, attn_implementation="eager")
+    config = config_of(folder)
+    planned = plan_model(config_folder(folder), config, dtype, attn_implementation="eager")
     return _filled(folder, *planned, device)
 
 
 def _filled(folder: Path, spec: Any, model: DecoderModel, device: torch.device) -> DecoderModel:
     """Fill the planned model of `folder` with the weights there, and those of its base."""
-    base = base_folder(folder)
     if count := _num_new_rows(folder, spec):
         with torch.device("meta"), SkipInit():
             add_rows(model, spec.layout.embedding, count)
     adapter = PretrainedAdapter(path=str(folder)) if (folder / CONFIG).is_file() else None
     if adapter:
         adapter.apply(model, spec.layout)
-    source = source_of(base if adapter else folder, spec, model)
+    own = base_folder(folder) if adapter else folder
+    source = (match_base(folder, model) if adapter else None) or source_of(own, spec, model)
     stated = adapter.base_hash if adapter else source.base_hash
     if stated is not None:
         kept = {name: entry for name, entry in source.entries.items() if name not in source.own}

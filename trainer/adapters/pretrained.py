@@ -186,14 +186,15 @@ class PretrainedAdapter:
         if missing:
             raise ValueError(f"adapter.path={self.path}: the model has no {missing[0]}; {advice}")
         self.inner.apply(model, layout)
-        wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-        given = self.given(model)
-        for name in sorted(wanted.keys() | given.keys()):
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        given = self.given(model)  # also what never trains, where no file of a base has it
+        for name in sorted(wanted | given.keys()):
             found = given[name].shape if name in given else None
             if name in wanted and found is None and name not in adapter_names(model):
                 continue  # a head that the adapter was not trained with starts anew
-            if wanted.get(name) != found:
-                shape = list(wanted[name]) if name in wanted else None
+            if shapes.get(name) != found:
+                shape = list(shapes[name]) if name in shapes else None
                 raise ValueError(
                     f"adapter.path={self.path}: {name} has shape {found and list(found)}, "
                     f"the model needs {shape}; {advice}"

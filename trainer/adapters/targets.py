@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from models.layout import Layout
-from models.nn.decoupled import new_rows
+from models.nn.decoupled import DecoupledEmbedding, DecoupledLMHead, new_rows
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pieces import tied_names
 
@@ -96,7 +97,7 @@ def find_saved(model: nn.Module, patterns: tuple[str, ...], targets: list[str]) 
                 f"for example to {', '.join(nearest) or head}"
             )
         for name in [name for name in matches if name not in found]:
-            if _ties(model, name):
+            if not is_rows(model, name) and _ties(model, name):
                 raise ValueError(
                     f"{key}: head and embedding are tied, and peft would untie them when it loads "
                     "the file; set model.tie_word_embeddings=false, or take it out"
@@ -105,6 +106,13 @@ def find_saved(model: nn.Module, patterns: tuple[str, ...], targets: list[str]) 
                 raise ValueError(f"{key} has an adapter too; take it out of adapter.targets")
             found.append(name)
     return found
+
+
+def is_rows(model: nn.Module, name: str) -> bool:
+    """Whether a module is the additional rows of embedding or head, tied to each other or not."""
+    parent, _, own = name.rpartition(".")
+    kind: Any = {"additional_embedding": DecoupledEmbedding, "additional_fc": DecoupledLMHead}
+    return own in kind and isinstance(model.get_submodule(parent), kind[own])
 
 
 def short_names(model: nn.Module, names: list[str]) -> list[str]:

@@ -51,7 +51,7 @@ class VisionTextData(DocumentData):
             )
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> int | None:
         return self.processor.resolved.image_size
 
     def open_place(self, source: Source, key: str) -> ImageRows:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from models.heads import CAUSAL_LM, SEQUENCE, TOKEN
 from trainer.adapters.nf4 import NONE
 from trainer.environment import environment
-from trainer.export.reloaded import AUTO_CLASSES
+from trainer.export.idefics import IDEFICS
+from trainer.export.reloaded import auto_class
 from trainer.export.source import History, Source
 from trainer.files import write_text
+from trainer.pretrained import FREEZING
 
 if TYPE_CHECKING:
     from trainer.export.export import Report
@@ -19,6 +21,14 @@ PIPELINES = {
 }  # fmt: skip
 HUB = "hf://datasets/"
 _ASK = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+_ASK_IMAGE = """\
+from PIL import Image
+from transformers import AutoImageProcessor, IdeficsProcessor
+
+processor = IdeficsProcessor(AutoImageProcessor.from_pretrained(folder), tokenizer)
+asked = [Image.new("RGB", (64, 64), "red"), "what color is the image?"]
+inputs = processor(text=[asked], return_tensors="pt")
+"""
 _ASK_CHAT = """\
 messages = [{"role": "user", "content": "What is 2 + 2?"}]
 inputs = tokenizer.apply_chat_template(
@@ -68,7 +78,8 @@ def base_name(source: Source) -> str | None:
 def _begun(config: dict[str, Any]) -> str | None:
     weights = config.get("weights")
     if weights == "auto":
-        weights = config.get("model", {}).get("path")
+        model = config.get("model", {})
+        weights = model.get("path") or model.get("text")
     return None if weights in (None, "random") else str(weights)
 
 
@@ -79,13 +90,18 @@ def _front(source: Source) -> str:
         tags.append(str(source.adapter["peft_type"]).lower())
     keys: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": PIPELINES[source.head],
+        "pipeline_tag": _pipeline(source),
         "base_model": base_name(source),
         "tags": tags,
         "datasets": [p.removeprefix(HUB) for p in _data(source.history) if p.startswith(HUB)],
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in keys.items() if value]
     return "\n".join(["---", *lines, "---"]) + "\n"
+
+
+def _pipeline(source: Source) -> str:
+    is_idefics = source.config.get("model_type") == IDEFICS
+    return "image-text-to-text" if is_idefics else PIPELINES[source.head]
 
 
 def _data(history: History | None) -> list[str]:
@@ -96,7 +112,7 @@ def _data(history: History | None) -> list[str]:
 
 def _facts(source: Source, report: "Report") -> str:
     config, history = source.config, source.history
-    facts = {"Task": f"{PIPELINES[source.head]} ({config.get('model_type')})"}
+    facts = {"Task": f"{_pipeline(source)} ({config.get('model_type')})"}
     if labels := source.config.get("id2label") if source.head != CAUSAL_LM else None:
         kind = config.get("problem_type") or "one label per word"
         facts["Labels"] = f"{', '.join(f'`{name}`' for name in labels.values())} ({kind})"
@@ -115,6 +131,8 @@ def _facts(source: Source, report: "Report") -> str:
 def trained(source: Source) -> str:
     """Return what of the model training changed."""
     if not source.is_adapter:
+        if flags := [name for name in FREEZING if source.config.get(name)]:
+            return f"all but what {', '.join(flags)} of config.json say"
         return _trained_itself(source.history.config if source.history else {})
     keys = source.adapter
     kind = "DoRA" if keys.get("use_dora") else "rsLoRA" if keys.get("use_rslora") else "LoRA"
@@ -156,7 +174,7 @@ def _evaluation(found: dict[str, Any]) -> str:
 
 def code(source: Source, name: str) -> str:
     """Return lines of Python that load and ask the model."""
-    kind = AUTO_CLASSES[source.head]
+    kind = auto_class(source)
     load = (
         f"from transformers import {kind}, AutoTokenizer\n\n"
         f'folder = "{name}"  # where this folder is, or its name on the Hub\n'
@@ -170,6 +188,8 @@ def code(source: Source, name: str) -> str:
         encoder = source.history.config["data"].get("encoder", {}) if source.history else {}
         place = f"a word's tag stands on its {encoder.get('align', 'last')} token"
         return load + _TAG.format(place=place)
+    if source.config.get("model_type") == IDEFICS:
+        return load + _ASK_IMAGE + _WRITE
     return load + (_ASK_CHAT if source.tokenizer.chat_template else _ASK) + _WRITE
 
 

@@ -19,6 +19,7 @@ from trainer.adapters.merged import load_as_trained
 from trainer.data.tokenizer_config import CONFIG_FILE, read_tokenizer_config
 from trainer.data.tokenizers import FileTokenizer
 from trainer.errors import CheckError
+from trainer.export import idefics
 from trainer.export.card import write_card
 from trainer.export.prompts import Prompt, prompts_of
 from trainer.export.reloaded import check_tokenizer, reloaded_logits
@@ -94,22 +95,23 @@ def export(
     tokenizer = FileTokenizer(source.base) if apart else source.tokenizer
     config = written_config(source, model, has_rows_apart=bool(apart))
     longest = int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
-    asked = prompts_of(tokenizer, prompts, longest, int(config["vocab_size"]))
-    width = int(config["vocab_size"]) if source.head == CAUSAL_LM else None
-    exact = _logits(model, asked, width)
+    asked = prompts_of(tokenizer, prompts, longest, idefics.num_logits(config))
+    width = idefics.num_logits(config) if source.head == CAUSAL_LM else None
+    exact = _logits(model, config, asked, width)
     merge(model)
     if not apart:
         merge_rows(model)
+    config = idefics.spread_heads(model, config)
     with _staging(output) as staging:
         _cast(model, chosen)
         save_pretrained(staging, model, config, max_file_gb=max_shard_gb)
         _write_companions(staging, source, tokenizer, config)
         _cast(model, wide)
-        ours = _logits(model, asked, width)
+        ours = _logits(model, config, asked, width)
         num_parameters = sum(p.numel() for _, p in unique_parameters(model))
         del model  # before transformers reads its own
         check_tokenizer(staging, FileTokenizer(staging), asked)
-        checks = tuple(_checks(staging, source.head, asked, ours, (wide, chosen), apart))
+        checks = tuple(_checks(staging, source, asked, ours, (wide, chosen), apart))
         report = Report(
             output=output, dtype=_name(chosen), num_parameters=num_parameters,
             num_bytes=sum(path.stat().st_size for path in staging.glob("*.safetensors")),
@@ -154,6 +156,7 @@ def _write_companions(
     staging: Path, source: Source, tokenizer: FileTokenizer, config: dict[str, Any]
 ) -> None:
     tokenizer.save(staging)
+    idefics.copy_image_settings(source.folder, staging)
     if source.origins:
         write_json(staging / FILE, generation_config(tokenizer, config, source.origins))
         return
@@ -170,12 +173,15 @@ def _cast(model: DecoderModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _logits(model: DecoderModel, prompts: list[Prompt], width: int | None) -> list[Tensor]:
+def _logits(
+    model: DecoderModel, config: dict[str, Any], prompts: list[Prompt], width: int | None
+) -> list[Tensor]:
     """Return the first `width` of ours (None: all) of every prompt, flat."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt.ids])
-        logits = model(ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids))
+        images = idefics.images_beside(config, ids.shape[1])
+        logits = model(ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids), **images)
         assert isinstance(logits, Tensor)
         found.append(logits[..., :width].flatten())
     return found
@@ -183,14 +189,14 @@ def _logits(model: DecoderModel, prompts: list[Prompt], width: int | None) -> li
 
 def _checks(
     folder: Path,
-    head: str,
+    source: Source,
     prompts: list[Prompt],
     ours: list[Tensor],
     dtypes: tuple[torch.dtype, ...],
     apart: frozenset[str],
 ) -> Iterator[Check]:
     for number, dtype in enumerate(dict.fromkeys(dtypes)):
-        theirs, num_layers = reloaded_logits(folder, head, prompts, dtype, apart)
+        theirs, num_layers = reloaded_logits(folder, source, prompts, dtype, apart)
         yield Check(
             dtype=_name(dtype), largest=_difference(theirs, ours), scale=_scale(ours),
             limit=WIDE_LIMIT if number == 0 else rounding_limit(dtype, num_layers),

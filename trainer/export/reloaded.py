@@ -13,13 +13,21 @@ from torch import Tensor
 from models.heads import CAUSAL_LM, SEQUENCE, TOKEN
 from trainer.data.tokenizers import FileTokenizer
 from trainer.errors import CheckError
+from trainer.export.idefics import IDEFICS, images_beside
 from trainer.export.prompts import CONVERSATION, Prompt, conversation
+from trainer.export.source import Source
 
 AUTO_CLASSES = {
     CAUSAL_LM: "AutoModelForCausalLM",
     SEQUENCE: "AutoModelForSequenceClassification",
     TOKEN: "AutoModelForTokenClassification",
 }
+
+
+def auto_class(source: Source) -> str:
+    """Return the class of transformers that opens an export."""
+    is_idefics = source.config.get("model_type") == IDEFICS
+    return "AutoModelForImageTextToText" if is_idefics else AUTO_CLASSES[source.head]
 
 
 def check_tokenizer(folder: Path, tokenizer: FileTokenizer, prompts: list[Prompt]) -> None:
@@ -58,7 +66,7 @@ def _compare_ids(text: str, found: list[int], needed: list[int]) -> None:
 
 
 def reloaded_logits(
-    folder: Path, head: str, prompts: list[Prompt], dtype: torch.dtype, apart: frozenset[str]
+    folder: Path, source: Source, prompts: list[Prompt], dtype: torch.dtype, apart: frozenset[str]
 ) -> tuple[list[Tensor], int]:
     """Return the logits of every prompt, flat and wide, and the number of layers.
 
@@ -68,7 +76,7 @@ def reloaded_logits(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    kind: Any = getattr(transformers, AUTO_CLASSES[head])
+    kind: Any = getattr(transformers, auto_class(source))
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -82,6 +90,11 @@ def reloaded_logits(
             raise CheckError(f"{kind.__name__} finds {what.replace('_', ' ')}: {names}, ..")
     model.eval()
     with torch.no_grad():
-        logits = [model(torch.tensor([prompt.ids])).logits.flatten() for prompt in prompts]
-    wide = [each.to(torch.promote_types(dtype, torch.float32)) for each in logits]
+        logits = [
+            model(
+                torch.tensor([prompt.ids]), **images_beside(source.config, len(prompt.ids))
+            ).logits
+            for prompt in prompts
+        ]
+    wide = [each.flatten().to(torch.promote_types(dtype, torch.float32)) for each in logits]
     return wide, int(model.config.num_hidden_layers)

@@ -13,6 +13,7 @@ from trainer.adapters.merged import base_folder, config_of
 from trainer.adapters.nf4 import NONE
 from trainer.checkpoint.contents import BASE
 from trainer.data.tokenizers import FileTokenizer
+from trainer.export.idefics import check_idefics
 from trainer.files import read_json
 from trainer.planned import head_of
 from trainer.weights import weight_entries
@@ -46,11 +47,7 @@ class Source:
     history: History | None = None
 
     def __post_init__(self) -> None:
-        if self.config.get("model_type") == "idefics":
-            raise ValueError(
-                f"{self.folder} is an idefics, which cannot be compared on texts alone; open the "
-                "checkpoint's own model/ folder in transformers, as it is"
-            )
+        check_idefics(self.folder, self.config)
         if self.adapter.get("peft_type") == "PROMPT_TUNING":
             raise ValueError(
                 f"{self.folder} holds virtual tokens, which are no weights of the model and cannot "

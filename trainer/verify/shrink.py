@@ -106,8 +106,8 @@ def shrink_spec(spec: Any) -> tuple[Any, list[str]]:
 
 
 def _decoder(spec: Any, names: set[str]) -> dict[str, Any]:
-    groups = spec.num_attention_heads // spec.num_key_value_heads
-    is_shared = spec.num_key_value_heads == 1
+    shared = spec.num_key_value_heads or spec.num_attention_heads
+    groups, is_shared = spec.num_attention_heads // shared, shared == 1
     heads = HEADS if is_shared else lcm(groups, HEADS)
     hidden = heads * HEAD_DIM
     changes: dict[str, Any] = {

@@ -57,6 +57,7 @@ class ImageBatches:
         images = [self._images(documents) for documents in rows]
         most = max(1, *map(len, images)) if images else 1
         side = self.processor.image_size
+        assert side is not None
         pixels = np.zeros((batch.num_rows, most, 3, side, side), np.float32)
         for row, references in enumerate(images):
             for number, (document, reference) in enumerate(references):
