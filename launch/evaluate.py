@@ -16,6 +16,10 @@ rows are packed or dealt.
   data.eval_path=FILE                        other data than what the run held out
   checkpoint=FOLDER experiment=NAME data.eval_path=FILE
                                              a Hugging Face model or peft adapter, and its task
+  validation.every=1                         write answers, too, and judge them (chat, images):
+                                             validation.metrics=[exact_match,anls,bleu,rouge_l],
+                                             validation.max_new_tokens=32 and max_documents=null
+  html=FILE                                  a page of questions, images and answers
   json=true                                  one JSON object instead of a table
 """
 _ALONE = {  # one process has no use for the rest
@@ -29,6 +33,8 @@ _ALONE = {  # one process has no use for the rest
     "resume": "never",
     "resume_step": None,
 }
+_NO_ANSWERS = {"_target_": "trainer.validation.spec.ValidationSpec"}  # of a run before there were
+_OWN = ("checkpoint", "json", "html")
 _LABELLED = (
     "trainer.data.classification.SequenceEncoder",
     "trainer.data.tagging.TokenEncoder",
@@ -49,12 +55,13 @@ def main(arguments: list[str]) -> int:
     given = Path(own["checkpoint"]).expanduser()
     folder = model_folder(given)
     tree = _tree(folder, words)
-    _print(_evaluated(tree), is_json=own.get("json") == "true")
+    page = Path(own["html"]).expanduser() if "html" in own else None
+    _print(_evaluated(tree, page), is_json=own.get("json") == "true")
     return 0
 
 
 def _is_own(word: str) -> bool:
-    return word.partition("=")[0] in ("checkpoint", "json")
+    return word.partition("=")[0] in _OWN
 
 
 def _tree(folder: Path, words: list[str]) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def _of_run(config: Path, words: list[str]) -> dict[str, Any]:
 
     from launch.compose import parsed
 
-    tree: dict[str, Any] = yaml.safe_load(config.read_text())
+    tree: dict[str, Any] = {"validation": _NO_ANSWERS, **yaml.safe_load(config.read_text())}
     for word in words:
         key, value = parsed(word)
         *groups, name = key.split(".")
@@ -127,7 +134,7 @@ def _composed(folder: Path, words: list[str], is_adapter: bool) -> dict[str, Any
     return tree
 
 
-def _evaluated(tree: dict[str, Any]) -> dict[str, Any]:
+def _evaluated(tree: dict[str, Any], page: Path | None) -> dict[str, Any]:
     from launch.binding import bind
     from launch.terminal import configure_logging
     from trainer.evaluate_run import evaluate_run
@@ -135,7 +142,13 @@ def _evaluated(tree: dict[str, Any]) -> dict[str, Any]:
     configure_logging(rank=0)
     run = bind({key: value for key, value in tree.items() if key != "launch"})
     run.check(1)
-    return evaluate_run(run)
+    if page is not None and run.validation.every is None:
+        raise ValueError(
+            f"html={page} shows answers, and the run asks for none; set validation.every=1"
+        )
+    if page is not None and not page.parent.is_dir():
+        raise ValueError(f"html={page} is in no folder; make {page.parent}, or give another path")
+    return evaluate_run(run, page)
 
 
 def _print(found: dict[str, Any], *, is_json: bool) -> None:

@@ -1,6 +1,7 @@
 """The contract between data and model: one micro-batch of one rank, in fixed shapes."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,16 @@ class Batch:
         return self.labels if self.class_labels is None else self.class_labels
 
     @property
+    def text(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What every model takes: ids, positions and segments."""
+        return self.input_ids, self.position_ids, self.segment_ids
+
+    @property
     def images(self) -> dict[str, Tensor]:
-        """What the trunk takes beside text."""
-        if self.pixel_values is None or self.image_attention_mask is None:
-            return {}
-        mask = self.image_attention_mask
-        images = {"pixel_values": self.pixel_values, "image_attention_mask": mask}
-        return images if self.image_keys is None else images | {"image_keys": self.image_keys}
+        """What the trunk takes beside text; a mask alone is about images that a cache holds."""
+        names = ("pixel_values", "image_attention_mask", "image_keys")
+        found = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def num_targets(self) -> Tensor:
         """Return how many targets there are (0-dim, int64)."""
@@ -101,13 +105,14 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the tensors to `device`, without waiting for the copy."""
+        """Copy the tensors that are not there to `device`, without waiting for the copy."""
         if device.type == "cpu":
             return self
-        moved = {
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
             # Pinned: a copy from pageable memory makes the host wait.
-            field.name: getattr(self, field.name).pin_memory().to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor) and field.name != "image_keys"
+            name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and name != "image_keys"
         }
         return replace(self, **moved)

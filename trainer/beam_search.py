@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.decoding import Decoder, GenerationSpec
+from trainer.decoder import Decoder, decoder_of
+from trainer.decoding import GenerationSpec
 
 
 def beam_search(model: Any, prompt: list[int], spec: GenerationSpec) -> list[int]:
@@ -16,9 +17,8 @@ def beam_search(model: Any, prompt: list[int], spec: GenerationSpec) -> list[int
     It ends when num_beams sequences have stopped and the best running one scores no better than the
     worst of them.
     """
-    decoder = Decoder(
-        model, [prompt] * spec.num_beams, spec.cache, len(prompt) + spec.max_new_tokens
-    )
+    length = len(prompt) + spec.max_new_tokens
+    decoder = decoder_of(model, [prompt] * spec.num_beams, spec.cache, length)
     # All beams start equal: only the first counts, or they would stay equal.
     scores = torch.full((spec.num_beams,), -torch.inf, dtype=torch.float64)
     scores[0] = 0.0

@@ -60,10 +60,13 @@ class Best:
         self.num_worse = 0
 
     def judge(self, step: int, metrics: dict[str, Any]) -> bool:
-        """Take an evaluation in; return whether it is the best so far. NaN never is."""
-        if self.spec.metric is None:
+        """Take an evaluation in; return whether it is the best so far. NaN never is.
+
+        One that has not the number, as those without answers, is no better and no worse.
+        """
+        if self.spec.metric is None or self.spec.metric not in metrics:
             return False
-        value = float(metrics.get(self.spec.metric, math.nan))
+        value = float(metrics[self.spec.metric])
         gain = self.value - value if self.spec.lower_is_better else value - self.value
         is_better = gain > self.spec.min_delta or (self.step is None and not math.isnan(value))
         if is_better:

@@ -25,8 +25,8 @@ from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rew
 from trainer.distributed import Placement, Ranks
 from trainer.engines.topology_free import NUM_THREADS
 from trainer.environment import environment
-from trainer.evaluate import Evaluator
 from trainer.files import write_json, write_text
+from trainer.judges import answer_judge, evaluator_of
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter
@@ -41,6 +41,7 @@ from trainer.record import RunRecord
 from trainer.run import Run
 from trainer.run_data import build_data
 from trainer.settle import settle
+from trainer.validation.spec import VALIDATION
 from trainer.whereabouts import Whereabouts
 
 
@@ -116,14 +117,13 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
             run, model, engine.trained, mesh, reason, ranks, loader, eval_loader, meter
         ),
     )  # fmt: skip
-    evaluator = None
-    if eval_loader:
-        evaluator = Evaluator(
-            loader=eval_loader, task=run.task, labels=run.data.labels, mesh=mesh,
-            device=ranks.device,
-        )  # fmt: skip
     loop = Loop(
-        engine=engine, loader=loader, progress=progress, plan=run.plan, evaluator=evaluator,
+        engine=engine, loader=loader, progress=progress, plan=run.plan,
+        evaluator=evaluator_of(run, eval_loader, mesh, ranks.device),
+        validator=answer_judge(
+            run, eval_loader, mesh, ranks.device, tokenizer=tokenizer,
+            page=folder / VALIDATION if start.placement.is_main else None,
+        ),
         checkpoints=checkpoints, control=ControlWord(ranks, start.request), record=record,
         meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best,
         skipped_in_a_row=skipped_in_a_row,

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.nn.cache import Cache, GrowingCache, StaticCache
-
-CACHES = ("growing", "static", "none")
+from trainer.decoder import CACHES, Decoder, decoder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,53 +100,6 @@ def nucleus(probabilities_BV: Tensor, top_p: float, top_k: int | None) -> Tensor
     return torch.zeros_like(ordered).scatter(-1, order, ordered * keeps)
 
 
-class Decoder:
-    """A batch of sequences that grows by one token per row and call, padded on the left."""
-
-    def __init__(self, model: Any, prompts: list[list[int]], cache: str, max_length: int) -> None:
-        longest, device = max(map(len, prompts)), next(model.parameters()).device
-        padded = [[0] * (longest - len(p)) + p for p in prompts]
-        real = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        self.model = model
-        self.ids = torch.tensor(padded, device=device)
-        self.segment_ids = torch.tensor(real, device=device)
-        self.cache = _cache(cache, model, max_length)
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Return the (B, V) logits of what follows."""
-        positions = (self.segment_ids.cumsum(1) - 1).clamp(min=0)
-        start = 0
-        if self.cache is not None and self.cache.length > 0:
-            start = self.ids.shape[1] - 1
-        inputs = (self.ids[:, start:], positions[:, start:], self.segment_ids[:, start:])
-        extra = {} if self.cache is None else {"cache": self.cache}
-        hidden_BTD = self.model.trunk(*inputs, **extra)
-        # The head sees the last position only: logits of 8k x 128k in fp32 would take 4 GB.
-        logits_B1V: Tensor = self.model.head(hidden_BTD[:, -1:], inputs[2][:, -1:])
-        return logits_B1V[:, 0]
-
-    def append(self, tokens: list[int]) -> None:
-        """Add one id to every row."""
-        next_ids = torch.tensor(tokens, device=self.ids.device)[:, None]
-        self.ids = torch.cat((self.ids, next_ids), dim=1)
-        ones = torch.ones_like(next_ids)
-        self.segment_ids = torch.cat((self.segment_ids, ones), dim=1)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order."""
-        self.ids, self.segment_ids = self.ids[rows], self.segment_ids[rows]
-        if self.cache is not None:
-            self.cache.reorder(rows)
-
-
-def _cache(kind: str, model: Any, max_length: int) -> Cache | None:
-    if kind == "none":
-        return None
-    num_layers = model.trunk.num_cached_layers
-    return GrowingCache(num_layers) if kind == "growing" else StaticCache(num_layers, max_length)
-
-
 def check_lengths(prompts: list[list[int]], spec: GenerationSpec, max_positions: int) -> None:
     """Raise ValueError where a prompt is empty, or prompt and new tokens exceed the positions."""
     for prompt in prompts:
@@ -178,8 +129,23 @@ def generate(
         from trainer.beam_search import beam_search
 
         return [beam_search(model, prompt, spec) for prompt in prompts]
-    results: list[list[int]] = [[] for _ in prompts]
-    for next_ids in _steps(model, prompts, spec):
+    length = max(map(len, prompts)) + spec.max_new_tokens
+    return continued(decoder_of(model, prompts, spec.cache, length), spec, on_token)
+
+
+def continued(
+    decoder: Decoder,
+    spec: GenerationSpec,
+    on_token: Callable[[int, int], None] | None = None,
+    is_over: Callable[[bool], bool] = bool,
+) -> list[list[int]]:
+    """Return the new ids of each row, up to and without its stop token; no beams.
+
+    `is_over` hears after every token whether all rows have stopped, and says whether that is the
+    end: ranks that run their passes together agree in it.
+    """
+    results: list[list[int]] = [[] for _ in decoder.ids]
+    for next_ids in _steps(decoder, spec, is_over):
         for row, token in enumerate(next_ids):
             if token is not None:
                 results[row].append(token)
@@ -189,13 +155,11 @@ def generate(
 
 
 def _steps(
-    model: Any, prompts: list[list[int]], spec: GenerationSpec
+    decoder: Decoder, spec: GenerationSpec, is_over: Callable[[bool], bool]
 ) -> Iterator[list[int | None]]:
     """Yield the next id of each row; None once the row has stopped."""
-    max_length = max(map(len, prompts)) + spec.max_new_tokens
-    decoder = Decoder(model, prompts, spec.cache, max_length)
-    generators = _generators(spec.seed, len(prompts))
-    has_stopped = [False] * len(prompts)
+    generators = _generators(spec.seed, len(decoder.ids))
+    has_stopped = [False] * len(decoder.ids)
     for _ in range(spec.max_new_tokens):
         tokens = choose(  # sync: the host decides who has stopped
             decoder.logits(),
@@ -212,7 +176,7 @@ def _steps(
         yield [
             None if stopped else token for stopped, token in zip(has_stopped, tokens, strict=True)
         ]
-        if all(has_stopped):
+        if is_over(all(has_stopped)):
             break
 
 

@@ -8,6 +8,7 @@ _RECORDED = (
     "max_steps", "max_epochs", "log_every", "eval_every", "save_every", "max_skipped_in_a_row",
     "name", "runs", "resume", "resume_step", "resume_allow", "timeout_seconds", "optim.",
     "schedule.", "mesh.", "engine.", "checkpoint.", "callbacks.", "launch.", "best.",
+    "validation.",
     "data.micro_rows", "data.packing", "data.cache", "data.eval_path", "data.eval_fraction",
     # A moved folder is no other data: the fingerprint of the tokens decides.
     "data.path", "data.sources.", "data.subset", "data.split", "data.max_documents",

@@ -14,6 +14,7 @@ from trainer.meter import Meter
 from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.record import RunRecord
+from trainer.validation.validator import Validator
 from trainer.whereabouts import Whereabouts
 
 
@@ -24,6 +25,8 @@ class Plan:
     max_steps: int
     log_every: int
     eval_every: int | None
+    validate_every: int | None
+    """Evaluations, not steps."""
     save_every: int | None
     max_skipped_in_a_row: int
 
@@ -34,6 +37,12 @@ class Plan:
         return self.eval_every is not None and (
             step % self.eval_every == 0 or step == self.max_steps
         )
+
+    def validates(self, step: int) -> bool:
+        """Whether the evaluation of this step asks for answers."""
+        if self.eval_every is None or self.validate_every is None:
+            return False
+        return step % (self.eval_every * self.validate_every) == 0 or step == self.max_steps
 
     def saves(self, step: int) -> bool:
         is_due = self.save_every is not None and step % self.save_every == 0
@@ -49,6 +58,7 @@ class Loop:
     progress: Progress
     plan: Plan
     evaluator: Evaluator | None
+    validator: Validator | None
     checkpoints: Checkpoints
     control: ControlWord
     record: RunRecord
@@ -106,11 +116,22 @@ class Loop:
         self.whereabouts.enter("evaluate")
         with self.progress.stopwatch.paused():
             metrics: dict[str, Any] = evaluator.evaluate(self.engine)
-            self.record.metrics(self.progress.step, "eval", metrics)
+            is_due = self.plan.validates(self.progress.step)
+            if is_due:
+                metrics |= self._answers()
             is_best = self.best.judge(self.progress.step, metrics)
+            if self.best.is_over and not is_due:  # the last evaluation has answers
+                metrics |= self._answers()
+            self.record.metrics(self.progress.step, "eval", metrics)
             for callback in self.callbacks:
                 callback.on_eval(self.progress, metrics)
         return is_best
+
+    def _answers(self) -> dict[str, float]:
+        if self.validator is None:
+            return {}
+        self.whereabouts.enter("validate")
+        return self.validator.validate(self.engine, f"step {self.progress.step}")
 
     def _save(self, *, is_last: bool) -> None:
         self.whereabouts.enter("save")

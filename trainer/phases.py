@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.nn.cache import Cache
 from models.nn.head import Loss
 from trainer.batch import Batch
 from trainer.flops import training_flops
@@ -92,6 +93,12 @@ class PhasedEngine:
 
     def logits(self, batch: Batch) -> Tensor:
         return self._now.logits(batch)
+
+    def new_cache(self) -> Cache | None:
+        return self._now.new_cache()
+
+    def next_logits(self, batch: Batch, cache: Cache | None) -> Tensor:
+        return self._now.next_logits(batch, cache)
 
     def weights(self) -> dict[str, Piece]:
         return self._now.weights()

@@ -4,6 +4,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from models.nn.cache import Cache
 from models.nn.head import Loss
 from trainer.batch import Batch
 from trainer.pieces import Piece
@@ -44,6 +45,17 @@ class Engine(Protocol):
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the (B, T, V) logits, the same on every rank that passes the same batch."""
+        ...
+
+    def new_cache(self) -> Cache | None:
+        """Return an empty cache for `next_logits`; None where positions are all computed anew."""
+        ...
+
+    def next_logits(self, batch: Batch, cache: Cache | None) -> Tensor:
+        """Return the (B, V) logits of what follows each row; the cache takes the batch in.
+
+        Rows may be padded in front.
+        """
         ...
 
     def weights(self) -> dict[str, Piece]:

@@ -1,6 +1,6 @@
 """A run: all of its settings, and the checks that span more than one of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from trainer.run_tokenizer import check_tokenizer
 from trainer.schedule import Schedule
 from trainer.tasks.protocol import Task
 from trainer.trainable import make_trainable
+from trainer.validation.spec import ValidationSpec
 from trainer.weights import WeightSource, match_weights
 
 AUTO, RANDOM = "auto", "random"
@@ -85,6 +86,8 @@ class Run:
     """Config keys that may differ from the run that is resumed."""
     max_skipped_in_a_row: int
     """Steps with a non-finite gradient in a row before the run stops."""
+    validation: ValidationSpec = field(default_factory=ValidationSpec)
+    """When the model answers held-out questions, and by what its answers are judged."""
     timeout_seconds: float
     """How long a rank waits for the others in one collective."""
 
@@ -113,6 +116,7 @@ class Run:
                 f"eval_every={self.eval_every} has nothing to evaluate on; set data.eval_path or "
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
+        self.validation.check(self.data, self.eval_every)
         self.best.check(self._metric_names(), self.eval_every)
         if self.max_steps is not None:  # of max_epochs they are counted later
             self.freeze.check(self.max_steps)
@@ -132,7 +136,8 @@ class Run:
     def _metric_names(self) -> tuple[str, ...]:
         """Return the numbers of an evaluation."""
         sources = [f"loss/{name}" for name in self.data.named_sources if name]
-        return ("loss", *self.task.metric_names(self.data.labels), *sources)
+        own = (*self.task.metric_names(self.data.labels), *self.validation.metric_names)
+        return ("loss", *own, *sources)
 
     @property
     def is_topology_free(self) -> bool:
@@ -140,17 +145,11 @@ class Run:
 
     def check_sums(self, axes: dict[str, int]) -> None:
         """Raise ValueError where `deterministic` asks for what this layout cannot promise."""
-        if not self.is_topology_free:
-            return
-        if not self.engine.owns_sums:
-            raise ValueError(
-                "deterministic=topology_free needs every sum to be ours; "
-                "set engine=native, or deterministic=off"
-            )
-        check_topology_free(
-            axes, micro_rows=self.data.micro_rows, precision=PRECISIONS[self.precision],
-            has_gpu=torch.cuda.is_available(),
-        )  # fmt: skip
+        if self.is_topology_free:
+            check_topology_free(
+                axes, owns_sums=self.engine.owns_sums, micro_rows=self.data.micro_rows,
+                precision=PRECISIONS[self.precision], has_gpu=torch.cuda.is_available(),
+            )  # fmt: skip
 
     def chosen_mesh(self, world_size: int) -> tuple[MeshSpec, str]:
         """Return the mesh for `world_size` processes, and why; all of them come to the same."""
@@ -245,5 +244,6 @@ class Run:
     def plan(self) -> Plan:
         return Plan(
             max_steps=self.num_steps, log_every=self.log_every, eval_every=self.eval_every,
-            save_every=self.save_every, max_skipped_in_a_row=self.max_skipped_in_a_row,
+            validate_every=self.validation.every, save_every=self.save_every,
+            max_skipped_in_a_row=self.max_skipped_in_a_row,
         )  # fmt: skip

@@ -39,7 +39,7 @@ def data_of(
     return tokenizer, loader, eval_loader
 
 
-def eval_data_of(run: Run) -> EvalLoader:
+def eval_data_of(run: Run) -> tuple[Tokenizer, EvalLoader]:
     """Return what a single process evaluates; ValueError where nothing is held out."""
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
     loader = fitted(run.data, run.model).build_eval(
@@ -47,7 +47,7 @@ def eval_data_of(run: Run) -> EvalLoader:
     )
     if loader is None:
         raise ValueError("none of the data's documents is held out; set data.eval_path")
-    return loader
+    return tokenizer, loader
 
 
 def _check_alike(ranks: Ranks, loader: StepLoader) -> None:

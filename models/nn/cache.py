@@ -19,6 +19,9 @@ class LayerCache(Protocol):
 class Cache(Protocol):
     """What generation carries from one forward pass to the next."""
 
+    image_states: Tensor | None
+    """(B, I, states, E): what the text looks at, of images that an earlier pass encoded."""
+
     @property
     def length(self) -> int:
         """Positions stored so far."""
@@ -41,6 +44,7 @@ class GrowingCache:
     def __init__(self, num_layers: int) -> None:
         self.layers = [_GrowingLayer() for _ in range(num_layers)]
         self.segment_ids: Tensor | None = None
+        self.image_states: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -60,6 +64,8 @@ class GrowingCache:
     def reorder(self, rows: Tensor) -> None:
         assert self.segment_ids is not None
         self.segment_ids = self.segment_ids[rows]
+        if self.image_states is not None:
+            self.image_states = self.image_states[rows]
         for layer in self.layers:
             layer.reorder(rows)
 
@@ -93,6 +99,7 @@ class StaticCache:
         self.max_length, self.filled = max_length, 0
         self.layers = [_StaticLayer(max_length) for _ in range(num_layers)]
         self.segment_ids: Tensor | None = None
+        self.image_states: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -121,6 +128,8 @@ class StaticCache:
     def reorder(self, rows: Tensor) -> None:
         assert self.segment_ids is not None
         self.segment_ids = self.segment_ids[rows]
+        if self.image_states is not None:
+            self.image_states = self.image_states[rows]
         for layer in self.layers:
             layer.reorder(rows)
 

@@ -52,16 +52,21 @@ class DecoderModel(nn.Module):
         scale: Tensor | None = None,
         *,
         cache: Cache | None = None,
+        logits_to_keep: int = 0,
         **inputs: Any,
     ) -> Tensor | Loss:
         """Return the Loss against `labels`, or without labels the logits.
 
         input_ids, position_ids and segment_ids are (B, T) int64. `labels` and logits are the
         head's; `scale` (0-dim) multiplies the objective of backward, and nothing that is logged.
-        `inputs` go to the trunk: images, or an encoder's states.
+        `logits_to_keep` above 0: the head sees so many last positions alone (logits of 8k x 128k in
+        fp32 would take 4 GB). `inputs` go to the trunk: images, or an encoder's states.
         """
         if cache is not None:
             inputs["cache"] = cache
         hidden_BTD = self.trunk(input_ids, position_ids, segment_ids, **inputs)
+        if logits_to_keep:
+            hidden_BTD = hidden_BTD[:, -logits_to_keep:]
+            segment_ids = segment_ids[:, -logits_to_keep:]
         result: Tensor | Loss = self.head(hidden_BTD, segment_ids, labels, scale)
         return result

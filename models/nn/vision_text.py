@@ -79,15 +79,18 @@ class VisionTextTrunk(nn.Module):
         """Return the (B, T, D) hidden states of (B, T) ids.
 
         Images come as `pixel_values` (B, I, C, height, width) or as `image_states`, what
-        `encode_images` returned for them (generation encodes once), with `image_attention_mask`
-        (B, T, I), which image each position may look at, and `image_keys` (B, I, 2), hashes by
-        which an image memory knows them. Without images the cross-attention adds nothing.
-        ValueError where these do not fit together.
+        `encode_images` returned for them, with `image_attention_mask` (B, T, I), which image each
+        position may look at, and `image_keys` (B, I, 2), hashes by which an image memory knows
+        them. A cache keeps what was encoded: later passes bring the mask alone. Without images the
+        cross-attention adds nothing. ValueError where these do not fit together.
         """
         if pixel_values is not None and image_states is not None:
             raise ValueError("both pixel_values and image_states were given; leave one of them out")
         if pixel_values is not None:
             image_states = self.encode_images(pixel_values, interpolate_pos_encoding, image_keys)
+        if cache is not None:
+            image_states = cache.image_states if image_states is None else image_states
+            cache.image_states = image_states
         mask, states_BSE = None, None
         if image_states is not None:
             mask = _image_mask(image_states, image_attention_mask, segment_ids)

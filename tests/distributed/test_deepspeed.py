@@ -18,7 +18,6 @@ from trainer.distributed import Placement, Ranks
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.engines.native import NativeEngine
-from trainer.engines.passes import inputs
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
 from trainer.optim import SGD
@@ -112,7 +111,7 @@ def autotp_losses(placement: Placement, run: Run, rows: MadeRows) -> list[float]
         num_targets = sum(batch.num_targets() for batch in batches)
         total = torch.zeros(())
         for batch in batches:
-            loss = engine(*inputs(batch), batch.targets, 1 / num_targets)
+            loss = engine(*batch.text, batch.targets, 1 / num_targets)
             engine.backward(loss.objective, scale_wrt_gas=False)
             total += loss.sum
         engine.step()

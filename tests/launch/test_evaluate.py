@@ -113,6 +113,28 @@ def test_an_adapter_is_evaluated_on_its_base(
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_answers_of_a_run_are_judged_as_in_training_and_shown(
+    folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    pairs = [{"prompt": f"is {n} odd? ", "completion": ("no", "yes")[n % 2]} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    made = [
+        "experiment=sft", f"model.path={model_folder}", f"data.path={folder}/pairs.jsonl",
+        f"data.cache={folder}/cache", "data.eval_fraction=0.3", "data.row_tokens=64",
+        "precision=fp32", "max_steps=30", "max_epochs=null", "eval_every=15", "optim.lr=1e-2",
+        "schedule.warmup_steps=0", "validation.every=1", "validation.max_new_tokens=4",
+    ]  # fmt: skip
+    run_ranks(1, train_words, folder / "answers", made)
+    page = tmp_path / "page.html"
+    found = evaluated(f"checkpoint={folder}/answers", f"html={page}")
+    assert found == said(folder / "answers", 30)
+    assert found["exact_match"] > 0.2
+    assert "odd?" in page.read_text()
+    few = evaluated(f"checkpoint={folder}/answers", "validation.max_documents=3")
+    assert few["num_answers"] == 3
+    assert few["loss"] == found["loss"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -122,6 +144,11 @@ def test_an_adapter_is_evaluated_on_its_base(
         (["checkpoint={run}", "data.eval_pth=x"], "did you mean data.eval_path"),
         (["checkpoint={run}", "data.eval_path=x"], "data.eval_path=x does not exist"),
         (["checkpoint={run}", "data.eval_fraction=0"], "has nothing to evaluate on"),
+        (["checkpoint={run}", "html=x.html"], "the run asks for none; set validation.every=1"),
+        (
+            ["checkpoint={run}", "validation.every=1"],
+            "needs documents that ask and answer in words",
+        ),
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line(

@@ -38,6 +38,15 @@ def test_a_number_that_is_none_is_never_the_best() -> None:
     assert best.is_over
 
 
+def test_an_evaluation_without_the_number_is_no_better_and_no_worse() -> None:
+    best = Best(BestSpec(metric="exact_match", patience=1))
+    assert best.judge(1, {"exact_match": 0.5, "loss": 2.0})
+    assert not best.judge(2, {"loss": 1.0})
+    assert (best.num_worse, best.is_over) == (0, False)
+    assert not best.judge(3, {"exact_match": 0.4})
+    assert best.is_over
+
+
 def test_the_state_goes_on_and_is_forgotten_for_another_metric() -> None:
     _, best = judged(BestSpec(metric="loss", patience=3), [1.0, 2.0, 2.0])
     state = json.loads(json.dumps(best.state()))

@@ -275,6 +275,11 @@ def test_group_of_free_settings_may_become_empty_and_full_again() -> None:
     assert check_drift(empty, SAVED, []).keys() == {"callbacks", "callbacks.console.every"}
 
 
+def test_run_saved_before_answers_could_be_asked_for_goes_on() -> None:
+    new = copy.deepcopy(SAVED) | {"validation": {"every": 1}}
+    assert check_drift(SAVED, new, []) == {"validation.every": ("(absent)", 1)}
+
+
 def test_allowed_changes_do_not_hide_a_forbidden_one() -> None:
     new = changed("optim.lr", 0.5)
     new["seed"] = 7

@@ -112,3 +112,5 @@ def test_a_mask_in_words() -> None:
     segments = np.array([1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0])
     expected = [-1, 0, 0, 0, -1, -1, 1, 1, 2, 2, -1, -1]
     assert latest_image(ids, segments, IMAGE, EOS).tolist() == expected
+    in_front = np.array([IMAGE, IMAGE, IMAGE, 2])  # padding may have any id
+    assert latest_image(in_front, np.array([0, 0, 1, 1]), IMAGE, EOS).tolist() == [-1, -1, 0, 0]

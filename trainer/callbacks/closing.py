@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.generation import sample
 from trainer.progress import Progress
+from trainer.validation.spec import VALIDATION
 
 log = logging.getLogger(__name__)
 CONTENTS = {
@@ -68,6 +69,8 @@ class ClosingCallback(Callback):
             best = self.checkpoint.with_name("best")
             if best.is_file():
                 log.info("  %-12s %s", "best", best.with_name(best.read_text().strip()))
+        if (self.view.folder / VALIDATION).is_file():
+            log.info("  %-12s %s", "answers", self.view.folder / VALIDATION)
         log.info("  %-12s %s", "metrics", self.view.folder / "metrics.jsonl")
         log.info("  %-12s %s", "config", self.view.folder / "config.yaml")
         if self.spec.next_commands:

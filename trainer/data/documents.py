@@ -23,6 +23,8 @@ from trainer.data.tokens import TokenStore
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from trainer.data.images.batches import ImageBatches
 
 
@@ -100,7 +102,7 @@ class PackedDocuments:
             document = document + 1 if document + 1 in own else own.start
         raise DataError(f"{self.store.parts[number].folder} holds bad rows alone; correct the data")
 
-    def _example(self, document: int) -> Example:
+    def example(self, document: int) -> Example:
         """Return a document behind its virtual tokens, whose targets are those of peft's loss.
 
         Of a document that is learnt from end to end, the last virtual token predicts the first.
@@ -117,6 +119,17 @@ class PackedDocuments:
         ids = np.concatenate((self.virtual_ids, example.input_ids))
         return replace(example, input_ids=ids, labels=labels)
 
+    def num_images(self, document: int) -> int:
+        return self._documents.num_images(document)
+
+    def with_images(self, batch: Batch, rows: list[list[int]], beside: list[int]) -> Batch:
+        """Return a batch with the images of its rows' documents; see ImageBatches.added."""
+        return batch if self._images is None else self._images.added(batch, rows, beside)
+
+    def pictures(self, document: int, ids: list[int]) -> "list[Image]":
+        """Return the images whose places are among the first tokens `ids` of a document."""
+        return [] if self._images is None else self._images.pictures(document, ids)
+
     def _batch(self, rows: list[list[int]], num_rows: int, most: int) -> Batch:
         """Return documents as a batch of `num_rows` rows, with classes for `most` in each row."""
         columns = {name: np.zeros((num_rows, self.row_tokens), np.int64) for name in COLUMNS}
@@ -129,7 +142,7 @@ class PackedDocuments:
         for place, documents in enumerate(rows):
             first = segment = 0
             for number, document in enumerate(documents):
-                example = self._example(document)
+                example = self.example(document)
                 length = min(len(example.input_ids), self.row_tokens)
                 run = slice(first, first + length)
                 columns["input_ids"][place, run] = example.input_ids[:length]

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.nn.cache import Cache
 from models.nn.head import Loss
 from trainer.batch import Batch
 from trainer.engines.counting import count_step
 from trainer.engines.deepspeed_gradients import Gradients
 from trainer.engines.deepspeed_state import ShardedState
-from trainer.engines.passes import Keys, PlainPasses
+from trainer.engines.passes import Keys, PlainPasses, cache_for
 from trainer.engines.protocol import Surroundings
 from trainer.mesh import Mesh
 from trainer.pieces import Piece
@@ -75,6 +76,16 @@ class DeepSpeedTrainer:
         length = batch.input_ids.shape[1]
         batch = batch.padded(-length % self.mesh.row_multiple).to(self.device)
         return self.passes.logits(batch)[:, :length]
+
+    def new_cache(self) -> Cache | None:
+        return cache_for(self.engine.module, self.mesh)
+
+    @torch.no_grad()
+    def next_logits(self, batch: Batch, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return self.logits(batch)[:, -1]
+        self.engine.eval()
+        return self.passes.next_logits(batch.to(self.device), cache)
 
     def weights(self) -> dict[str, Piece]:
         return self.state.weights()

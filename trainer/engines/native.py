@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from models.layout import Layout
+from models.nn.cache import Cache
 from models.nn.head import Loss
 from trainer.batch import Batch
 from trainer.engines.counting import count_step
-from trainer.engines.passes import Keys, Passes, PlainPasses
+from trainer.engines.passes import Keys, Passes, PlainPasses, cache_for
 from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.protocol import Surroundings
 from trainer.engines.topology_free import TreePasses
@@ -174,6 +175,17 @@ class NativeTrainer:
         length = batch.input_ids.shape[1]
         batch = batch.padded(-length % self.mesh.row_multiple).to(self.device)
         return self.passes.logits(batch)[:, :length]
+
+    def new_cache(self) -> Cache | None:
+        return cache_for(self.parts[0], self.mesh)
+
+    @torch.no_grad()
+    def next_logits(self, batch: Batch, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return self.logits(batch)[:, -1]
+        assert isinstance(self.passes, PlainPasses), "stages keep no cache"
+        self._set_training(False)
+        return self.passes.next_logits(batch.to(self.device), cache)
 
     def _set_training(self, mode: bool) -> None:
         for part in self.parts:

@@ -1,13 +1,15 @@
 """Forward and backward passes over the micro-batches of a step, in one piece of the model."""
 
 import hashlib
-from contextlib import nullcontext
-from typing import Protocol, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from models.nn.cache import Cache, GrowingCache
 from models.nn.head import Loss
+from models.nn.model import DecoderModel
 from trainer.batch import Batch
 from trainer.mesh import Mesh
 from trainer.parallel import context_parallel
@@ -83,19 +85,33 @@ class PlainPasses:
     def _loss(self, batch: Batch, scale: Tensor) -> Loss:
         if self.cp:
             batch = context_parallel.share(batch, self.cp)
-        return cast(Loss, self._model(*inputs(batch), batch.targets, scale, **batch.images))
+        return cast(Loss, self._model(*batch.text, batch.targets, scale, **batch.images))
 
     def logits(self, batch: Batch) -> Tensor:
         if self.cp:
             batch = context_parallel.share(batch, self.cp)
-        # Generated text has another length at every step: no graph for each.
-        with torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext():
+        with self._eagerly():
             # Without a scale labels are no targets: they say for how many segments to answer.
-            logits = cast(Tensor, self._model(*inputs(batch), batch.class_labels, **batch.images))
+            logits = cast(Tensor, self._model(*batch.text, batch.class_labels, **batch.images))
         if self.cp is None or batch.class_labels is not None:  # a text's answer is not cut
             return logits
         return context_parallel.all_tokens(logits, self.cp)
 
+    def next_logits(self, batch: Batch, cache: Cache) -> Tensor:
+        """Return the logits of what follows each row, of which the cache holds the beginning."""
+        with self._eagerly():
+            found = self._model(*batch.text, cache=cache, logits_to_keep=1, **batch.images)
+        return cast(Tensor, found)[:, 0]
 
-def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.input_ids, batch.position_ids, batch.segment_ids
+    def _eagerly(self) -> AbstractContextManager[None]:
+        """Generated text has another length at every step: no graph for each."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
+
+def cache_for(model: nn.Module, mesh: Mesh) -> Cache | None:
+    """Return an empty cache; None where none can be kept: of other models, and where ranks share
+    the layers or the tokens of a row."""
+    is_shared = any(mesh.size(axis) > 1 for axis in ("pp", "cp", "tp"))
+    if is_shared or not isinstance(model, DecoderModel):
+        return None
+    return GrowingCache(cast(Any, model.trunk).num_cached_layers)

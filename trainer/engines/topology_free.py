@@ -18,10 +18,19 @@ NUM_THREADS = 1  # of a CPU rank: how many threads share a sum decides the order
 
 
 def check_topology_free(
-    axes: dict[str, int], *, micro_rows: int | None, precision: Precision, has_gpu: bool
+    axes: dict[str, int],
+    *,
+    owns_sums: bool,
+    micro_rows: int | None,
+    precision: Precision,
+    has_gpu: bool,
 ) -> None:
     """Raise ValueError for a run that cannot be the same bits on other meshes."""
     key = "deterministic=topology_free"
+    if not owns_sums:
+        raise ValueError(
+            f"{key} needs every sum to be ours; set engine=native, or deterministic=off"
+        )
     for axis in ("pp", "cp", "tp"):
         if axes[axis] > 1:
             raise ValueError(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import xxhash
+from PIL.Image import Image
 
 from trainer.batch import Batch
 from trainer.data.document_store import DocumentStore
@@ -77,11 +78,20 @@ class ImageBatches:
             for reference in self.store.example(document).images or ()
         ]
 
+    def pictures(self, document: int, ids: list[int]) -> list[Image]:
+        """Return the images whose places are among the first tokens `ids` of a document."""
+        references = self.store.example(document).images or ()
+        wanted = references[: ids.count(self.image_token_id)]
+        return [self._picture(document, reference) for reference in wanted]
+
     def _pixels(self, document: int, reference: ImageReference) -> np.ndarray:
+        return self.processor(self._picture(document, reference))
+
+    def _picture(self, document: int, reference: ImageReference) -> Image:
         part, _ = self.store.part_of(document)
         files = self.files[part]
         try:
-            return self.processor(files.read(reference))
+            return files.read(reference)
         except BadRowError as error:
             # No bad row any more: the other ranks have dealt the step with this document in it.
             raise DataError(

@@ -14,7 +14,7 @@ def latest_image(
     before, had that no EOS.
     """
     places = np.arange(len(ids))
-    is_image = ids == image_token_id
+    is_image = (ids == image_token_id) & (segments > 0)  # padding may have the id of anything
     is_first = np.diff(segments, prepend=-1) != 0
     latest = _latest(is_image, places)
     start = _latest(is_first, places)

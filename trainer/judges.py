@@ -1,0 +1,41 @@
+"""Who judges a run's model on held-out data: by its losses, and by the answers it writes."""
+
+from pathlib import Path
+
+import torch
+
+from trainer.data.documents import PackedDocuments
+from trainer.data.loader import EvalLoader
+from trainer.data.tokenizers import Tokenizer
+from trainer.evaluate import Evaluator
+from trainer.mesh import Mesh
+from trainer.run import Run
+from trainer.validation.validator import Validator, validator_of
+
+
+def evaluator_of(
+    run: Run, loader: EvalLoader | None, mesh: Mesh, device: torch.device
+) -> Evaluator | None:
+    """Return what finds the losses; None: nothing is held out."""
+    if loader is None:
+        return None
+    return Evaluator(loader=loader, task=run.task, labels=run.data.labels, mesh=mesh, device=device)
+
+
+def answer_judge(
+    run: Run,
+    loader: EvalLoader | None,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    tokenizer: Tokenizer,
+    page: Path | None,
+) -> Validator | None:
+    """Return what asks for answers and writes `page`; None: the run asks for none."""
+    if loader is None or run.validation.every is None:
+        return None
+    assert isinstance(loader.rows, PackedDocuments), "Run.check refuses other data"
+    return validator_of(
+        run.validation, loader.rows, tokenizer=tokenizer, mesh=mesh, device=device,
+        max_positions=run.model.max_position_embeddings, page=page,
+    )  # fmt: skip
