@@ -53,6 +53,23 @@ def params_of(model: Any) -> Any:
     return gemma_jax.to_jax(to_flax(dict(model.named_parameters())))
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "tied", "bias", "activation", "theta", "padding"),
+    [  # Every choice at least once; the slow command draws others.
+        ((4, 1), 8, True, False, "gelu_pytorch_tanh", 10_000.0, "none"),
+        ((4, 2), 16, False, True, "silu", 500_000.0, "left"),
+        ((2, 2), 8, False, False, "gelu_pytorch_tanh", 500_000.0, "right"),
+        ((4, 1), 16, True, True, "silu", 10_000.0, "packed"),
+    ],
+)
+def test_logits_loss_and_gradients_equal_those_of_torch(
+    heads: tuple[int, int], head_dim: int, tied: bool, bias: bool, activation: str, theta: float,
+    padding: str,
+) -> None:  # fmt: skip
+    check_against_torch(heads, head_dim, tied, bias, activation, theta, padding)
+
+
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     heads=st.sampled_from([(4, 1), (4, 2), (2, 2)]),
@@ -63,7 +80,14 @@ def params_of(model: Any) -> Any:
     theta=st.sampled_from([10_000.0, 500_000.0]),
     padding=st.sampled_from(PADDINGS),
 )
-def test_logits_loss_and_gradients_equal_those_of_torch(
+def test_any_choices_together_equal_those_of_torch(
+    heads: tuple[int, int], head_dim: int, tied: bool, bias: bool, activation: str, theta: float,
+    padding: str,
+) -> None:  # fmt: skip
+    check_against_torch(heads, head_dim, tied, bias, activation, theta, padding)
+
+
+def check_against_torch(
     heads: tuple[int, int], head_dim: int, tied: bool, bias: bool, activation: str, theta: float,
     padding: str,
 ) -> None:  # fmt: skip
