@@ -168,7 +168,7 @@ def test_what_a_run_says_of_its_answers_is_the_same_on_other_ranks(
 ) -> None:
     """It learns to answer, so that answers end at different tokens."""
     settings: dict[str, Any] = {
-        "max_steps": 50, "eval_every": 10, "save_every": 10, "log_every": 50,
+        "max_steps": 50, "eval_every": 10, "log_every": 50,
         "best": BestSpec(metric="exact_match"),
         "validation": ValidationSpec(every=2, max_new_tokens=16, batch_documents=3, samples=5),
     }  # fmt: skip
@@ -206,12 +206,14 @@ def test_the_last_evaluation_has_answers_though_patience_ran_out_before(
     assert ["exact_match" in line for line in lines] == [False, True]
 
 
-def rows_of(folder: Path, rows: list[dict[str, Any]], tokens: Tokenizer) -> PackedDocuments:
+def rows_of(
+    folder: Path, rows: list[dict[str, Any]], tokens: Tokenizer, virtual_ids: tuple[int, ...] = ()
+) -> PackedDocuments:
     data = DocumentData(
         path=written(folder / "rows.jsonl", rows), eval_path=written(folder / "eval.jsonl", rows),
         encoder=ChatEncoder(), row_tokens=200, global_documents=2, cache=str(folder / "cache"),
     )  # fmt: skip
-    loader = data.build_eval(tokenizer=tokens)
+    loader = data.build_eval(tokenizer=tokens, virtual_ids=virtual_ids)
     assert loader is not None
     assert isinstance(loader.rows, PackedDocuments)
     return loader.rows
@@ -248,6 +250,14 @@ def test_what_stands_before_learnt_tokens_is_asked_and_nothing_else(tmp_path: Pa
     (pair,) = (pair for pair in found if "im_start" not in pair[0])
     assert pair[0].endswith("what? ")
     assert pair[1].startswith("that")
+
+
+def test_virtual_tokens_stand_before_questions_and_ask_nothing_themselves(tmp_path: Path) -> None:
+    tokens = ByteTokenizer()
+    pairs = [{"prompt": "a?", "completion": "b"}, {"text": "a story"}]
+    (question,) = asked(rows_of(tmp_path, pairs, tokens, (300, 301)))
+    assert question.prompt == [300, 301, tokens.bos_token_id, *b"a?"]
+    assert question.reference == [*b"b", tokens.eos_token_id]
 
 
 def test_some_documents_are_taken_at_equal_distances() -> None:
