@@ -1,6 +1,7 @@
 """The contract between data and model: one micro-batch of one rank, in fixed shapes."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Batch:
     """(B, I, C, height, width) images of each row, padded to the same number I."""
     image_attention_mask: Tensor | None = None
     """(B, T, I), 1 where a position may look at an image."""
+    blank_image: bool = False
+    """Without images: whether what looks at images runs all the same, on a blank one that no
+    position sees, since it runs on other ranks at the same time."""
     provenance: tuple[str, ...]
     """For each row where it came from: `source[first:last]` in units of that source's documents."""
 
@@ -41,10 +45,10 @@ class Batch:
         return self.labels if self.class_labels is None else self.class_labels
 
     @property
-    def images(self) -> dict[str, Tensor]:
+    def images(self) -> dict[str, Any]:
         """What the trunk takes beside text."""
         if self.pixel_values is None or self.image_attention_mask is None:
-            return {}
+            return {"blank_image": True} if self.blank_image else {}
         mask = self.image_attention_mask
         return {"pixel_values": self.pixel_values, "image_attention_mask": mask}
 
