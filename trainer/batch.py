@@ -31,6 +31,9 @@ class Batch:
     """(B, T, I), 1 where a position may look at an image."""
     image_keys: Tensor | None = None
     """(B, I, 2), on the host: hashes of the pixels of each image."""
+    blank_image: bool = False
+    """Without images: whether what looks at images runs all the same, on a blank one that no
+    position sees, since it runs on other ranks at the same time."""
     provenance: tuple[str, ...]
     """For each row where it came from: `source[first:last]` in units of that source's documents."""
 
@@ -49,11 +52,12 @@ class Batch:
         return self.input_ids, self.position_ids, self.segment_ids
 
     @property
-    def images(self) -> dict[str, Tensor]:
+    def images(self) -> dict[str, Any]:
         """What the trunk takes beside text; a mask alone is about images that a cache holds."""
         names = ("pixel_values", "image_attention_mask", "image_keys")
         found = {name: getattr(self, name) for name in names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        images = {name: tensor for name, tensor in found.items() if tensor is not None}
+        return images | ({"blank_image": True} if self.blank_image else {})
 
     def num_targets(self) -> Tensor:
         """Return how many targets there are (0-dim, int64)."""

@@ -3,6 +3,8 @@
 Source: Alayrac et al. 2022 (Flamingo), section 3.1.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +29,15 @@ class ImageMask:
         # row.
         self.mask_B1TS = (mask_BTS | ~has_image_BT1)[:, None]
         self.is_blind_BT1 = ~has_image_BT1
+        self.is_blank = False
+        """Whether it is known, without a look at the mask, that no position sees an image."""
+
+    @classmethod
+    def blank(cls, segments_BT: Tensor, num_states: int) -> "ImageMask":
+        """Return the mask of `num_states` states that no position looks at."""
+        mask = cls(torch.zeros_like(segments_BT)[..., None], num_states)
+        mask.is_blank = True
+        return mask
 
 
 class CrossAttention(nn.Module):
@@ -66,7 +77,7 @@ class CrossAttention(nn.Module):
         )  # fmt: skip
         if self.has_qk_norms:
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training and not mask.is_blank else 0.0
         scale = self.head_dim**-0.5
         mixed = self.backend.attend(query, key, value, mask.mask_B1TS, dropout=dropout, scale=scale)
         # Here, not behind o_proj: this side of it sees all tokens of a row on every layout.
@@ -110,6 +121,11 @@ class GatedCrossBlock(nn.Module):
                 inits[name] = Init(std=(0.4 / (parameter.shape[1] * factor)) ** 0.5)
         return inits
 
+    def image_weights(self) -> Iterator[nn.Parameter]:
+        """Yield the weights that act on images alone."""
+        yield from (*self.cross_attn.parameters(), *self.input_layernorm.parameters())
+        yield self.alpha_cross_attn
+
     def forward(
         self, x_BTD: Tensor, states_BSE: Tensor | None = None, mask: ImageMask | None = None
     ) -> Tensor:
@@ -120,7 +136,7 @@ class GatedCrossBlock(nn.Module):
             # they are where the block is an FSDP2 unit, or the sums would differ in the last bit.
             states_BSE = states_BSE.view_as(states_BSE)
             crossed = self.cross_attn(self.input_layernorm(x_BTD), states_BSE, mask)
-            crossed = F.dropout(crossed, self.dropout, self.training)
+            crossed = F.dropout(crossed, self.dropout, self.training and not mask.is_blank)
             x_BTD = x_BTD + self.alpha_cross_attn.tanh() * crossed
         dense = self.mlp(self.post_attention_layernorm(x_BTD))
         dense = F.dropout(dense, self.dropout, self.training)

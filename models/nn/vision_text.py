@@ -1,7 +1,9 @@
 """A decoder that looks at images through gated cross-attention, and which parts of it train."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.nn import backends
@@ -48,6 +50,8 @@ class VisionTextTrunk(nn.Module):
         self.has_resampler = spec.use_resampler
         self.image_memory: ImageMemory | None = None
         """Of a frozen tower, where it is asked for."""
+        vision = spec.vision_config
+        self.image_shape = (vision.num_channels, vision.image_size, vision.image_size)
         self.layers = nn.ModuleList(
             _decoder_block(spec, self.backend) for _ in range(spec.num_hidden_layers)
         )
@@ -74,6 +78,7 @@ class VisionTextTrunk(nn.Module):
         image_states: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         image_keys: Tensor | None = None,
+        blank_image: bool = False,
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
         """Return the (B, T, D) hidden states of (B, T) ids.
@@ -82,7 +87,8 @@ class VisionTextTrunk(nn.Module):
         `encode_images` returned for them, with `image_attention_mask` (B, T, I), which image each
         position may look at, and `image_keys` (B, I, 2), hashes by which an image memory knows
         them. A cache keeps what was encoded: later passes bring the mask alone. Without images the
-        cross-attention adds nothing. ValueError where these do not fit together.
+        cross-attention adds nothing; with `blank_image` it runs all the same, and adds zeros: every
+        weight then has a gradient, if only zero. ValueError where these do not fit together.
         """
         if pixel_values is not None and image_states is not None:
             raise ValueError("both pixel_values and image_states were given; leave one of them out")
@@ -95,6 +101,9 @@ class VisionTextTrunk(nn.Module):
         if image_states is not None:
             mask = _image_mask(image_states, image_attention_mask, segment_ids)
             states_BSE = image_states.flatten(1, 2)
+        elif blank_image:
+            states_BSE = self._blank_states(segment_ids.device).expand(len(segment_ids), -1, -1)
+            mask = ImageMask.blank(segment_ids, states_BSE.shape[1])
         x_BTD = self.embed_tokens(input_ids)
         cos_BTH, sin_BTH = self.rotary_emb(position_ids, x_BTD.dtype)
         text_mask = self.backend.prepare(segments_for(segment_ids, cache))
@@ -131,6 +140,24 @@ class VisionTextTrunk(nn.Module):
         else:
             states_XSE = resampled(memory.states(pixels_XCHW, image_keys.flatten(0, 1), seen))
         return states_XSE.unflatten(0, pixel_values.shape[:2])
+
+    def _blank_states(self, device: torch.device) -> Tensor:
+        """Return the (1, states, E) of one blank image; what is drawn for it is not missed after.
+
+        So the dropout of a micro-batch does not depend on what other ranks look at beside it.
+        """
+        pixels = torch.zeros((1, 1, *self.image_shape), device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return self.encode_images(pixels).flatten(1, 2)
+
+    def image_weights(self) -> Iterator[nn.Parameter]:
+        """Yield the weights that act on images alone."""
+        yield from self.vision_model.parameters()
+        if self.has_resampler:
+            yield from self.perceiver_resampler.parameters()
+        for gated in self.gated_cross_attn_layers:
+            if isinstance(gated, GatedCrossBlock):  # not: of another pipeline stage
+                yield from gated.image_weights()
 
 
 def _image_mask(states_BISE: Tensor, mask_BTI: Tensor | None, segments_BT: Tensor) -> ImageMask:
@@ -214,3 +241,9 @@ def _freeze_but(part: nn.Module, exceptions: tuple[str, ...], key: str) -> None:
     for module in part.modules():
         if isinstance(module, kinds):
             module.requires_grad_(True)
+
+
+def trains_on_images(model: nn.Module) -> bool:
+    """Whether a weight trains that acts on images alone."""
+    trunks = [module for module in model.modules() if isinstance(module, VisionTextTrunk)]
+    return any(weight.requires_grad for trunk in trunks for weight in trunk.image_weights())

@@ -15,6 +15,7 @@ from models.idefics import IdeficsSpec
 from models.nn.cache import GrowingCache
 from models.nn.decoupled import DecoupledEmbedding, DecoupledLMHead
 from models.nn.init import Init, initializers
+from models.nn.vision_text import trains_on_images
 
 SPEC: IdeficsSpec = specs()["Idefics"]
 
@@ -306,3 +307,46 @@ def test_images_without_a_fitting_mask_are_refused() -> None:
         model(**batch)
     with pytest.raises(ValueError, match=r"shape \(2, 18, 1\)"):
         model(**batch, image_attention_mask=mask[:, :, :1])
+
+
+def test_a_blank_image_changes_no_bit_and_gives_every_weight_a_gradient() -> None:
+    """Also under dropout: what is drawn for it leaves the other numbers as they are."""
+    vision = replace(SPEC.vision_config, attention_dropout=0.3)
+    model = built(replace(SPEC, dropout=0.3, vision_config=vision)).train()
+    batch = inputs(SPEC)
+    text = {key: batch[key] for key in ("input_ids", "position_ids", "segment_ids")}
+    found = []
+    for images in ({}, {"blank_image": True}):
+        torch.manual_seed(0)
+        logits = model(**text, **images)
+        model.zero_grad()
+        logits.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found.append((logits, gradients, torch.rand(3)))
+    (logits, plain, drawn), (others, blank, after) = found
+    assert logits.equal(others)
+    assert drawn.equal(after)
+    of_images = {id(weight) for weight in model.trunk.image_weights()}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            is_of_images = id(weight) in of_images
+            assert (plain[name] is None) == is_of_images, name
+            expected = torch.zeros_like(weight) if is_of_images else plain[name]
+            assert blank[name].equal(expected), name
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        ((), True),
+        (("cross_attn.", "alpha_cross_attn", "0.input_layernorm", "1.input_layernorm"), True),
+        (("vision_model.", "perceiver_resampler."), True),
+        (("vision_model.", "perceiver_resampler.", "gated_cross_attn_layers."), False),
+    ],
+)
+def test_what_trains_on_images_is_known(frozen: tuple[str, ...], expected: bool) -> None:
+    model = built(SPEC)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not any(part in name for part in frozen))
+    assert trains_on_images(model) == expected
+    assert not trains_on_images(built(specs()["Llama"]))

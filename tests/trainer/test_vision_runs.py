@@ -1,9 +1,11 @@
 """Runs on rows with images: the same losses on any ranks and after a resume, and early refusals."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.parity.oracle import specs
@@ -16,13 +18,17 @@ from tests.trainer.test_documents import numbers
 from trainer.data.images.processor import FILE, ImageProcessor
 from trainer.data.images.tokens import TOKENS, image_tokens
 from trainer.data.named_sources import Source
+from trainer.data.sample_order import SampleOrder
 from trainer.data.vision_text import VisionTextEncoder
 from trainer.data.vision_text_data import VisionTextData
+from trainer.engines.deepspeed import DeepSpeedEngine
+from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.evaluate_run import evaluate_run
 from trainer.mesh import MeshSpec
 from trainer.run import Run
 from trainer.run_tokenizer import check_tokenizer, tokenizer_of
 
+import_deepspeed("cpu")  # once, not in every rank
 SPEC = specs()["Idefics"]
 MODEL = replace(SPEC, vocab_size=258)  # and 2 additional ids
 
@@ -45,7 +51,7 @@ def run_on(data: VisionTextData, cache: Path, **changes: Any) -> Run:
 
 @pytest.mark.parametrize(
     ("mesh", "micro_rows"),
-    # Of single rows the last ones are text: DDP stops where no image is in sight of them.
+    # Of single rows the last ones are text: DDP stops where what ran before does not run there.
     [(MeshSpec(dp_shard=2), 3), (MeshSpec(dp_replicate=2), 1)],
 )
 def test_losses_are_the_same_packed_or_not_and_after_a_change_of_ranks(
@@ -61,6 +67,33 @@ def test_losses_are_the_same_packed_or_not_and_after_a_change_of_ranks(
     assert [line[:2] + line[3:] for line in found] == [line[:2] + line[3:] for line in expected]
     assert [n[2] for n in found] == pytest.approx([n[2] for n in expected], rel=1e-12, abs=0)
     assert curve(tmp_path / "off", "images") == curve(tmp_path / "packed", "images")
+
+
+def test_a_run_whose_first_steps_are_text_alone_goes_on_with_images_elsewhere(
+    tmp_path: Path, cache: Path
+) -> None:
+    size, count = 6, 24
+    image, *_ = write_pictures(tmp_path, 1)
+    order = SampleOrder(counts=(count,), weights=(Fraction(1),), seed=0).locate(np.arange(count))
+    rows: list[dict[str, Any]] = [{}] * count
+    for place, row in enumerate(order):
+        has_image = place >= 2 * size and place % 3 > 0
+        rows[row] = {"text": f"text {row}"} | ({"image": image} if has_image else {})
+    data = VisionTextData(
+        path=write_rows(tmp_path / "rows.jsonl", rows), encoder=VisionTextEncoder(), micro_rows=1,
+        processor=ImageProcessor(image_size=SPEC.vision_config.image_size), eval_fraction=0.0,
+        row_tokens=64, row_images=5, global_documents=size, cache=str(tmp_path / "cache"),
+        packing="off",
+    )  # fmt: skip
+    one = run_on(data, cache, eval_every=None, precision="fp32")
+    run_ranks(1, train, tmp_path / "one", one)
+    zero = replace(one, engine=DeepSpeedEngine(stage=2), mesh=MeshSpec(dp_replicate=2), max_steps=2)
+    run_ranks(2, train, tmp_path / "many", zero)
+    run_ranks(2, train, tmp_path / "many", replace(one, mesh=MeshSpec(dp_shard=2)))
+    for key in ("loss", "grad_norm"):
+        expected = curve(tmp_path / "one", key)
+        assert len(expected) == 4
+        assert curve(tmp_path / "many", key) == pytest.approx(expected, rel=1e-4, abs=0)
 
 
 def test_topology_free_runs_are_equal_in_every_bit(

@@ -7,7 +7,7 @@ reads those of its own micro-batches.
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -76,10 +76,8 @@ class PackedDocuments:
             batch = self._batch(held, micro_rows, most)
             if self._images is not None:
                 start = first - rank * micro_rows  # of the micro-batches that ranks have together
-                is_last = start + stride >= len(rows)
-                beside = rows if is_last else rows[start : start + stride]
-                documents_beside = [found[place] for row in beside for place in row]
-                batch = self._images.added(batch, held, documents_beside)
+                together = [found[place] for row in rows[start : start + stride] for place in row]
+                batch = self._images.added(batch, held, together)
             numbers = sorted(samples[place] for row in own for place in row)
             yield batch, _ranges(numbers)
 
@@ -156,7 +154,9 @@ class PackedDocuments:
                     assert example.classes is not None
                     classes[place, number] = example.classes[0] if has_pairs else example.classes
                 first += length
-        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(column) for name, column in columns.items()
+        }
         return Batch(
             **tensors,
             class_labels=None if classes is None else torch.from_numpy(classes),

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from itertools import accumulate, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,9 @@ class PackedRows:
             self._fill({name: column[place] for name, column in columns.items()}, row)
             for place, row in enumerate(rows)
         ]
-        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(column) for name, column in columns.items()
+        }
         return Batch(**tensors, provenance=tuple(provenance))
 
     def _fill(self, columns: dict[str, np.ndarray], row: int) -> str:

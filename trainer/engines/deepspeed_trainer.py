@@ -7,10 +7,12 @@ from torch import Tensor
 
 from models.nn.cache import Cache
 from models.nn.head import Loss
+from models.nn.vision_text import trains_on_images
 from trainer.batch import Batch
 from trainer.engines.counting import count_step
 from trainer.engines.deepspeed_gradients import Gradients
 from trainer.engines.deepspeed_state import ShardedState
+from trainer.engines.micro_batches import prepared
 from trainer.engines.passes import Keys, PlainPasses, cache_for
 from trainer.engines.protocol import Surroundings
 from trainer.mesh import Mesh
@@ -29,11 +31,14 @@ class DeepSpeedTrainer:
         self.optim, self.schedule = around.optim, around.schedule
         self.max_steps = around.max_steps
         self.gradients = Gradients(state)
+        # Stage 3 and offload start to sum in the first backward pass: what has no gradient there is
+        # added to that of the step before. What has none in the last one may not be taken over.
+        self.with_image = (0, -1) if trains_on_images(self.engine.module) else ()
         if self.stage == 0:
             self.engine.enable_backward_allreduce = False  # done here, before the norm
 
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
-        micro_batches = [batch.to(self.device) for batch in micro_batches]
+        micro_batches = prepared(micro_batches, self.device, self.with_image)
         counts = count_step(micro_batches, num_tokens, self.mesh, self.device)
         scale = self.mesh.token_size / counts[0].clamp(min=1).double()
         self.engine.train()

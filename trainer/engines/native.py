@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from models.layout import Layout
 from models.nn.cache import Cache
 from models.nn.head import Loss
+from models.nn.vision_text import trains_on_images
 from trainer.batch import Batch
 from trainer.engines.counting import count_step
+from trainer.engines.micro_batches import prepared
 from trainer.engines.passes import Keys, Passes, PlainPasses, cache_for
 from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.protocol import Surroundings
@@ -150,9 +152,11 @@ class NativeTrainer:
     ) -> None:
         self.parts, self.passes, self.mesh, self.device = parts, passes, mesh, device
         self.update = update
+        # DDP reduces what has a gradient in the last backward pass, and waits for all.
+        self.with_image = (-1,) if any(map(trains_on_images, parts)) else ()
 
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
-        micro_batches = [batch.to(self.device) for batch in micro_batches]
+        micro_batches = prepared(micro_batches, self.device, self.with_image)
         counts = count_step(micro_batches, num_tokens, self.mesh, self.device)
         # DDP and FSDP2 average gradients over ranks with different tokens; this makes them the mean
         # over all targets of the step.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.nn.head import Loss
 from trainer.batch import Batch
+from trainer.engines.micro_batches import alike
 from trainer.engines.passes import Keys
 from trainer.parallel import context_parallel
 from trainer.parallel.pipeline import Relay, Stages, num_scheduled
@@ -54,7 +55,7 @@ class PipelinedPasses:
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
         if self.cp:
             micro_batches = [context_parallel.share(batch, self.cp) for batch in micro_batches]
-        micro_batches = self._filled_up(micro_batches)
+        micro_batches = alike(self._filled_up(micro_batches))
         if len(micro_batches) != self._num_scheduled:
             self.schedule, self._num_scheduled = self._build(micro_batches), len(micro_batches)
         self._step, self._counts, self.sums = step, [0] * len(self.called), []
@@ -185,7 +186,7 @@ class PipelinedPasses:
         )  # fmt: skip
 
 
-def _joined(micro_batches: list[Batch]) -> dict[str, Tensor]:
+def _joined(micro_batches: list[Batch]) -> dict[str, Any]:
     """Return the rows of all micro-batches: the schedule cuts them apart again."""
     several = [
         {
@@ -197,4 +198,7 @@ def _joined(micro_batches: list[Batch]) -> dict[str, Tensor]:
         }
         for batch in micro_batches
     ]
-    return {name: torch.cat([one[name] for one in several]) for name in several[0]}
+    return {
+        name: torch.cat([one[name] for one in several]) if isinstance(first, Tensor) else first
+        for name, first in several[0].items()
+    }

@@ -1,7 +1,8 @@
 """Made-up batches that are harder than real ones: uneven documents, targets and padding."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +28,26 @@ class MadeRows:
     virtual_ids: Sequence[int] = ()
     """What every document begins with."""
     images: tuple[int, int, int] | None = None
-    """Images per row, channels, and height = width; None: text alone."""
+    """Images of a row that has some, channels, and height = width; None: text alone."""
 
     def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Batch]:
         """Return what data rank `rank` of `num_ranks` trains on in step number `step`."""
-        made = self._made(step)
-        starts = range(rank * self.micro_rows, self.rows, num_ranks * self.micro_rows)
+        made, first, stride = self._made(step), rank * self.micro_rows, num_ranks * self.micro_rows
         return [
-            Batch(
-                **{name: x[start : start + self.micro_rows] for name, x in made.items()},
-                provenance=(f"made[{start}:{start + self.micro_rows}]",),
-            )
-            for start in starts
+            self._cut(made, start, slice(start - first, start - first + stride))
+            for start in range(first, self.rows, stride)
         ]
+
+    def _cut(self, made: dict[str, Tensor], start: int, together: slice) -> Batch:
+        """Return the micro-batch of rows from `start`; all ranks' are rows `together`."""
+        stop = start + self.micro_rows
+        own: dict[str, Any] = {name: x[start:stop] for name, x in made.items()}
+        batch = Batch(**own, provenance=(f"made[{start}:{stop}]",))
+        mask = batch.image_attention_mask
+        if mask is None or mask.any():
+            return batch
+        is_beside = bool(made["image_attention_mask"][together].any())
+        return replace(batch, pixel_values=None, image_attention_mask=None, blank_image=is_beside)
 
     def num_tokens(self, batches: list[Batch]) -> int:
         return sum(int((batch.segment_ids > 0).sum()) for batch in batches)
@@ -55,9 +63,14 @@ class MadeRows:
             shape = (self.rows, count, channels, size, size)
             made["pixel_values"] = torch.randn(shape, generator=random, dtype=torch.float64)
             mask = torch.randint(0, 2, (self.rows, self.tokens, count), generator=random)
-            mask[1] = 0  # a row without images: its places are filled, and nobody looks
-            made["image_attention_mask"] = mask
+            sees = [row in self.rows_with_images(step) for row in range(self.rows)]
+            made["image_attention_mask"] = mask * torch.tensor(sees)[:, None, None]
         return made
+
+    def rows_with_images(self, step: int) -> tuple[int, ...]:
+        """Return rows of which two, and four, ranks have some and some not; none in each third
+        step."""
+        return (0, self.rows * 3 // 4) if step % 3 else ()
 
     def _row(self, number: int, random: torch.Generator) -> dict[str, Tensor]:
         ids = torch.randint(0, self.vocab_size, (self.tokens + 1,), generator=random)

@@ -45,18 +45,18 @@ class ImageBatches:
             row_of = best_fit_images(lengths, counts, row_tokens, self.row_images)
         return most_images_first(row_of, counts)
 
-    def added(self, batch: Batch, rows: list[list[int]], beside: list[int]) -> Batch:
+    def added(self, batch: Batch, rows: list[list[int]], together: list[int]) -> Batch:
         """Return a micro-batch with the images of its rows' documents.
 
-        `beside` are the documents of all ranks at the same time; of a step's last micro-batch, all
-        of the step. Where one of them has images and these rows have none, they get one that nobody
-        looks at: ranks run the same modules, and what ran in a step runs when its gradients are
-        reduced. Where none has, there are no images.
+        `together` are the documents of all ranks at the same time. Where one of them has images and
+        these rows have none, a blank one is run: all ranks run the same modules, or wait for ever.
+        Every rank reads this off the list of documents, which is the same on all of them: so they
+        agree without a message, before the step begins.
         """
-        if not any(map(self.store.num_images, beside)):
-            return batch
         images = [self._images(documents) for documents in rows]
-        most = max(1, *map(len, images)) if images else 1
+        most = max(map(len, images), default=0)
+        if not most:
+            return replace(batch, blank_image=any(map(self.store.num_images, together)))
         side = self.processor.image_size
         assert side is not None
         pixels = np.zeros((batch.num_rows, most, 3, side, side), np.float32)
