@@ -48,8 +48,13 @@ class Batch:
         if self.pixel_values is None or self.image_attention_mask is None:
             return {}
         mask = self.image_attention_mask
-        images = {"pixel_values": self.pixel_values, "image_attention_mask": mask}
-        return images if self.image_keys is None else images | {"image_keys": self.image_keys}
+        return {"pixel_values": self.pixel_values, "image_attention_mask": mask}
+
+    @property
+    def known_images(self) -> dict[str, Tensor]:
+        """The same for a trunk that may remember images."""
+        keys = {} if self.image_keys is None else {"image_keys": self.image_keys}
+        return self.images | keys if self.images else {}
 
     def num_targets(self) -> Tensor:
         """Return how many targets there are (0-dim, int64)."""

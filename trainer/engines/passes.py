@@ -83,7 +83,8 @@ class PlainPasses:
     def _loss(self, batch: Batch, scale: Tensor) -> Loss:
         if self.cp:
             batch = context_parallel.share(batch, self.cp)
-        return cast(Loss, self._model(*inputs(batch), batch.targets, scale, **batch.images))
+        images = batch.known_images
+        return cast(Loss, self._model(*inputs(batch), batch.targets, scale, **images))
 
     def logits(self, batch: Batch) -> Tensor:
         if self.cp:
@@ -91,7 +92,8 @@ class PlainPasses:
         # Generated text has another length at every step: no graph for each.
         with torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext():
             # Without a scale labels are no targets: they say for how many segments to answer.
-            logits = cast(Tensor, self._model(*inputs(batch), batch.class_labels, **batch.images))
+            images = batch.known_images
+            logits = cast(Tensor, self._model(*inputs(batch), batch.class_labels, **images))
         if self.cp is None or batch.class_labels is not None:  # a text's answer is not cut
             return logits
         return context_parallel.all_tokens(logits, self.cp)
