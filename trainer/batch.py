@@ -54,10 +54,15 @@ class Batch:
     @property
     def images(self) -> dict[str, Any]:
         """What the trunk takes beside text; a mask alone is about images that a cache holds."""
-        names = ("pixel_values", "image_attention_mask", "image_keys")
-        found = {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in ("pixel_values", "image_attention_mask")}
         images = {name: tensor for name, tensor in found.items() if tensor is not None}
         return images | ({"blank_image": True} if self.blank_image else {})
+
+    @property
+    def known_images(self) -> dict[str, Any]:
+        """The same for a trunk that may remember images."""
+        keys = {} if self.image_keys is None else {"image_keys": self.image_keys}
+        return self.images | keys
 
     def num_targets(self) -> Tensor:
         """Return how many targets there are (0-dim, int64)."""

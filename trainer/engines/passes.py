@@ -85,14 +85,15 @@ class PlainPasses:
     def _loss(self, batch: Batch, scale: Tensor) -> Loss:
         if self.cp:
             batch = context_parallel.share(batch, self.cp)
-        return cast(Loss, self._model(*batch.text, batch.targets, scale, **batch.images))
+        return cast(Loss, self._model(*batch.text, batch.targets, scale, **batch.known_images))
 
     def logits(self, batch: Batch) -> Tensor:
         if self.cp:
             batch = context_parallel.share(batch, self.cp)
         with self._eagerly():
             # Without a scale labels are no targets: they say for how many segments to answer.
-            logits = cast(Tensor, self._model(*batch.text, batch.class_labels, **batch.images))
+            images = batch.known_images
+            logits = cast(Tensor, self._model(*batch.text, batch.class_labels, **images))
         if self.cp is None or batch.class_labels is not None:  # a text's answer is not cut
             return logits
         return context_parallel.all_tokens(logits, self.cp)
