@@ -40,7 +40,7 @@ from trainer.record import read_lines
 from trainer.run import Run
 from trainer.run_data import build_data
 from trainer.validation.page import Shown, page
-from trainer.validation.questions import Question, questions_of, spread
+from trainer.validation.questions import Question, drawn, questions_of
 from trainer.validation.spec import ValidationSpec
 from trainer.validation.validator import Validator
 
@@ -260,9 +260,15 @@ def test_virtual_tokens_stand_before_questions_and_ask_nothing_themselves(tmp_pa
     assert question.reference == [*b"b", tokens.eos_token_id]
 
 
-def test_some_documents_are_taken_at_equal_distances() -> None:
-    assert list(spread(10, 4)) == [0, 2, 5, 7]
-    assert list(spread(3, 3)) == list(spread(3, 9)) == list(spread(3, None)) == [0, 1, 2]
+def test_some_documents_are_drawn_whatever_takes_turns_in_their_order() -> None:
+    some, more = drawn(1000, 250), drawn(1000, 500)
+    assert some == sorted(set(some)) == drawn(1000, 250)
+    assert len(some) == 250
+    assert set(some) < set(more)
+    for period in (2, 4, 5):
+        counts = np.bincount(np.array(more) % period)
+        assert abs(counts - 500 / period).max() < 50  # 50: about 4 standard deviations
+    assert drawn(3, 3) == drawn(3, 9) == drawn(3, None) == [0, 1, 2]
 
 
 def test_questions_without_room_for_an_answer_are_counted_and_left_out(

@@ -9,6 +9,7 @@ import numpy as np
 
 from models.nn.head import IGNORED
 from trainer.data.documents import PackedDocuments
+from trainer.data.order import permute_all, round_keys
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,13 @@ class Question:
 def questions_of(
     rows: PackedDocuments, *, max_documents: int | None, room: int
 ) -> tuple[Question, ...]:
-    """Return the questions of some documents, evenly spread over all of them.
+    """Return the questions of some documents, drawn from all of them: always the same ones.
 
     A prompt has at most `room` tokens: longer ones are counted and left out. ValueError where
     nothing is asked.
     """
     count = sum(rows.counts)
-    found = [q for number in spread(count, max_documents) for q in _asked(rows, number)]
+    found = [q for number in drawn(count, max_documents) for q in _asked(rows, number)]
     kept = tuple(question for question in found if len(question.prompt) <= room)
     num_longer = len(found) - len(kept)
     if num_longer:
@@ -51,11 +52,15 @@ def questions_of(
     return kept
 
 
-def spread(count: int, wanted: int | None) -> range | list[int]:
-    """Return `wanted` of the numbers 0 to count - 1 at equal distances; None, or more: all."""
+def drawn(count: int, wanted: int | None) -> list[int]:
+    """Return `wanted` of the numbers 0 to count - 1, in order; None, or more than there are: all.
+
+    Nothing but `count` decides which; a larger draw holds a smaller one. Equal distances would meet
+    rows of one kind alone where kinds take turns.
+    """
     if wanted is None or wanted >= count:
-        return range(count)
-    return [number * count // wanted for number in range(wanted)]
+        return list(range(count))
+    return sorted(permute_all(np.arange(wanted), count, round_keys("validation")).tolist())
 
 
 def _asked(rows: PackedDocuments, number: int) -> Iterator[Question]:

@@ -17,7 +17,7 @@ class ValidationSpec:
     every: int | None = None
     """Every such many evaluations, and at the last one, the model writes answers; null: never."""
     max_documents: int | None = 64
-    """Held-out documents whose questions are asked, evenly spread; null: all of them."""
+    """Held-out documents whose questions are asked, drawn once for all; null: all."""
     max_new_tokens: int = 32
     """Longest answer, in tokens."""
     batch_documents: int = 8
@@ -25,7 +25,7 @@ class ValidationSpec:
     metrics: tuple[str, ...] = ("exact_match", "anls")
     """Of exact_match, anls, bleu, rouge_1, rouge_2, rouge_l."""
     samples: int = 20
-    """Questions and answers that the page shows, evenly spread."""
+    """Questions and answers that the page shows."""
 
     def __post_init__(self) -> None:
         for name in ("every", "max_documents", "max_new_tokens", "batch_documents", "samples"):

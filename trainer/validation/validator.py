@@ -16,7 +16,7 @@ from trainer.files import write_text
 from trainer.mesh import Mesh
 from trainer.protocols import Engine
 from trainer.validation.page import Shown, facts_of, page
-from trainer.validation.questions import Question, questions_of, spread
+from trainer.validation.questions import Question, drawn, questions_of
 from trainer.validation.scores import scores
 from trainer.validation.spec import COUNT, ValidationSpec
 
@@ -113,13 +113,13 @@ class Validator:
         self, title: str, found: dict[str, float], answers: list[str], references: list[str]
     ) -> str:
         settings = [
-            ("asked", f"of {sum(self.rows.counts):,} held-out documents, evenly spread"),
+            ("asked", f"of {sum(self.rows.counts):,} held-out documents"),
             ("longest answer", f"{self.spec.max_new_tokens} tokens, the likeliest each time"),
             ("right", "exact_match: equal but for case and white space"),
         ]
         shown = [
             self._shown(number, answers[number], references[number])
-            for number in spread(len(answers), self.spec.samples)
+            for number in drawn(len(answers), self.spec.samples)
         ]
         return page(f"Answers: {title}", facts_of(found, settings), shown)
 
