@@ -141,6 +141,9 @@ def test_transformers_reads_the_export_and_agrees(
     again = load_merged(tmp_path / "out", dtype=torch.float32, device=CPU)
     torch.testing.assert_close(logits(again), by_hand(model, adapter), rtol=0, atol=1e-5)
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "on model.layers.*.mlp.down_proj, model.layers.*.mlp.gate_proj," in card
+    assert "gated_cross_attn_layers, perceiver_resampler" in card
 
 
 def test_a_base_that_is_gone_or_another_is_refused(

@@ -1,6 +1,7 @@
 """README.md of an exported model: what it is, what it was trained on, how it did, how to use it."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,12 +139,13 @@ def trained(source: Source) -> str:
     kind = "DoRA" if keys.get("use_dora") else "rsLoRA" if keys.get("use_rslora") else "LoRA"
     size = f" of rank {keys.get('r')}, alpha {keys.get('lora_alpha')}," if "r" in keys else ""
     targets = keys.get("target_modules") or "?"
-    names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    if not isinstance(targets, str):  # layers by *, where they are named one by one
+        targets = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in targets}))
     saved = keys.get("modules_to_save") or []
     beside = f"; {', '.join(saved)} as a whole" if saved else ""
     what = kind if keys["peft_type"] == "LORA" else str(keys["peft_type"])
     kept = "" if source.quantize == NONE else f", which {source.quantize} rounded as in training"
-    return f"{what}{size} on {names}{beside}; merged into the weights{kept}"
+    return f"{what}{size} on {targets}{beside}; merged into the weights{kept}"
 
 
 def _trained_itself(config: dict[str, Any]) -> str:
