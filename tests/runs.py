@@ -30,13 +30,14 @@ from trainer.tasks.causal_lm import CausalLMTask
 
 
 def tiny_run(cache: Path, **changes: Any) -> Run:
-    """Ten steps of a two-layer Llama on the standard library, logged at every step.
+    """Ten steps of a two-layer Llama on ten files of the standard library, logged at every step.
 
     Keys with a `data_` prefix change the data spec; all others are fields of Run.
     """
     data = PretrainingData(
-        path="stdlib", row_tokens=32, global_rows=8, micro_rows=2, cache=str(cache)
-    )
+        path="stdlib", row_tokens=32, global_rows=8, micro_rows=2, max_documents=10,
+        cache=str(cache),
+    )  # fmt: skip
     data_changes = {k.removeprefix("data_"): v for k, v in changes.items() if k.startswith("data_")}
     settings: dict[str, Any] = {
         "model": tiny_spec(),

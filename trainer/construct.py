@@ -69,6 +69,8 @@ def fit(run: Run, start: Start) -> bool:
     torch.set_flush_denormal(True)
     if run.is_topology_free:
         torch.set_num_threads(NUM_THREADS)
+    from torch import _dynamo  # noqa: F401  optimizers do, for seconds: not while ranks wait
+
     start.whereabouts.enter("connect")
     ranks = Ranks(start.placement, run.timeout_seconds)
     located = str(start.locate(run.num_steps)) if start.placement.is_main else ""

@@ -1,11 +1,11 @@
-"""The demo itself, as users start it: the same losses on 1, 2 and 4 processes."""
+"""The demo itself: the same losses on 1, 2 and 4 processes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_ranks
+from tests.runs import train_words
 from trainer.record import read_lines
 
 STEPS = 10
@@ -15,32 +15,26 @@ OPTIONS = (
     f"max_steps={STEPS}",
     "log_every=1",
     "eval_every=null",
+    "data.max_documents=10",
     "callbacks.ngrams=null",
     "callbacks.closing.sample_tokens=0",
 )
 
 
-def losses(runs: Path, cache: Path, name: str, *options: str) -> list[float]:
-    command = [sys.executable, "-m", "launch", "train", *OPTIONS, *options]
-    command += [f"runs={runs}", f"data.cache={cache}", f"name={name}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = read_lines(runs / name / "metrics.jsonl")
+def losses(folder: Path, cache: Path, processes: int, *options: str) -> list[float]:
+    words = [*OPTIONS, *options, f"data.cache={cache}"]
+    assert run_ranks(processes, train_words, folder, words) == [True] * processes
+    lines = read_lines(folder / "metrics.jsonl")
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 
-@pytest.mark.timeout(240)
 def test_the_demo_gives_the_same_losses_on_every_layout_to_1e_6(
     tmp_path: Path, cache: Path
 ) -> None:
-    expected = losses(tmp_path, cache, "one")
+    expected = losses(tmp_path / "one", cache, 1)
     assert len(expected) == STEPS
-    layouts = {
-        "two": ("launch.processes=2",),
-        "two-sharded": ("launch.processes=2", "mesh=fsdp"),
-        "four": ("launch.processes=4",),
-        "four-sharded": ("launch.processes=4", "mesh=fsdp"),
-    }
-    for name, options in layouts.items():
-        found = losses(tmp_path, cache, name, *options)
-        assert found == pytest.approx(expected, rel=1e-6, abs=0), name
+    for processes in (2, 4):
+        for mesh in ("ddp", "fsdp"):
+            name = f"{mesh}-{processes}"
+            found = losses(tmp_path / name, cache, processes, f"mesh={mesh}")
+            assert found == pytest.approx(expected, rel=1e-6, abs=0), name

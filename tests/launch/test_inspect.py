@@ -55,7 +55,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def demo(cache: Path) -> list[str]:
-    return [*DEMO, f"data.cache={cache}"]
+    return [*DEMO, "data.max_documents=10", f"data.cache={cache}"]
 
 
 def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -138,7 +138,7 @@ def test_json_has_the_numbers_of_the_step(
     assert sum(one["targets"] for one in found["sources"].values()) == found["targets"]
     assert sum(one["documents"] for one in found["lengths"]) == found["documents"]
     assert found["tokenizer"] == {"setting": "byte", "vocab_size": 258}
-    assert found["data"]["documents"] > 100
+    assert found["data"]["documents"] == 9  # of ten, one is held out
     assert json.loads(output(capsys, *demo, "json=true"))["longest"] != found["longest"]
 
 

@@ -91,8 +91,9 @@ def whole(parameter: Tensor) -> Tensor:
 
 def data_spec(cache: Path, micro_rows: int) -> PretrainingData:
     return PretrainingData(
-        path="stdlib", row_tokens=32, global_rows=ROWS, micro_rows=micro_rows, cache=str(cache)
-    )
+        path="stdlib", row_tokens=32, global_rows=ROWS, micro_rows=micro_rows, max_documents=10,
+        cache=str(cache),
+    )  # fmt: skip
 
 
 def reference(cache: Path, options: dict[str, Any]) -> dict[str, Any]:
