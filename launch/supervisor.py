@@ -6,7 +6,6 @@ with its workers running on, and leaves orphans when it is killed.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
 from launch.verdict import Witness, judge, read_places, read_records
+from trainer.ports import free_port
 
 GRACE_SECONDS = 5.0  # for the other ranks, once one has failed
 POLL_SECONDS = 0.05
@@ -159,13 +159,6 @@ def safe_paths(environ: Mapping[str, str]) -> dict[str, str]:
     """
     ours, known = str(Path(__file__).resolve().parent.parent), environ.get("PYTHONPATH")
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ours}:{known}" if known else ours}
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:

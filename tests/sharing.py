@@ -1,6 +1,6 @@
 """Several pytest processes at once over the same tests: each takes the next file that none has.
 
-pytest --share FOLDER & pytest --share FOLDER      # an empty folder, where they note the files
+pytest --share=FOLDER & pytest --share=FOLDER      # an empty folder, where they note the files
 """
 
 from collections.abc import Iterator

@@ -151,7 +151,9 @@ def test_a_group_that_unfreezes_trains_as_in_a_loop_by_hand(
 def test_deepspeed_counts_the_steps_of_each_phase_apart(
     tmp_path: Path, cache: Path, stage: int
 ) -> None:
-    run = phased_run(cache, engine=DeepSpeedEngine(stage=stage), save_every=1)
+    # All files: on the first ten, rounding in fp32 exceeds the limit by a thirtieth.
+    engine = DeepSpeedEngine(stage=stage)
+    run = phased_run(cache, engine=engine, save_every=1, data_max_documents=None)
     run_ranks(2, train, tmp_path / "run", replace(run, max_steps=BORDER + 2))
     run_ranks(2, train, tmp_path / "run", run)  # both counts are saved and read
     assert_close(tmp_path / "run", by_hand(replace(run, precision="fp64")), 1e-6)

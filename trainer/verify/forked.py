@@ -2,7 +2,6 @@
 
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from trainer.distributed import Placement
+from trainer.ports import free_port
 
 
 class RankFailedError(Exception):
@@ -31,7 +31,7 @@ def run_ranks(
     import torch.distributed.pipelining  # noqa: F401
 
     context = mp.get_context("fork")
-    port = _free_port()
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         context.Process(target=_child, args=(rank, world_size, port, pipe[1], work, arguments))
@@ -71,13 +71,6 @@ def _collect(receivers: list[Connection], limit_seconds: float) -> list[Any]:
         ranks = ", ".join(map(str, waiting))
         raise RankFailedError(f"no result within {limit_seconds} s from rank {ranks}")
     return [results[rank] for rank in range(len(receivers))]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _child(
