@@ -20,10 +20,10 @@ mkdir "$scratch/taken"
 cores=$(nproc)
 others=() code=0
 for number in $(seq 2 $((cores < 2 ? 2 : cores > 4 ? 4 : cores))); do
-  pytest --share "$scratch/taken" >"$scratch/$number" 2>&1 &
+  pytest --share="$scratch/taken" >"$scratch/$number" 2>&1 &
   others+=($!)
 done
-pytest --share "$scratch/taken" || code=$?
+pytest --share="$scratch/taken" || code=$?
 for index in "${!others[@]}"; do
   wait "${others[index]}" || code=$?
   cat "$scratch/$((index + 2))"
