@@ -1,6 +1,6 @@
 """Several pytest processes at once over the same tests: each takes the next file that none has.
 
-pytest --share=FOLDER & pytest --share=FOLDER      # an empty folder, where they note the files
+Start `pytest --share=FOLDER` twice, with an empty folder: there they note the files they take.
 """
 
 from collections.abc import Iterator

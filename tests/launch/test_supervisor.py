@@ -404,7 +404,8 @@ def busy(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Call
         def train() -> Command:
             if not running or running[-1].process.poll() is not None:
                 folder = tmp_path_factory.mktemp("busy")
-                running.append(stack.enter_context(started(folder, cache, ENDLESS)))
+                command = started(folder, cache, ENDLESS, "save_every=null")
+                running.append(stack.enter_context(command))
                 running[-1].wait_for_steps(5)
             return running[-1]
 
