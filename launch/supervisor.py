@@ -16,7 +16,6 @@ from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
 from launch.verdict import Witness, judge, read_places, read_records
-from trainer.ports import free_port
 
 GRACE_SECONDS = 5.0  # for the other ranks, once one has failed
 POLL_SECONDS = 0.05
@@ -56,6 +55,8 @@ class Supervisor:
         self.signals.append(number)
 
     def _start(self) -> None:
+        from trainer.ports import free_port  # here: the help needs nothing of the trainer
+
         port = free_port()
         for rank in range(self.processes):
             self.workers.append(

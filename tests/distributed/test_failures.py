@@ -67,7 +67,7 @@ def test_collective_that_one_rank_skips_ends_in_time_and_names_it(
     assert (
         "tessera: rank 1 of 2 did not arrive: it waited 2 s in step 4 (train_step) for all_reduce"
     ) in (text := capfd.readouterr().err)
-    assert "issued different collectives; rank 0 waited 2 s in step 3 (log) for all_red" in text
+    assert "issued different collectives; rank 0 waited 2 s in step 3 (log) for broadcast" in text
 
 
 def test_rank_that_is_stuck_in_its_data_longer_than_the_timeout_is_named(

@@ -72,7 +72,7 @@ def test_a_shrunk_model_keeps_family_ratio_and_flags(name: str) -> None:
     assert notes == []
     assert small.tie_word_embeddings == spec.tie_word_embeddings
     if hasattr(spec, "num_key_value_heads"):
-        groups = spec.num_attention_heads // spec.num_key_value_heads
+        groups = spec.num_attention_heads // (spec.num_key_value_heads or spec.num_attention_heads)
         assert small.num_attention_heads // small.num_key_value_heads == groups
     check(small, tp=2)
     check(small, pp=2)

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from string import Template
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from trainer.validation.scores import OF_PAIRS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIDE = 320  # pixels of a picture's longer side on the page
 
@@ -21,7 +23,7 @@ class Shown:
     source: str
     """Where the document stands."""
     question: str
-    pictures: tuple[Image.Image, ...]
+    pictures: "tuple[Image, ...]"
     reference: str
     answer: str
 
@@ -97,7 +99,7 @@ def _terms(terms: dict[str, str]) -> str:
     )
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _data_uri(picture: "Image") -> str:
     """Return a picture of SIDE pixels at most, without loss."""
     small = picture.copy()
     small.thumbnail((SIDE, SIDE))

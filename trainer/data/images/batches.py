@@ -1,11 +1,11 @@
 """Images for packed rows: which rows documents share, their pixels, and who looks at which."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import xxhash
-from PIL.Image import Image
 
 from trainer.batch import Batch
 from trainer.data.document_store import DocumentStore
@@ -16,6 +16,9 @@ from trainer.data.images.packing import best_fit_images, most_images_first
 from trainer.data.images.processor import ImageProcessor
 from trainer.data.images.references import ImageReference
 from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class ImageBatches:
@@ -78,7 +81,7 @@ class ImageBatches:
             for reference in self.store.example(document).images or ()
         ]
 
-    def pictures(self, document: int, ids: list[int]) -> list[Image]:
+    def pictures(self, document: int, ids: list[int]) -> "list[Image]":
         """Return the images whose places are among the first tokens `ids` of a document."""
         references = self.store.example(document).images or ()
         wanted = references[: ids.count(self.image_token_id)]
@@ -87,7 +90,7 @@ class ImageBatches:
     def _pixels(self, document: int, reference: ImageReference) -> np.ndarray:
         return self.processor(self._picture(document, reference))
 
-    def _picture(self, document: int, reference: ImageReference) -> Image:
+    def _picture(self, document: int, reference: ImageReference) -> "Image":
         part, _ = self.store.part_of(document)
         files = self.files[part]
         try:
