@@ -9,14 +9,11 @@ from models.llama import LlamaSpec
 from models.nn.resampler import PerceiverSpec
 from models.nn.rope import RopeParameters
 from models.nn.vision import VisionSpec
-from tests.conftest import tiny_spec
+from tests.conftest import tiny_spec, write_model
 from tests.images import mixed_rows, write_pictures, write_rows
 from trainer.assembled import AssembledIdefics
-from trainer.data.tokenizers import ByteTokenizer
 from trainer.data.vision_text import VisionTextEncoder
 from trainer.data.vision_text_data import VisionTextData
-from trainer.parallel.materialise import materialise, random_values
-from trainer.pretrained import save_pretrained
 
 SIDE = 12
 SIZES: dict[str, Any] = {
@@ -36,11 +33,7 @@ def write_text_model(folder: Path, **changes: Any) -> LlamaSpec:
         "rope_parameters": RopeParameters(rope_theta=100_000.0),
     }  # fmt: skip
     spec = tiny_spec(**settings | changes)
-    with torch.device("meta"):
-        model = spec.build_causal_lm(chunk_tokens=64)
-    materialise(model, torch.device("cpu"), random_values(model, 0.1, seed=3))
-    save_pretrained(folder, model, spec.hf_config() | {"pad_token_id": 257})
-    ByteTokenizer().save(folder)
+    write_model(folder, spec, seed=3)
     return spec
 
 

@@ -81,18 +81,22 @@ def spec() -> LlamaSpec:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: a tiny random Llama with the byte tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, tiny_spec())
+    return folder
+
+
+def write_model(folder: Path, spec: LlamaSpec, seed: int = 0) -> None:
+    """Write a random model of `spec` and the byte tokenizer, in Hugging Face's layout."""
     from trainer.data.tokenizers import ByteTokenizer
     from trainer.parallel.materialise import materialise, random_values
     from trainer.pretrained import save_pretrained
 
-    folder = tmp_path_factory.mktemp("model")
-    spec = tiny_spec()
     with torch.device("meta"):
         model = spec.build_causal_lm(chunk_tokens=64)
-    materialise(model, torch.device("cpu"), random_values(model, 0.1, seed=0))
+    materialise(model, torch.device("cpu"), random_values(model, 0.1, seed))
     save_pretrained(folder, model, spec.hf_config() | {"pad_token_id": 257})
     ByteTokenizer().save(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

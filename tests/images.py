@@ -9,9 +9,12 @@ import numpy as np
 from PIL import Image
 
 from trainer.data.added_tokens import extended
+from trainer.data.images.processor import ImageProcessor
 from trainer.data.images.tokens import TOKENS
 from trainer.data.tokenizer_config import CONFIG_FILE
 from trainer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from trainer.data.vision_text import VisionTextEncoder
+from trainer.data.vision_text_data import VisionTextData
 
 
 def tokenizer(chat_template: str | None = None) -> Tokenizer:
@@ -74,6 +77,19 @@ def mixed_rows(names: list[str], count: int) -> list[dict[str, Any]]:
             ][number % 6]
         )  # fmt: skip
     return rows
+
+
+def mixed_data(
+    folder: Path, image_size: int, *, num_pictures: int = 11, num_rows: int = 60, **changes: Any
+) -> VisionTextData:
+    """Write pictures and `mixed_rows` into `folder`; return them as data."""
+    names = write_pictures(folder, num_pictures)
+    settings: dict[str, Any] = {"row_images": 5, "global_documents": 12, "micro_rows": 2}
+    return VisionTextData(
+        path=write_rows(folder / "rows.jsonl", mixed_rows(names, num_rows)), row_tokens=64,
+        encoder=VisionTextEncoder(), processor=ImageProcessor(image_size=image_size),
+        cache=str(folder / "cache"), **settings | changes,
+    )  # fmt: skip
 
 
 def _holes(names: list[str]) -> list[str | None]:

@@ -15,11 +15,9 @@ from models.nn.model import DecoderModel
 from models.nn.vision_text import VisionTextTrunk
 from tests.conftest import tiny_spec
 from tests.distributed.test_layouts import curve
-from tests.images import mixed_rows, write_pictures, write_rows
+from tests.images import mixed_data
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
-from trainer.data.images.processor import ImageProcessor
-from trainer.data.vision_text import VisionTextEncoder
 from trainer.data.vision_text_data import VisionTextData
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.freeze import FreezeSpec, Group
@@ -104,11 +102,9 @@ def test_a_remembered_tower_is_not_asked_again_and_a_trained_resampler_is(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> VisionTextData:
     folder = tmp_path_factory.mktemp("vision")
-    names = write_pictures(folder, 5)
-    return VisionTextData(
-        path=write_rows(folder / "rows.jsonl", mixed_rows(names, 24)), encoder=VisionTextEncoder(),
-        processor=ImageProcessor(image_size=MODEL.vision_config.image_size), eval_fraction=0.0,
-        row_tokens=64, row_images=5, global_documents=8, micro_rows=2, cache=str(folder / "cache"),
+    return mixed_data(
+        folder, MODEL.vision_config.image_size, num_pictures=5, num_rows=24, eval_fraction=0.0,
+        global_documents=8,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from launch.cli import main
 from models.lora import PackedLoRALinear, packed_linears
 from models.nn.linear import base_alone
 from tests.adapters import adapter_in, check_resume, peft_package
-from tests.conftest import tiny_spec
+from tests.conftest import tiny_spec, write_model
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from tests.trainer.test_adapter_files import (
@@ -33,7 +33,6 @@ from trainer.adapters.nf4 import describe_packed, packing_of
 from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.checkpoint.contents import BASE
 from trainer.construct import build_engine
-from trainer.data.tokenizers import ByteTokenizer
 from trainer.distributed import Placement, Ranks
 from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import DeepSpeedEngine
@@ -43,7 +42,6 @@ from trainer.mesh import MeshSpec
 from trainer.optim import AdamW
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.materialise import Values, materialise, random_values
-from trainer.pretrained import save_pretrained
 from trainer.run import Run
 from trainer.verify.layouts import chosen
 from trainer.verify.rows import MadeRows
@@ -270,11 +268,7 @@ def test_transformers_and_peft_compute_the_same_beside_their_own_4_bits(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     spec = tiny_spec(hidden_size=64, intermediate_size=128)
-    with torch.device("meta"):
-        model = spec.build_causal_lm(chunk_tokens=64)
-    materialise(model, CPU, random_values(model, 0.1, seed=0))
-    save_pretrained(tmp_path / "base", model, spec.hf_config() | {"pad_token_id": 257})
-    ByteTokenizer().save(tmp_path / "base")
+    write_model(tmp_path / "base", spec)
     run_ranks(1, train, tmp_path / "run", run_over(tmp_path / "base", cache, QLORA))
     adapter = adapter_in(tmp_path / "run")
     settings = BitsAndBytesConfig(

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.parity.oracle import specs
 from models.nn.head import IGNORED
 from tests.chat_templates import CHATML, assistant, system, tokenizer, user
-from tests.images import mixed_rows, picture, write_pictures, write_rows
+from tests.images import mixed_data, picture
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from tests.trainer.test_documents import written
@@ -26,9 +26,7 @@ from trainer.construct import build_engine
 from trainer.data.chat import ChatEncoder
 from trainer.data.document_data import DocumentData
 from trainer.data.documents import PackedDocuments
-from trainer.data.images.processor import ImageProcessor
 from trainer.data.tokenizers import ByteTokenizer, Tokenizer
-from trainer.data.vision_text import VisionTextEncoder
 from trainer.data.vision_text_data import VisionTextData
 from trainer.distributed import Placement, Ranks
 from trainer.engines.deepspeed import DeepSpeedEngine
@@ -55,12 +53,7 @@ PAIRS = [
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> VisionTextData:
     """Rows of no, one and several images; 20 of 60 are held out."""
     folder = tmp_path_factory.mktemp("vision")
-    names = write_pictures(folder, 11)
-    return VisionTextData(
-        path=write_rows(folder / "rows.jsonl", mixed_rows(names, 60)), encoder=VisionTextEncoder(),
-        processor=ImageProcessor(image_size=SPEC.vision_config.image_size), eval_fraction=0.3,
-        row_tokens=64, row_images=5, global_documents=12, micro_rows=2, cache=str(folder / "cache"),
-    )  # fmt: skip
+    return mixed_data(folder, SPEC.vision_config.image_size, eval_fraction=0.3)
 
 
 @pytest.fixture(scope="module")

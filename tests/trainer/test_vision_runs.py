@@ -11,7 +11,7 @@ import pytest
 from benchmarks.parity.oracle import specs
 from tests.conftest import tiny_spec
 from tests.distributed.test_layouts import curve
-from tests.images import mixed_rows, tokenizer, write_pictures, write_rows
+from tests.images import mixed_data, mixed_rows, tokenizer, write_pictures, write_rows
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from tests.trainer.test_documents import numbers
@@ -36,12 +36,7 @@ MODEL = replace(SPEC, vocab_size=258)  # and 2 additional ids
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> VisionTextData:
     folder = tmp_path_factory.mktemp("vision")
-    names = write_pictures(folder, 11)
-    return VisionTextData(
-        path=write_rows(folder / "rows.jsonl", mixed_rows(names, 60)), encoder=VisionTextEncoder(),
-        processor=ImageProcessor(image_size=SPEC.vision_config.image_size), eval_fraction=0.1,
-        row_tokens=64, row_images=5, global_documents=12, micro_rows=2, cache=str(folder / "cache"),
-    )  # fmt: skip
+    return mixed_data(folder, SPEC.vision_config.image_size, eval_fraction=0.1)
 
 
 def run_on(data: VisionTextData, cache: Path, **changes: Any) -> Run:

@@ -120,9 +120,9 @@ class PackedDocuments:
     def num_images(self, document: int) -> int:
         return self._documents.num_images(document)
 
-    def with_images(self, batch: Batch, rows: list[list[int]], beside: list[int]) -> Batch:
+    def with_images(self, batch: Batch, rows: list[list[int]], together: list[int]) -> Batch:
         """Return a batch with the images of its rows' documents; see ImageBatches.added."""
-        return batch if self._images is None else self._images.added(batch, rows, beside)
+        return batch if self._images is None else self._images.added(batch, rows, together)
 
     def pictures(self, document: int, ids: list[int]) -> "list[Image]":
         """Return the images whose places are among the first tokens `ids` of a document."""
