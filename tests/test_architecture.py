@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for part in ("launch", "trainer", "models") for p in (ROOT / part).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 250, 60
 # Code lines when every feature of the design works; a breach needs a reason in docs/decisions.md.
-CODE_LINES = {"models": 3660, "trainer": 15740, "launch": 2500}
+CODE_LINES = {"models": 3660, "trainer": 15_770, "launch": 2500}
 TOP_LEVEL = {
     "pyproject.toml", "trainer", "models", "configs", "launch", "tests", "README.md",
     "docs", "benchmarks", ".ci", "LICENSE", ".gitignore",
@@ -38,6 +38,19 @@ def test_every_module_and_every_public_class_says_what_it_is(path: Path) -> None
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+def test_no_text_has_marks_of_a_merge() -> None:
+    texts = [ROOT / "README.md", *(p for part in TOP_LEVEL for p in (ROOT / part).rglob("*.*"))]
+    marked = [
+        p for p in texts if p.suffix in (".md", ".py", ".yaml", ".sh", ".toml") and is_marked(p)
+    ]
+    assert not marked
+
+
+def is_marked(path: Path) -> bool:
+    marks = tuple(mark * 7 + " " for mark in "<|>")
+    return any(line.startswith(marks) for line in path.read_text().splitlines())
 
 
 def code_lines(path: Path) -> int:

@@ -4,7 +4,7 @@ from models.heads import CausalLMSpec
 from trainer.data.added_tokens import check_tokens, extended
 from trainer.data.images.tokens import TOKENS, knows_images
 from trainer.data.protocol import DataSpec
-from trainer.data.tokenizers import BPE, Tokenizer
+from trainer.data.tokenizers import BPE, BYTE, Tokenizer
 from trainer.run_images import family_of, fitted
 
 
@@ -30,6 +30,5 @@ def check_tokenizer(data: DataSpec, setting: str, model: CausalLMSpec) -> None:
     """Raise ValueError where the tokenizer, or the images, do not fit the model or the data."""
     check_tokens(model.additional_tokens)
     data = fitted(data, model)
-    if setting == data.own_tokenizer == BPE:
-        return  # trained to fit, on the data
-    data.check_encoding(tokenizer_of(data, setting, model))
+    is_trained = setting == data.own_tokenizer == BPE  # to fit, on the data: later
+    data.check_encoding(tokenizer_of(data, BYTE if is_trained else setting, model))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from tests.distributed.test_layouts import curve
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from trainer.data.bad_rows import FILE
+from trainer.data.bpe import train_bpe
 from trainer.data.chat import ChatEncoder
 from trainer.data.document_data import DocumentData
 from trainer.data.loader import StepLoader
-from trainer.data.tokenizers import ByteTokenizer
+from trainer.data.tokenizers import ByteTokenizer, FileTokenizer
 from trainer.distributed import Placement
 from trainer.errors import DataError
 from trainer.mesh import MeshSpec
@@ -204,10 +206,26 @@ def test_a_tokenizer_without_what_rows_need_is_refused_before_anything_starts(
     for setting, message in (
         ("byte", "the tokenizer has no chat template, which conversations need; put a"),
         (str(tmp_path), "line 1 of the chat template is no Jinja: .*; correct chat_template"),
-        ("bpe", "tokenizer=bpe is trained on plain text; give a folder, or byte"),
+        ("bpe", "the tokenizer has no chat template, which conversations need; put a"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(run, tokenizer=setting).check(1)
+
+
+def test_a_bpe_is_trained_on_what_the_documents_say_once(
+    tmp_path: Path, data: DocumentData
+) -> None:
+    path = written(tmp_path / "rows.jsonl", with_bad({3}))
+    fresh = replace(data, path=path, cache=str(tmp_path / "cache"))
+    good = [row["prompt"] + row["completion"] for number, row in enumerate(ROWS) if number != 3]
+    train_bpe(tmp_path / "expected", good, 280)
+    found = fresh.tokenizer("bpe", 280)
+    assert found.fingerprint == FileTokenizer(tmp_path / "expected").fingerprint
+    assert 258 < found.vocab_size <= 280
+    again = replace(fresh)
+    with patch("trainer.data.bpe.train_bpe", side_effect=AssertionError):
+        assert again.tokenizer("bpe", 280).fingerprint == found.fingerprint
+    assert fresh.tokenizer("bpe", 270).fingerprint != found.fingerprint
 
 
 def test_a_bad_first_row_is_left_to_the_budget(tmp_path: Path, data: DocumentData) -> None:

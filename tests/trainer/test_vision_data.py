@@ -18,10 +18,12 @@ from tests.images import encoded, mixed_rows, picture, tokenizer, write_pictures
 from tests.trainer.test_images import write_tar
 from trainer.batch import Batch
 from trainer.data.bad_rows import FILE
+from trainer.data.bpe import train_bpe
 from trainer.data.document_store import DocumentStore
 from trainer.data.images.processor import ImageProcessor
 from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source
+from trainer.data.tokenizers import FileTokenizer
 from trainer.data.vision_text import VisionTextEncoder
 from trainer.data.vision_text_data import VisionTextData
 from trainer.errors import DataError
@@ -51,6 +53,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> VisionTextData:
 
 def loader_of(data: VisionTextData, rank: int = 0, num_ranks: int = 1) -> StepLoader:
     return data.build(tokenizer=TOKENIZER, seed=3, rank=rank, num_ranks=num_ranks)[0]
+
+
+def test_a_bpe_is_trained_on_the_text_around_images(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "rows", 2)
+    rows = [
+        {"image": names[0], "question": "what is this?", "answer": "a square"},
+        {"texts": ["first", None, "then a square"], "images": [None, names[1], None]},
+        {"image": "missing.png"},
+    ]
+    path = write_rows(tmp_path / "rows" / "rows.jsonl", rows)
+    train_bpe(tmp_path / "expected", ["what is this? a square", "first", "then a square"], 270)
+    found = vision_data(path, tmp_path / "cache").tokenizer("bpe", 270)
+    assert found.fingerprint == FileTokenizer(tmp_path / "expected").fingerprint
 
 
 def documents_in(batch: Batch) -> list[Seen]:

@@ -1,11 +1,10 @@
 """Fine-tuning data: every row becomes one document, and documents are packed within each step."""
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,8 @@ import xxhash
 
 from trainer.data.bad_rows import BadRows
 from trainer.data.batching import check_sizes, eval_loader, loaders
+from trainer.data.bpe import trained_bpe
+from trainer.data.document_lengths import check_lengths
 from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
 from trainer.data.examples import BadRowError, Encoder, Example, Labels
@@ -26,11 +27,9 @@ from trainer.data.preferences import PreferenceEncoder
 from trainer.data.sources import RowSource, first_row, open_rows
 from trainer.data.tokenise import Tokens, Written, build_folder
 from trainer.data.tokenise_progress import TokeniseProgress
-from trainer.data.tokenizers import BPE, BYTE, Tokenizer, given_tokenizer
+from trainer.data.tokenizers import BPE, ByteTokenizer, Tokenizer, given_tokenizer
 from trainer.data.tokens import EVAL, TRAIN, VERSION, Part
-from trainer.errors import DataError
 
-log = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24  # labels of a shard are in memory until it is closed
 BAD = np.empty(0, np.int64)
 
@@ -62,7 +61,7 @@ class DocumentData(Places[RowSource]):
 
     @property
     def own_tokenizer(self) -> str:
-        return BYTE
+        return BPE
 
     def micro_batches(self, num_ranks: int) -> int | None:
         """Return how many micro-batches a rank has in every step: it varies with the lengths."""
@@ -122,10 +121,27 @@ class DocumentData(Places[RowSource]):
         return open_rows(source, key, self.max_documents)
 
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer of a `tokenizer=` setting: byte or a folder."""
-        if setting == BPE:
-            raise ValueError("tokenizer=bpe is trained on plain text; give a folder, or byte")
-        return given_tokenizer(setting)
+        """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
+        if setting != BPE:
+            return given_tokenizer(setting)
+        keys = [place.key() for place in self.places.values()]
+        folder = self.folder_for("bpe", *keys, self._recipe_of_encoder, vocab_size)
+        return trained_bpe(self._texts(), vocab_size, folder)
+
+    @property
+    def speller(self) -> Tokenizer:
+        """Makes documents of rows before there is a tokenizer, byte by byte."""
+        return ByteTokenizer()
+
+    def _texts(self) -> Iterator[str]:
+        """Yield what documents say between images: rows of any shape, by their bytes as tokens."""
+        speller, plain = self.speller, ByteTokenizer()
+        for place in self.places.values():
+            for row in place.rows():
+                with suppress(BadRowError):
+                    ids = self._encoder.encode(row, speller).input_ids
+                    for part in np.split(ids, np.flatnonzero(ids >= plain.vocab_size)):
+                        yield plain.decode(part.tolist())
 
     def build(
         self,
@@ -157,22 +173,10 @@ class DocumentData(Places[RowSource]):
     ) -> PackedDocuments:
         self.check_virtual(virtual_ids)
         store = DocumentStore(*parts)
-        lengths, room = store.all_lengths(), self.row_tokens - len(virtual_ids)
-        too_long = lengths > room
-        if too_long.any():
-            lost = int((lengths[too_long] - room).sum())
-            less = f" less {len(virtual_ids)} virtual tokens" if virtual_ids else ""
-            found = (
-                f"{too_long.sum()} of {len(lengths)} documents ({name}) are longer than "
-                f"data.row_tokens={self.row_tokens}{less}, the longest has {lengths.max()}"
-            )
-            if self.too_long == "refuse":
-                if store.has_pairs:
-                    advice = "data.encoder.max_tokens: how many tokens of each text are kept"
-                else:
-                    advice = f"data.too_long=cut, which loses {lost} of {lengths.sum()} tokens"
-                raise DataError(f"{found}; raise data.row_tokens, or set {advice}")
-            _say(f"{found}: cut, {lost} of {lengths.sum()} tokens are lost")
+        check_lengths(
+            store, name, row_tokens=self.row_tokens, num_virtual=len(virtual_ids),
+            is_cut=self.too_long == "cut",
+        )  # fmt: skip
         return self.packed(store, tokenizer, virtual_ids)
 
     def packed(
@@ -203,7 +207,7 @@ class DocumentData(Places[RowSource]):
         recipe = {
             "files": place.key(),
             "tokenizer": tokenizer.fingerprint,
-            "encoder": f"{type(self.encoder).__name__}/{_settings(self._encoder)}",
+            "encoder": self._recipe_of_encoder,
             "split": split,
             **self.limits,
         }
@@ -214,6 +218,12 @@ class DocumentData(Places[RowSource]):
             tokenizer, TokeniseProgress(place.path, place.num_bytes()), shard_tokens=SHARD_TOKENS,
         )  # fmt: skip
         return folder, list(index.stores)
+
+    @property
+    def _recipe_of_encoder(self) -> str:
+        encoder: Any = self._encoder
+        settings = json.dumps(asdict(encoder), sort_keys=True)
+        return f"{type(self.encoder).__name__}/{settings}"
 
     def _documents(
         self,
@@ -238,13 +248,3 @@ class DocumentData(Places[RowSource]):
             if writer.wants(name):
                 yield document
         bad_rows.finish()
-
-
-@cache
-def _say(text: str) -> None:
-    """Log once what every building of the data finds: its length is asked before it is read."""
-    log.info("%s", text)
-
-
-def _settings(encoder: Any) -> str:
-    return json.dumps(asdict(encoder), sort_keys=True)

@@ -7,12 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import xxhash
+
 from trainer.data.batching import check_share
 from trainer.data.named_sources import EVAL_KEY, Source, eval_source, key_of, named_sources
 from trainer.data.sources import Readable
 from trainer.data.tokenise import eval_rank
 from trainer.data.tokenizers import Tokenizer
-from trainer.data.tokens import EVAL, TRAIN, Part
+from trainer.data.tokens import EVAL, TRAIN, VERSION, Part
 from trainer.errors import DataError
 
 P = TypeVar("P", bound=Readable)
@@ -87,6 +89,11 @@ class Places(ABC, Generic[P]):
     @property
     def cache_folder(self) -> Path:
         return Path(self.cache).expanduser()
+
+    def folder_for(self, kind: str, *parts: object) -> Path:
+        """Return the folder of the cache for what `parts` decide, all of them together."""
+        key = xxhash.xxh3_128_hexdigest("/".join(map(str, (VERSION, *parts))).encode())
+        return self.cache_folder / kind / key
 
     def make_split(self, place: P, tokenizer: Tokenizer) -> tuple[Path, list[str]]:
         """Make the documents of a place, those held out in a store of their own."""

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from trainer.data.batching import (
     check_sizes,
     eval_loader,
@@ -13,7 +11,7 @@ from trainer.data.batching import (
     refuse_virtual,
     rows_per_micro_batch,
 )
-from trainer.data.bpe import train_bpe
+from trainer.data.bpe import trained_bpe
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.places import Places, Route
@@ -21,9 +19,8 @@ from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource, open_texts
 from trainer.data.tokenise import build_folder, eval_rank, tokens_of
 from trainer.data.tokenise_progress import TokeniseProgress
-from trainer.data.tokenizers import BPE, FileTokenizer, Tokenizer, given_tokenizer
-from trainer.data.tokens import EVAL, TRAIN, VERSION, Part, TokenStore
-from trainer.files import exclusive
+from trainer.data.tokenizers import BPE, Tokenizer, given_tokenizer
+from trainer.data.tokens import EVAL, TRAIN, Part, TokenStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +78,9 @@ class PretrainingData(Places[TextSource]):
         """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
         if setting != BPE:
             return given_tokenizer(setting)
-        texts = list(self.places.values())
-        keys = [source.key() for source in texts]
-        return trained_bpe(texts, vocab_size, self._cache_folder("bpe", *keys, vocab_size))
+        keys = [source.key() for source in self.places.values()]
+        texts = (each.text for source in self.places.values() for each in source.documents())
+        return trained_bpe(texts, vocab_size, self.folder_for("bpe", *keys, vocab_size))
 
     def stores(self, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore | None]:
         """Tokenise what is not cached yet, and open the training and the evaluation tokens."""
@@ -107,7 +104,7 @@ class PretrainingData(Places[TextSource]):
         One process: ranks wait for it, and fast tokenizers have threads of their own.
         """
         recipe = {"files": place.key(), "tokenizer": tokenizer.fingerprint, "split": split}
-        folder = self._cache_folder("tokens", *recipe.values())
+        folder = self.folder_for("tokens", *recipe.values())
         progress = TokeniseProgress(place.path, place.num_bytes())
         index = build_folder(
             folder,
@@ -117,10 +114,6 @@ class PretrainingData(Places[TextSource]):
             progress,
         )
         return folder, list(index.stores)
-
-    def _cache_folder(self, kind: str, *parts: object) -> Path:
-        key = xxhash.xxh3_128_hexdigest("/".join(map(str, (VERSION, *parts))).encode())
-        return self.cache_folder / kind / key
 
     def check_virtual(self, ids: Sequence[int]) -> None:
         refuse_virtual(ids)
@@ -152,14 +145,3 @@ class PretrainingData(Places[TextSource]):
         parts = self.eval_parts(tokenizer)
         rows = PackedRows(TokenStore(*parts), self.row_tokens) if parts else None
         return eval_loader(rows, self.rows_per_micro_batch(1))
-
-
-def trained_bpe(sources: list[TextSource], vocab_size: int, folder: Path) -> Tokenizer:
-    """Return the BPE of a corpus; it is trained into `folder` once, by one process."""
-    if not (folder / "tokenizer.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder / "lock"):
-            if not (folder / "tokenizer.json").exists():
-                texts = (document.text for one in sources for document in one.documents())
-                train_bpe(folder, texts, vocab_size)
-    return FileTokenizer(folder)

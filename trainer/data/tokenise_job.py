@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.batching import check_share, check_sizes
+from trainer.data.bpe import trained_bpe
 from trainer.data.folder_writer import claim, refuse_other
 from trainer.data.megatron import open_megatron
 from trainer.data.named_sources import Source
 from trainer.data.places import hold_out
-from trainer.data.pretraining import trained_bpe
 from trainer.data.sources import TextSource, open_texts
 from trainer.data.tokenise import SHARD_TOKENS, build_folder, tokens_of, vocabulary_of
 from trainer.data.tokenise_progress import TokeniseProgress
@@ -141,7 +141,8 @@ class TokeniseJob:
         if self.tokenizer != BPE:
             return given_tokenizer(self.tokenizer)
         assert self.vocab_size is not None
-        return trained_bpe([self._source()], self.vocab_size, self.folder / BPE)
+        texts = (document.text for document in self._source().documents())
+        return trained_bpe(texts, self.vocab_size, self.folder / BPE)
 
     def _recipe(self) -> dict[str, Any]:
         """Return all that decides the bytes of the shards: not the number of workers."""

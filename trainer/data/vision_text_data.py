@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.added_tokens import extended
 from trainer.data.batching import check_sizes
 from trainer.data.document_data import DocumentData
 from trainer.data.document_store import DocumentStore, image_sections
@@ -19,7 +20,7 @@ from trainer.data.images.files import ImageFiles
 from trainer.data.images.processor import ImageProcessor
 from trainer.data.images.references import ImageReference
 from trainer.data.images.sources import ImageRows, open_image_rows
-from trainer.data.images.tokens import ImageTokens, image_tokens
+from trainer.data.images.tokens import TOKENS, ImageTokens, image_tokens
 from trainer.data.named_sources import Source
 from trainer.data.sources import RowSource
 from trainer.data.tokenizers import Tokenizer
@@ -87,6 +88,11 @@ class VisionTextData(DocumentData):
     def check_virtual(self, ids: Sequence[int]) -> None:
         if ids:  # an image block is cut, or not, when its document is made: without them
             raise ValueError("adapter=prompt is not for data=vision_text; set adapter=lora")
+
+    @property
+    def speller(self) -> Tokenizer:
+        plain = super().speller
+        return extended(plain, TOKENS, plain.vocab_size)
 
     def packed(
         self, store: DocumentStore, tokenizer: Tokenizer, virtual_ids: Sequence[int]

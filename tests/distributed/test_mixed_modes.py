@@ -1,0 +1,67 @@
+"""Steps of text, of images and of both: computed in bf16, and by compiled blocks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.test_mixed_batches import (
+    ALL_STEPS,
+    IN_TURN,
+    MixedRows,
+    computed,
+    laid_out,
+    mixed,
+    num_ranks,
+)
+from tests.ranks import run_ranks
+from trainer.distributed import Placement
+from trainer.engines.native import NativeEngine
+from trainer.run import Run
+from trainer.verify.whole import Tensors
+
+# torch imports a deprecated part of its own, and looks at gradients while it traces.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
+
+
+def slow(layout: str) -> Any:
+    return pytest.param(layout, marks=pytest.mark.slow)
+
+
+def found_on(cache: Path, layout: str, **changes: Any) -> list[Tensors]:
+    run, rows = mixed(cache, IN_TURN, **laid_out(layout) | changes)
+    answers: list[list[Tensors]] = run_ranks(num_ranks(run), computed, run, rows)
+    return answers[0]
+
+
+@pytest.mark.parametrize("layout", ["fsdp", slow("ddp"), slow("pp"), slow("zero 2"), "zero 3"])
+def test_in_bf16_many_ranks_differ_by_roundings_of_bf16_alone(cache: Path, layout: str) -> None:
+    one, many = (found_on(cache, each, precision="bf16") for each in ("single", layout))
+    for key, tolerance in (("loss", 2e-3), ("norm", 2e-2)):
+        expected = [float(step[key]) for step in one]
+        assert [float(step[key]) for step in many] == pytest.approx(expected, rel=tolerance, abs=0)
+
+
+def computed_compiled(placement: Placement, run: Run, rows: MixedRows) -> list[Tensors]:
+    compile_block = torch.nn.Module.compile
+
+    def with_backend(module: torch.nn.Module, **options: Any) -> None:
+        compile_block(module, backend="aot_eager", **options)
+
+    torch.nn.Module.compile = with_backend  # type: ignore[method-assign]
+    return computed(placement, run, rows, ALL_STEPS)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", slow("single"), slow("ddp")])
+def test_compiled_blocks_give_the_same_bits(cache: Path, layout: str) -> None:
+    plain = found_on(cache, layout)
+    run, rows = mixed(cache, IN_TURN, **laid_out(layout) | {"engine": NativeEngine(compile=True)})
+    compiled = run_ranks(num_ranks(run), computed_compiled, run, rows)[0]
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert (value == theirs[name]).all(), name
