@@ -76,8 +76,10 @@ def judge(placement: Placement, run: Run) -> tuple[Ranks, Engine, Validator]:
     ranks = Ranks(placement, run.timeout_seconds)
     mesh = run.chosen_mesh(placement.world_size)[0].build(ranks=ranks)
     engine = build_engine(run, run.trained_model(), ranks, mesh)
-    tokens, _, loader = build_data(run, ranks, mesh)
-    validator = answer_judge(run, loader, mesh, ranks.device, tokenizer=tokens, page=None)
+    tokens, training, loader = build_data(run, ranks, mesh)
+    validator = answer_judge(
+        run, loader, mesh, ranks.device, training=training.rows.store, tokenizer=tokens, page=None
+    )
     assert validator is not None
     return ranks, engine, validator
 

@@ -197,18 +197,25 @@ class DocumentData(Places[RowSource]):
         """Return the sections of what stands in the place of a bad row."""
         return no_targets(self._encoder.outputs)
 
-    def make(
-        self, place: RowSource, tokenizer: Tokenizer, split: object, route: Route
-    ) -> tuple[Path, list[str]]:
+    def folder_of(
+        self, place: RowSource, tokenizer: Tokenizer, split: object
+    ) -> tuple[Path, dict[str, Any]]:
+        """Return where the documents of a place lie once they are made, and what decides them."""
+        encoder: Any = self._encoder
         recipe = {
             "files": place.key(),
             "tokenizer": tokenizer.fingerprint,
-            "encoder": f"{type(self.encoder).__name__}/{_settings(self._encoder)}",
+            "encoder": f"{type(encoder).__name__}/{json.dumps(asdict(encoder), sort_keys=True)}",
             "split": split,
             **self.limits,
         }
         key = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, recipe]).encode())
-        folder = self.cache_folder / "documents" / key
+        return self.cache_folder / "documents" / key, recipe
+
+    def make(
+        self, place: RowSource, tokenizer: Tokenizer, split: object, route: Route
+    ) -> tuple[Path, list[str]]:
+        folder, recipe = self.folder_of(place, tokenizer, split)
         index = build_folder(
             folder, recipe, lambda writer: self._documents(place, tokenizer, route, writer),
             tokenizer, TokeniseProgress(place.path, place.num_bytes()), shard_tokens=SHARD_TOKENS,
@@ -216,11 +223,7 @@ class DocumentData(Places[RowSource]):
         return folder, list(index.stores)
 
     def _documents(
-        self,
-        source: RowSource,
-        tokenizer: Tokenizer,
-        route: Route,
-        writer: FolderWriter,
+        self, source: RowSource, tokenizer: Tokenizer, route: Route, writer: FolderWriter
     ) -> Tokens:
         bad_rows = BadRows(writer.folder, source.path)
         for row in source.rows():
@@ -244,7 +247,3 @@ class DocumentData(Places[RowSource]):
 def _say(text: str) -> None:
     """Log once what every building of the data finds: its length is asked before it is read."""
     log.info("%s", text)
-
-
-def _settings(encoder: Any) -> str:
-    return json.dumps(asdict(encoder), sort_keys=True)
