@@ -18,8 +18,8 @@ USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
                        the folder of an adapter, which names its base
   prompt="..."         the text to continue; or prompt_file=FILE; or chat="...": a message to
                        answer, written by the tokenizer's chat template
-  image=FILE           what it is about, for an Idefics; several: image=[a.png,b.png], where the
-                       text says <image>, else in front of it
+  image=FILE           what it is about, for an Idefics; several: 'image=[a.png,b.png]', where
+                       the text says <image>, else in front of it
   max_new_tokens=100   temperature=0 (likeliest)   top_p=1   top_k=null   seed=0
   num_beams=1          length_penalty=1            cache=growing (static, none)
   precision=fp32       or bf16                     bos=true: begin with the BOS token

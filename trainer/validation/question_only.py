@@ -16,7 +16,7 @@ from trainer.validation.questions import Question
 from trainer.validation.scores import exact_match, normalised
 
 log = logging.getLogger(__name__)
-MAX_DOCUMENTS = 1 << 20  # of training: more are not read, which would take half a minute or more
+MAX_DOCUMENTS = 1 << 20  # of training: more are not read: answers in free words fill memory
 Q = TypeVar("Q", bound=Hashable)
 
 
