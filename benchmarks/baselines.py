@@ -13,6 +13,7 @@ defaults and with less regularisation.
 the most frequent tag of words that were seen once.
 `questions` (rows {"question", "answer"}): each question's most frequent answer in training, and for
 unknown questions the most frequent answer of all: what can be said without a look at the image.
+A run with `validation.every` prints it by itself.
 
 Public data: the mails of the SpamAssassin corpus (https://spamassassin.apache.org/old/publiccorpus)
 and the sentences of the Brown corpus (nltk), with every tenth file of each folder as test.
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.record import read_lines
+from trainer.validation.question_only import most_frequent
+from trainer.validation.scores import exact_match
 
 WEAK, DEFAULT = 100.0, 1.0  # inverse strengths of the regularisation
 
@@ -85,15 +88,11 @@ def tags(train: str, test: str) -> list[str]:
 
 def questions(train: str, test: str) -> list[str]:
     """Return the test accuracy of each question's most frequent answer, in words."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in read_lines(Path(train)):
-        counts[row["question"]][row["answer"]] += 1
-    best = {question: count.most_common(1)[0][0] for question, count in counts.items()}
-    total: Counter[str] = sum(counts.values(), Counter())
-    usual = total.most_common(1)[0][0]
+    pairs = ((row["question"], row["answer"]) for row in read_lines(Path(train)))
+    best, usual = most_frequent(pairs)
     rows = read_lines(Path(test))
-    right = sum(best.get(row["question"], usual) == row["answer"] for row in rows)
-    guessed = sum(row["answer"] == usual for row in rows)
+    right = sum(exact_match(best.get(row["question"], usual), row["answer"]) for row in rows)
+    guessed = sum(exact_match(usual, row["answer"]) for row in rows)
     known = sum(row["question"] in best for row in rows)
     return [
         f"most frequent answer ({usual}): accuracy {guessed / len(rows):.4f}",

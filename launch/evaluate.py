@@ -162,6 +162,6 @@ def _print(found: dict[str, Any], *, is_json: bool) -> None:
     for name, value in found.items():
         if not isinstance(value, dict):
             text = f"{value:.6f}" if isinstance(value, float) else f"{value:,}"
-            print(f"  {name.replace('_', ' '):<24} {text:>14}")
+            print(f"  {name.replace('_', ' '):<26} {text:>14}")
     if "confusion" in found:
         print("\n".join(lines_of(found["confusion"])))

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.binding import convert
 from launch.model_folders import model_folder
-from launch.questions import KINDS, check_kind, read_question
+from launch.questions import KINDS, check_kind, read_paths, read_question
 
 USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
 
@@ -18,6 +18,8 @@ USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
                        the folder of an adapter, which names its base
   prompt="..."         the text to continue; or prompt_file=FILE; or chat="...": a message to
                        answer, written by the tokenizer's chat template
+  image=FILE           what it is about, for an Idefics; several: 'image=[a.png,b.png]', where
+                       the text says <image>, else in front of it
   max_new_tokens=100   temperature=0 (likeliest)   top_p=1   top_k=null   seed=0
   num_beams=1          length_penalty=1            cache=growing (static, none)
   precision=fp32       or bf16                     bos=true: begin with the BOS token
@@ -42,7 +44,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         key, separator, value = word.partition("=")
         if not separator:
             raise ValueError(f'{word!r} is no option; write key=value, for example prompt="Once"')
-        is_text = key in ("checkpoint", *KINDS, "precision", "cache")
+        is_text = key in ("checkpoint", *KINDS, "image", "precision", "cache")
         options[key] = value if is_text else _value(value)
     if "checkpoint" not in options:
         raise ValueError("checkpoint is missing; set checkpoint=DIR")
@@ -73,19 +75,24 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
         raise ValueError(f"precision={precision!r} is unknown; set it to fp32 or bf16")
     base = base_folder(folder)
     tokenizer = FileTokenizer(folder if (folder / "tokenizer.json").is_file() else base)
-    question = read_question(options, tokenizer)
+    model_spec = merged_spec(folder)
+    num_virtual = num_virtual_tokens(folder)
+    paths = read_paths(options)
+    takes_images = _takes_images(folder, model_spec, num_virtual, bool(paths))
+    question = read_question(options, tokenizer, len(paths) if takes_images else None)
     prompt, shown = question.ids, question.shown
     stops = (*_stop_token_ids(base, tokenizer.eos_token_id), *question.stops)
     spec = _spec(options, tuple(dict.fromkeys(stops)))
-    model_spec = merged_spec(folder)
     first = model_spec.vocab_size
-    asked = [*range(first, first + num_virtual_tokens(folder)), *prompt]
+    asked = [*range(first, first + num_virtual), *prompt]
     check_lengths([asked], spec, model_spec.max_position_embeddings)
-    if max(prompt, default=0) >= first:
+    vocab_size = first + getattr(model_spec, "additional_vocab_size", 0)
+    if max(prompt, default=0) >= vocab_size:
         raise ValueError(
-            f"the prompt has token {max(prompt)}, the model vocab_size={model_spec.vocab_size}; "
+            f"the prompt has token {max(prompt)}, the model vocab_size={vocab_size}; "
             f"put this model's tokenizer.json into {folder}"
         )
+    images = _images(paths, prompt, tokenizer, model_spec, folder, base) if paths else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     # sdpa on every device: flex would be compiled anew for the shapes of a growing text.
@@ -94,7 +101,7 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
     if stream:
         print(shown, end="", flush=True)
     start = time.perf_counter()
-    (ids,) = generate(model, [asked], spec, stream.on_token if stream else None)
+    (ids,) = generate(model, [asked], spec, stream.on_token if stream else None, images)
     seconds = time.perf_counter() - start
     found = _continuation(tokenizer, prompt, ids)
     if is_json:
@@ -106,6 +113,30 @@ def _generate(folder: Path, options: dict[str, Any]) -> int:
         print(shown + found)
     print(f"{len(ids)} tokens, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _takes_images(folder: Path, spec: Any, num_virtual: int, has_images: bool) -> bool:
+    """Whether the model looks at images; ValueError where it is given some and does not."""
+    takes = hasattr(spec, "vision_config")
+    if has_images and not takes:
+        raise ValueError(
+            f"image= needs a model that looks at images, and {folder} holds {spec.model_type}; "
+            "give the folder of an Idefics, or leave image out"
+        )
+    if has_images and num_virtual:
+        raise ValueError(
+            f"image= has no use with {folder}, whose {num_virtual} virtual tokens were trained on "
+            "texts alone; leave image out, or give another adapter"
+        )
+    return takes
+
+
+def _images(paths: list[Path], ids: list[int], tokenizer: Any, spec: Any, *folders: Path) -> Any:
+    """Return what the model sees beside the prompt."""
+    from trainer.prompt_images import processor_of, prompt_images, read_image
+
+    processor = processor_of(spec, *folders)
+    return prompt_images([read_image(path) for path in paths], ids, tokenizer, processor)
 
 
 def _continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
@@ -141,7 +172,7 @@ def _spec(options: dict[str, Any], stop_token_ids: tuple[int, ...]) -> Any:
     known = [field.name for field in fields(GenerationSpec) if field.name != "stop_token_ids"]
     for key in options:
         if key not in known:
-            near = get_close_matches(key, [*known, *KINDS, "checkpoint", "json"], n=1)
+            near = get_close_matches(key, [*known, *KINDS, "image", "checkpoint", "json"], n=1)
             hint = f"did you mean {near[0]}?" if near else "see tessera generate --help"
             raise ValueError(f"unknown key {key}; {hint}")
     values = {key: convert(value, hints[key], key) for key, value in options.items()}

@@ -5,20 +5,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.decoder import Decoder, decoder_of
+from trainer.decoder import Decoder, PromptImages, decoder_of
 from trainer.decoding import GenerationSpec
 
 
-def beam_search(model: Any, prompt: list[int], spec: GenerationSpec) -> list[int]:
+def beam_search(
+    model: Any, prompt: list[int], spec: GenerationSpec, images: PromptImages | None = None
+) -> list[int]:
     """Return the new ids of the best sequence, without its stop token.
 
+    `images`: those of the prompt, once for each beam; None: it has none.
     Scores are sums of log-probabilities over length ** length_penalty, the stop token counted. At
     every length so many candidates are looked at that num_beams can go on even where others stop.
     It ends when num_beams sequences have stopped and the best running one scores no better than the
     worst of them.
     """
     length = len(prompt) + spec.max_new_tokens
-    decoder = decoder_of(model, [prompt] * spec.num_beams, spec.cache, length)
+    decoder = decoder_of(model, [prompt] * spec.num_beams, spec.cache, length, images)
     # All beams start equal: only the first counts, or they would stay equal.
     scores = torch.full((spec.num_beams,), -torch.inf, dtype=torch.float64)
     scores[0] = 0.0

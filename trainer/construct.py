@@ -123,7 +123,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         engine=engine, loader=loader, progress=progress, plan=run.plan,
         evaluator=evaluator_of(run, eval_loader, mesh, ranks.device),
         validator=answer_judge(
-            run, eval_loader, mesh, ranks.device, tokenizer=tokenizer,
+            run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
             page=folder / VALIDATION if start.placement.is_main else None,
         ),
         checkpoints=checkpoints, control=ControlWord(ranks, start.request), record=record,

@@ -1,7 +1,7 @@
 """A batch of prompts that grows: what is read at each step, and what a cache keeps of the rest."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from trainer.batch import Batch
 CACHES = ("growing", "static", "none")
 NextLogits = Callable[[Batch, Cache | None], Tensor]
 """Returns the (B, V) logits of what follows each row, of which the cache holds the beginning."""
+
+
+class PromptImages(NamedTuple):
+    """Images of prompts, which are padded on the left."""
+
+    pixel_values: Tensor
+    """(B, I, C, height, width)."""
+    image_attention_mask: Tensor
+    """(B, T, I) int64, 1 where a position may look at an image."""
+
+    def repeated(self, row: int, length: int, times: int) -> "PromptImages":
+        """Return those of one prompt, of so many tokens, for a batch of it alone."""
+        pixels, mask = self.pixel_values[row], self.image_attention_mask[row, -length:]
+        return PromptImages(*(each.expand(times, *each.shape) for each in (pixels, mask)))
 
 
 class Decoder:
@@ -80,7 +94,13 @@ class Decoder:
             self.cache.reorder(rows)
 
 
-def decoder_of(model: Any, prompts: list[list[int]], cache: str, max_length: int) -> Decoder:
+def decoder_of(
+    model: Any,
+    prompts: list[list[int]],
+    cache: str,
+    max_length: int,
+    images: PromptImages | None = None,
+) -> Decoder:
     """Return a Decoder over a whole model on one device; `max_length` tokens with the new ones."""
 
     def next_logits(batch: Batch, cache: Cache | None) -> Tensor:
@@ -89,7 +109,10 @@ def decoder_of(model: Any, prompts: list[list[int]], cache: str, max_length: int
         return logits_B1V[:, 0]
 
     device = next(model.parameters()).device
-    return Decoder(next_logits, prompts, _cache(cache, model, max_length), device)
+    decoder = Decoder(next_logits, prompts, _cache(cache, model, max_length), device)
+    if images is not None:
+        decoder.show(*(each.to(device) for each in images))
+    return decoder
 
 
 def _cache(kind: str, model: Any, max_length: int) -> Cache | None:

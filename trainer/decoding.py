@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.decoder import CACHES, Decoder, decoder_of
+from trainer.decoder import CACHES, Decoder, PromptImages, decoder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +119,24 @@ def generate(
     prompts: list[list[int]],
     spec: GenerationSpec,
     on_token: Callable[[int, int], None] | None = None,
+    images: PromptImages | None = None,
 ) -> list[list[int]]:
     """Return the new ids of each prompt, up to and without its stop token.
 
     `on_token(row, id)` hears of every token as it is chosen, but not in beam search. The same seed
-    gives the same text.
+    gives the same text. `images`: of the prompts, for a model that looks at some.
     """
     if spec.num_beams > 1:
         from trainer.beam_search import beam_search
 
-        return [beam_search(model, prompt, spec) for prompt in prompts]
+        own = [
+            images and images.repeated(row, len(prompt), spec.num_beams)
+            for row, prompt in enumerate(prompts)
+        ]
+        pairs = zip(prompts, own, strict=True)
+        return [beam_search(model, prompt, spec, shown) for prompt, shown in pairs]
     length = max(map(len, prompts)) + spec.max_new_tokens
-    return continued(decoder_of(model, prompts, spec.cache, length), spec, on_token)
+    return continued(decoder_of(model, prompts, spec.cache, length, images), spec, on_token)
 
 
 def continued(

@@ -11,7 +11,7 @@ from trainer.distributed import Placement, Ranks
 from trainer.engines.topology_free import NUM_THREADS
 from trainer.judges import answer_judge, evaluator_of
 from trainer.run import Run
-from trainer.run_data import eval_data_of
+from trainer.run_data import eval_data_of, training_at_hand
 
 
 def evaluate_run(run: Run, page: Path | None = None) -> dict[str, Any]:
@@ -27,7 +27,10 @@ def evaluate_run(run: Run, page: Path | None = None) -> dict[str, Any]:
     engine = build_engine(run, run.trained_model(), ranks, mesh)
     tokenizer, loader = eval_data_of(run)
     evaluator = evaluator_of(run, loader, mesh, ranks.device)
-    validator = answer_judge(run, loader, mesh, ranks.device, tokenizer=tokenizer, page=page)
+    validator = answer_judge(
+        run, loader, mesh, ranks.device, training=training_at_hand(run, tokenizer),
+        tokenizer=tokenizer, page=page,
+    )  # fmt: skip
     assert evaluator is not None
     found = evaluator.evaluate(engine)
     if validator is not None:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 
+from trainer.data.document_store import DocumentStore
 from trainer.data.documents import PackedDocuments
 from trainer.data.loader import EvalLoader
 from trainer.data.tokenizers import Tokenizer
+from trainer.data.tokens import TokenStore
 from trainer.evaluate import Evaluator
 from trainer.mesh import Mesh
 from trainer.run import Run
@@ -28,14 +30,19 @@ def answer_judge(
     mesh: Mesh,
     device: torch.device,
     *,
+    training: TokenStore | None,
     tokenizer: Tokenizer,
     page: Path | None,
 ) -> Validator | None:
-    """Return what asks for answers and writes `page`; None: the run asks for none."""
+    """Return what asks for answers and writes `page`; None: the run asks for none.
+
+    `training`: the documents of training, where they are at hand.
+    """
     if loader is None or run.validation.every is None:
         return None
     assert isinstance(loader.rows, PackedDocuments), "Run.check refuses other data"
+    assert training is None or isinstance(training, DocumentStore), "of the same data"
     return validator_of(
-        run.validation, loader.rows, tokenizer=tokenizer, mesh=mesh, device=device,
-        max_positions=run.model.max_position_embeddings, page=page,
+        run.validation, loader.rows, training=training, tokenizer=tokenizer, mesh=mesh,
+        device=device, max_positions=run.model.max_position_embeddings, page=page,
     )  # fmt: skip

@@ -1,7 +1,11 @@
 """What a run reads: the loaders of each rank, which must be of the same data."""
 
+from trainer.data.document_data import DocumentData
+from trainer.data.document_store import DocumentStore
+from trainer.data.folder_writer import is_complete
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
+from trainer.data.tokens import TRAIN, Index, Part
 from trainer.distributed import Ranks
 from trainer.errors import DataError
 from trainer.mesh import Mesh
@@ -48,6 +52,29 @@ def eval_data_of(run: Run) -> tuple[Tokenizer, EvalLoader]:
     if loader is None:
         raise ValueError("none of the data's documents is held out; set data.eval_path")
     return tokenizer, loader
+
+
+def training_at_hand(run: Run, tokenizer: Tokenizer) -> DocumentStore | None:
+    """Return the documents that `run` trained on, if all of them lie in the cache; else None.
+
+    Those without an `eval_path` too: an evaluation may have been given one that training had not.
+    None where what is evaluated stands for the data of training, since that is not known.
+    """
+    data = fitted(run.data, run.model)
+    if run.validation.every is None or not isinstance(data, DocumentData):
+        return None
+    if data.eval_place is not None and data.eval_place.key() in {
+        place.key() for place in data.places.values()
+    }:
+        return None
+    for share in dict.fromkeys((data.held_out_share, data.eval_fraction)):
+        folders = {
+            name: data.folder_of(place, tokenizer, share)[0] for name, place in data.places.items()
+        }
+        made = folders.values()
+        if all(is_complete(folder) and TRAIN in Index.read(folder).stores for folder in made):
+            return DocumentStore(*(Part(folder, TRAIN, name) for name, folder in folders.items()))
+    return None
 
 
 def _check_alike(ranks: Ranks, loader: StepLoader) -> None:

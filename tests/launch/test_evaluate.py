@@ -130,6 +130,12 @@ def test_answers_of_a_run_are_judged_as_in_training_and_shown(
     assert found == said(folder / "answers", 30)
     assert found["exact_match"] > 0.2
     assert "odd?" in page.read_text()
+    assert 0 < found["exact_match_question_only"] < 1
+    other = f"data.eval_path={folder}/pairs.jsonl"  # also what the run trained on: nothing is known
+    assert "exact_match_question_only" not in evaluated(f"checkpoint={folder}/answers", other)
+    (folder / "odd.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[1:7:2]))
+    odd = evaluated(f"checkpoint={folder}/answers", f"data.eval_path={folder}/odd.jsonl")
+    assert odd["exact_match_question_only"] == 1.0  # by what the run learnt from
     few = evaluated(f"checkpoint={folder}/answers", "validation.max_documents=3")
     assert few["num_answers"] == 3
     assert few["loss"] == found["loss"]

@@ -102,7 +102,7 @@ def test_a_chat_is_written_by_the_template_and_ends_with_the_turn(
     tokenizer_folder(tmp_path, chat_template=CHATML)
     asked: list[Any] = []
 
-    def answer(model: Any, prompts: list[list[int]], spec: GenerationSpec, _: Any) -> Any:
+    def answer(model: Any, prompts: list[list[int]], spec: GenerationSpec, *_: Any) -> Any:
         asked.append((prompts[0], spec.stop_token_ids))
         return [list(b"Yes.")]
 

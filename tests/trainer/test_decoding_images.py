@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity.oracle import built, specs, theirs
-from trainer.decoder import CACHES, Decoder, decoder_of
-from trainer.decoding import GenerationSpec, continued
+from trainer.decoder import CACHES, Decoder, PromptImages, decoder_of
+from trainer.decoding import GenerationSpec, continued, generate
 
 SPEC = specs()["Idefics"]
 NEW = 10
@@ -60,6 +60,19 @@ def test_texts_about_images_equal_those_of_transformers(
     assert continued(shown(model, cache), spec) == expected
     blind = continued(decoder_of(model, PROMPTS, cache, 7 + NEW), spec)
     assert [own == other for own, other in zip(blind, expected, strict=True)][:2] == [False, False]
+
+
+def test_several_prompts_are_answered_together_with_the_images_of_each(
+    model: Any, expected: list[list[int]]
+) -> None:
+    pixels, mask = images()
+    shown = PromptImages(pixels, mask)
+    assert generate(model, PROMPTS, GenerationSpec(max_new_tokens=NEW), images=shown) == expected
+    beams = GenerationSpec(max_new_tokens=NEW, num_beams=3)
+    together = generate(model, PROMPTS, beams, images=shown)
+    for row, prompt in enumerate(PROMPTS):
+        own = PromptImages(pixels[row : row + 1], mask[row : row + 1, 7 - len(prompt) :])
+        assert generate(model, [prompt], beams, images=own) == [together[row]]
 
 
 def test_images_are_encoded_once_where_a_cache_keeps_them(model: Any) -> None:

@@ -76,8 +76,10 @@ def judge(placement: Placement, run: Run) -> tuple[Ranks, Engine, Validator]:
     ranks = Ranks(placement, run.timeout_seconds)
     mesh = run.chosen_mesh(placement.world_size)[0].build(ranks=ranks)
     engine = build_engine(run, run.trained_model(), ranks, mesh)
-    tokens, _, loader = build_data(run, ranks, mesh)
-    validator = answer_judge(run, loader, mesh, ranks.device, tokenizer=tokens, page=None)
+    tokens, training, loader = build_data(run, ranks, mesh)
+    validator = answer_judge(
+        run, loader, mesh, ranks.device, training=training.rows.store, tokenizer=tokens, page=None
+    )
     assert validator is not None
     return ranks, engine, validator
 
@@ -172,9 +174,12 @@ def test_what_a_run_says_of_its_answers_is_the_same_on_other_ranks(
         [line for line in read_lines(tmp_path / name / "metrics.jsonl") if line["split"] == "eval"]
         for name in ("1", "2")
     ]
-    names = ("step", "exact_match", "anls", "num_answers")
+    names = ("step", "exact_match", "exact_match_question_only", "anls", "num_answers")
     numbers = [[[line.get(name) for name in names] for line in own] for own in lines]
     assert numbers[0] == numbers[1]
+    alone = {line["exact_match_question_only"] for line in lines[0] if "exact_match" in line}
+    assert len(alone) == 1
+    assert 0.2 < alone.pop() < 0.8  # of yes and not at all
     by_step = {line["step"]: line.get("exact_match") for line in lines[0]}
     assert [step for step, value in by_step.items() if value is not None] == [20, 40, 50]
     assert max(by_step[step] for step in (20, 40, 50)) > 0.2
@@ -186,6 +191,7 @@ def test_what_a_run_says_of_its_answers_is_the_same_on_other_ranks(
     assert "Answers: step 50" in html
     assert html.count("<section") == 5
     assert "odd?" in html
+    assert "<dt>exact_match_question_only</dt>" in html
 
 
 def test_the_last_evaluation_has_answers_though_patience_ran_out_before(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.progress import Progress
+from trainer.validation.scores import QUESTION_ONLY
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -72,7 +73,11 @@ class ConsoleCallback(Callback):
             for name, value in metrics.items()
             if name not in ("loss", "num_targets") and isinstance(value, float)
         }
-        extra = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
+        baseline = shown.pop(QUESTION_ONLY, None)
+        texts = {name: f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items()}
+        if baseline is not None:
+            texts["exact_match"] += f" (question alone {baseline:.4f})"
+        extra = " | ".join(texts.values())
         log.info("%s | loss %7.4f | %s", self._step(progress.step, "eval"), metrics["loss"], extra)
 
     def on_save(self, progress: Progress, folder: Path) -> None:

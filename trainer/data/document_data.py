@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from trainer.data.bpe import trained_bpe
 from trainer.data.document_lengths import check_lengths
 from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
-from trainer.data.examples import BadRowError, Encoder, Example, Labels
+from trainer.data.examples import BadRowError, Encoder, Example, Labels, described
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.label_names import label_names
 from trainer.data.loader import EvalLoader, StepLoader
@@ -125,7 +125,7 @@ class DocumentData(Places[RowSource]):
         if setting != BPE:
             return given_tokenizer(setting)
         keys = [place.key() for place in self.places.values()]
-        folder = self.folder_for("bpe", *keys, self._recipe_of_encoder, vocab_size)
+        folder = self.folder_for("bpe", *keys, described(self._encoder), vocab_size)
         return trained_bpe(self._texts(), vocab_size, folder)
 
     @property
@@ -201,36 +201,32 @@ class DocumentData(Places[RowSource]):
         """Return the sections of what stands in the place of a bad row."""
         return no_targets(self._encoder.outputs)
 
-    def make(
-        self, place: RowSource, tokenizer: Tokenizer, split: object, route: Route
-    ) -> tuple[Path, list[str]]:
+    def folder_of(
+        self, place: RowSource, tokenizer: Tokenizer, split: object
+    ) -> tuple[Path, dict[str, Any]]:
+        """Return where the documents of a place lie once they are made, and what decides them."""
         recipe = {
             "files": place.key(),
             "tokenizer": tokenizer.fingerprint,
-            "encoder": self._recipe_of_encoder,
+            "encoder": described(self._encoder),
             "split": split,
             **self.limits,
         }
         key = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, recipe]).encode())
-        folder = self.cache_folder / "documents" / key
+        return self.cache_folder / "documents" / key, recipe
+
+    def make(
+        self, place: RowSource, tokenizer: Tokenizer, split: object, route: Route
+    ) -> tuple[Path, list[str]]:
+        folder, recipe = self.folder_of(place, tokenizer, split)
         index = build_folder(
             folder, recipe, lambda writer: self._documents(place, tokenizer, route, writer),
             tokenizer, TokeniseProgress(place.path, place.num_bytes()), shard_tokens=SHARD_TOKENS,
         )  # fmt: skip
         return folder, list(index.stores)
 
-    @property
-    def _recipe_of_encoder(self) -> str:
-        encoder: Any = self._encoder
-        settings = json.dumps(asdict(encoder), sort_keys=True)
-        return f"{type(self.encoder).__name__}/{settings}"
-
     def _documents(
-        self,
-        source: RowSource,
-        tokenizer: Tokenizer,
-        route: Route,
-        writer: FolderWriter,
+        self, source: RowSource, tokenizer: Tokenizer, route: Route, writer: FolderWriter
     ) -> Tokens:
         bad_rows = BadRows(writer.folder, source.path)
         for row in source.rows():

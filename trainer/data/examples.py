@@ -1,7 +1,8 @@
 """One document as a model sees it, and what makes documents of raw rows."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -88,3 +89,8 @@ class Encoder(Protocol):
     def encode(self, row: dict[str, Any], tokenizer: Tokenizer) -> Example:
         """Return the document of a row; BadRowError for one that has none."""
         ...
+
+
+def described(encoder: Any) -> str:
+    """Return the kind and the settings of an encoder: what decides its documents."""
+    return f"{type(encoder).__name__}/{json.dumps(asdict(encoder), sort_keys=True)}"

@@ -87,6 +87,11 @@ class Places(ABC, Generic[P]):
         return bool(self.eval_path or self.eval_fraction)
 
     @property
+    def held_out_share(self) -> float:
+        """Share of each place's documents that is held out: with an eval_path none."""
+        return 0.0 if self.eval_path else self.eval_fraction
+
+    @property
     def cache_folder(self) -> Path:
         return Path(self.cache).expanduser()
 
@@ -97,7 +102,7 @@ class Places(ABC, Generic[P]):
 
     def make_split(self, place: P, tokenizer: Tokenizer) -> tuple[Path, list[str]]:
         """Make the documents of a place, those held out in a store of their own."""
-        fraction = 0.0 if self.eval_path else self.eval_fraction
+        fraction = self.held_out_share
         return self.make(place, tokenizer, fraction, hold_out(fraction))
 
     def parts(self, tokenizer: Tokenizer) -> tuple[list[Part], list[Part]]:

@@ -84,7 +84,7 @@ class VisionTextEncoder:
         content = read(flat.row, {})
         if isinstance(content, Conversation):
             if tokenizer.chat_template is not None:
-                prepared = _with_parts(with_system(content, self.system), tokenizer.chat_template)
+                prepared = with_parts(with_system(content, self.system), tokenizer.chat_template)
                 text, spans = written_turns(prepared, self.train_on, tokenizer)
                 example = turns_example(*with_blocks(text, spans), tokenizer)
                 return replace(example, num_bytes=example.num_bytes - _image_bytes(example, tokens))
@@ -123,7 +123,7 @@ def _image_bytes(example: Example, tokens: ImageTokens) -> int:
     return counts[0] * len(IMAGE) + counts[1] * len(FAKE)
 
 
-def _with_parts(conversation: Conversation, template: str) -> Conversation:
+def with_parts(conversation: Conversation, template: str) -> Conversation:
     """Give a template that asks for images the contents as parts, any other one as text."""
     if "image" not in template:
         return conversation

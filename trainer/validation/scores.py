@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from trainer.validation.ngram_scores import NGRAM_SCORES, check_installed, ngram_scores
 
+QUESTION_ONLY = "exact_match_question_only"  # of question_only.py, beside exact_match
 THRESHOLD = 0.5  # of ANLS: an answer that differs in half of its letters or more has none
 
 

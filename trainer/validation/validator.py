@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer.batch import Batch
+from trainer.data.document_store import DocumentStore
 from trainer.data.documents import PackedDocuments
 from trainer.data.tokenizers import Tokenizer
 from trainer.decoder import Decoder
@@ -16,8 +17,9 @@ from trainer.files import write_text
 from trainer.mesh import Mesh
 from trainer.protocols import Engine
 from trainer.validation.page import Shown, facts_of, page
+from trainer.validation.question_only import question_only
 from trainer.validation.questions import Question, drawn, questions_of
-from trainer.validation.scores import scores
+from trainer.validation.scores import QUESTION_ONLY, scores
 from trainer.validation.spec import COUNT, ValidationSpec
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ class Validator:
     spec: ValidationSpec
     rows: PackedDocuments
     questions: tuple[Question, ...]
+    baseline: dict[str, float]
+    """What is reached without the model, by the names of metrics.jsonl."""
     tokenizer: Tokenizer
     mesh: Mesh
     device: torch.device
@@ -40,7 +44,8 @@ class Validator:
         """Return the metrics, the same on every rank. Collective: every rank must call this."""
         answers = [self.tokenizer.decode(ids) for ids in self.answers(engine)]
         references = [self.tokenizer.decode(each.reference) for each in self.questions]
-        found = scores(self.spec.metrics, answers, references) | {COUNT: len(answers)}
+        found = scores(self.spec.metrics, answers, references) | self.baseline
+        found[COUNT] = len(answers)
         if self.page is not None:
             write_text(self.page, self._page(title, found, answers, references))
         return found
@@ -117,6 +122,10 @@ class Validator:
             ("longest answer", f"{self.spec.max_new_tokens} tokens, the likeliest each time"),
             ("right", "exact_match: equal but for case and white space"),
         ]
+        if QUESTION_ONLY in found:
+            settings.append(
+                ("question only", "each question's most frequent answer in training, images unseen")
+            )
         shown = [
             self._shown(number, answers[number], references[number])
             for number in drawn(len(answers), self.spec.samples)
@@ -139,13 +148,17 @@ def validator_of(
     spec: ValidationSpec,
     rows: PackedDocuments,
     *,
+    training: DocumentStore | None,
     tokenizer: Tokenizer,
     mesh: Mesh,
     device: torch.device,
     max_positions: int,
     page: Path | None,
 ) -> Validator:
-    """Find the questions; ValueError where there are none. Says what can never be right."""
+    """Find the questions; ValueError where there are none. Says what can never be right.
+
+    `training`: the documents that the model learns of; None: nobody knows.
+    """
     questions = questions_of(
         rows, max_documents=spec.max_documents, room=max_positions - spec.max_new_tokens
     )
@@ -155,7 +168,10 @@ def validator_of(
             "validation: %d of %d answers of the data have more than validation.max_new_tokens=%d "
             "tokens: the model cannot finish them", longer, len(questions), spec.max_new_tokens,
         )  # fmt: skip
+    baseline = None
+    if training is not None and "exact_match" in spec.metrics:
+        baseline = question_only(training, questions, tokenizer, num_virtual=rows.num_virtual)
     return Validator(
         spec=spec, rows=rows, questions=questions, tokenizer=tokenizer, mesh=mesh, device=device,
-        page=page,
+        page=page, baseline={} if baseline is None else {QUESTION_ONLY: baseline},
     )  # fmt: skip
