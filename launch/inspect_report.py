@@ -1,5 +1,6 @@
 """What `tessera inspect` says of a step, whatever it is shown in: facts, tables, numbers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,10 +9,10 @@ from trainer.data.examples import PREFERENCE
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.inspection.counts import Counts
-from trainer.inspection.words import SeenRow
+from trainer.inspection.words import SeenRow, SeenToken
 from trainer.run import Run
 
-MAX_CLASSES, MAX_LONGEST, BAR_WIDTH = 10, 5, 20
+MAX_CLASSES, MAX_LONGEST, MAX_ROWS, BAR_WIDTH = 10, 5, 10, 20
 
 
 class Table(NamedTuple):
@@ -76,6 +77,12 @@ class Report:
             "padding": f"{counts.num_padding:,} of {counts.num_rows * counts.row_tokens:,} places "
             f"({_share(counts.num_padding, counts.num_rows * counts.row_tokens)})",
         }
+        if self.row_images is not None:
+            found["images"] = (
+                f"{counts.num_images:,} of {self.image_places:,} places "
+                f"({_share(counts.num_images, self.image_places)}), {self.run.data.image_size} "
+                f"pixels wide and high; {counts.num_lookers:,} tokens look at one"
+            )
         if virtual := self.run.virtual_ids:
             found["virtual"] = f"{len(virtual)} tokens before every document, counted as its own"
         if counts.tokens_per_byte is not None:
@@ -83,11 +90,32 @@ class Report:
                 f"{counts.tokens_per_byte:.3f} tokens per byte, "
                 f"{1 / counts.tokens_per_byte:.2f} bytes per token; special tokens left out"
             )
-        if counts.num_astray:
-            found["DEFECT"] = (
-                f"{counts.num_astray:,} targets are not the next token of their document"
-            )
+        defects = {
+            "targets are not the next token of their document": counts.num_astray,
+            "tokens look at an image of another document, or at a later one": (
+                counts.num_looks_astray
+            ),
+        }
+        if any(defects.values()):
+            found["DEFECT"] = "; ".join(f"{n:,} {what}" for what, n in defects.items() if n)
         return found
+
+    @property
+    def row_images(self) -> int | None:
+        """Images that a row has at most; None: the data has none."""
+        # The protocol of data does not have it: only data with images does.
+        return getattr(self.run.data, "row_images", None)
+
+    @property
+    def image_places(self) -> int:
+        return self.counts.num_rows * (self.row_images or 0)
+
+    def filling(self, row: SeenRow) -> str:
+        """Return how full the budgets of a row are."""
+        said = f"{row.num_tokens:,} of {self.counts.row_tokens:,} tokens"
+        if self.row_images is None:
+            return said
+        return f"{said}, {len(row.images)} of {self.row_images} images"
 
     @property
     def _documents(self) -> str:
@@ -141,8 +169,27 @@ class Report:
             Table("classes", ("targets", "share", "class"), classes),
             Table(f"longest {self._documents}", ("tokens", "targets", "place"), longest),
             Table("lengths", ("from", "to", "documents", ""), lengths),
+            Table("rows", ("row", "documents", "tokens", "images", ""), self._rows()),
         ]
         return [table for table in tables if table.rows]
+
+    def _rows(self) -> Sequence[tuple[str, ...]]:
+        """Return how full the first rows are; of data without images nothing."""
+        counts, width = self.counts, self.counts.row_tokens
+        if self.row_images is None:
+            return []
+        rows: list[tuple[str, ...]] = [
+            (
+                str(number), f"{row.num_documents:,}", f"{row.num_tokens:,} of {width:,}",
+                f"{row.num_images} of {self.row_images}",
+                "\u2588" * -(-row.num_tokens * BAR_WIDTH // width),
+            )
+            for number, row in enumerate(counts.rows[:MAX_ROWS], start=1)
+        ]  # fmt: skip
+        more: list[tuple[str, ...]] = [
+            ("", "", "", "", f".. and {counts.num_rows - MAX_ROWS} more")
+        ]
+        return rows + more * (counts.num_rows > MAX_ROWS)
 
     def as_json(self) -> dict[str, Any]:
         """Return the numbers, for scripts."""
@@ -161,6 +208,10 @@ class Report:
             "padding": counts.num_padding,
             "padding_share": counts.num_padding / (counts.num_rows * counts.row_tokens),
             "tokens_per_byte": counts.tokens_per_byte,
+            "images": counts.num_images,
+            "image_places": self.image_places,
+            "tokens_that_look": counts.num_lookers,
+            "looks_astray": counts.num_looks_astray,
             "classes": dict(counts.classes),
             "sources": {
                 name: {
@@ -188,6 +239,16 @@ class Report:
                 "vocab_size": self.tokenizer.vocab_size,
             },
         }
+
+
+def seen_images(tokens: Sequence[SeenToken], row: SeenRow) -> str:
+    """Return which images the tokens of a document look at, and how many tokens at each."""
+    counts = Counter(number for token in tokens for number in token.looks)
+    return ", ".join(
+        f"{counts[seen.number]:,} look at image {seen.number} {seen.file}".rstrip()
+        for seen in row.images
+        if seen.number in counts
+    )
 
 
 def _number(number: int, one: str, more: str) -> str:

@@ -236,8 +236,8 @@ def test_the_decoupled_embedding_looks_up_both_tables_and_keeps_the_ids() -> Non
 def m4_inits(spec: IdeficsSpec) -> dict[str, Init]:
     """Return how m4 starts each kind of weight, by a pattern of names; the first that fits counts.
 
-    m4 takes its text and its tower from folders: what is in neither of its own blocks starts here as
-    in transformers, normal of `initializer_range`.
+    m4 takes its text and its tower from folders: what is in neither of its own blocks starts here
+    as in transformers, normal of `initializer_range`.
     """
     width, vision, layers = spec.hidden_size, spec.vision_config.embed_dim, spec.num_hidden_layers
     gated, resampler = r"model\.gated_cross_attn_layers\.\d\.", r"model\.perceiver_resampler\."

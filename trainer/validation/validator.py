@@ -15,7 +15,7 @@ from trainer.decoding import GenerationSpec, continued
 from trainer.files import write_text
 from trainer.mesh import Mesh
 from trainer.protocols import Engine
-from trainer.validation.page import Shown, facts_of, page
+from trainer.validation.page import Shown, answers_page, facts_of
 from trainer.validation.questions import Question, drawn, questions_of
 from trainer.validation.scores import scores
 from trainer.validation.spec import COUNT, ValidationSpec
@@ -121,7 +121,7 @@ class Validator:
             self._shown(number, answers[number], references[number])
             for number in drawn(len(answers), self.spec.samples)
         ]
-        return page(f"Answers: {title}", facts_of(found, settings), shown)
+        return answers_page(f"Answers: {title}", facts_of(found, settings), shown)
 
     def _shown(self, number: int, answer: str, reference: str) -> Shown:
         question = self.questions[number]
