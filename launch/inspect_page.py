@@ -31,7 +31,7 @@ h3 { font-size: .85rem; font-weight: 500; margin: .9rem 0 .3rem; padding-top: .5
 .image { display: inline-block; position: relative; vertical-align: middle; line-height: 0;
   margin: 2px; border: 3px solid hsl(var(--hue) 70% var(--light)); border-radius: 5px; }
 .image img { display: block; pointer-events: none; width: 64px; height: 64px; border-radius: 2px; }
-.image:hover { transform: scale(3); transform-origin: top left; z-index: 1; }
+.image:hover { transform: scale(3); transform-origin: bottom right; z-index: 1; }
 .image::after { content: attr(data-number); position: absolute; right: 0;
   bottom: 0; padding: 0 3px; font: 10px/13px system-ui; color: #fff; background: rgb(0 0 0 / 65%); }
 """

@@ -9,6 +9,7 @@ import torch
 
 from trainer.batch import Batch
 from trainer.data.documents import PackedDocuments
+from trainer.data.images.tokens import FAKE
 from trainer.data.tokenizers import Tokenizer
 from trainer.decoder import Decoder
 from trainer.decoding import GenerationSpec, continued
@@ -128,7 +129,7 @@ class Validator:
         text = question.prompt[self.rows.num_virtual :]
         return Shown(
             source=self.rows.store.cite(question.document, question.document + 1),
-            question=self.tokenizer.decode(text),
+            question=self.tokenizer.decode(text).replace(FAKE, ""),  # the images stand beside it
             pictures=tuple(self.rows.pictures(question.document, text)),
             reference=reference,
             answer=answer,
