@@ -73,7 +73,9 @@ def main(arguments: list[str]) -> int:
 
         write_text(options.html_path, batch_page(report))
     if options.json:
-        print(json.dumps(report.as_json()))
+        from launch.inspect_json import numbers
+
+        print(json.dumps(numbers(report)))
         return FINISHED
     import rich
 

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from launch.visible_text import visible
 from trainer.data.examples import PREFERENCE
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
@@ -191,61 +192,12 @@ class Report:
         ]
         return rows + more * (counts.num_rows > MAX_ROWS)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the numbers, for scripts."""
-        counts, store = self.counts, self.loader.rows.store
-        return {
-            "step": self.step,
-            "micro_batches": counts.num_micro_batches,
-            "rows": counts.num_rows,
-            "row_tokens": counts.row_tokens,
-            "documents": len(counts.documents),
-            "tokens": counts.num_tokens,
-            "targets": counts.num_targets,
-            "targets_share": counts.num_targets / max(1, counts.num_tokens),
-            "targets_behind_rows": counts.num_behind,
-            "targets_astray": counts.num_astray,
-            "padding": counts.num_padding,
-            "padding_share": counts.num_padding / (counts.num_rows * counts.row_tokens),
-            "tokens_per_byte": counts.tokens_per_byte,
-            "images": counts.num_images,
-            "image_places": self.image_places,
-            "tokens_that_look": counts.num_lookers,
-            "looks_astray": counts.num_looks_astray,
-            "classes": dict(counts.classes),
-            "sources": {
-                name: {
-                    "documents": one.num_documents,
-                    "tokens": one.num_tokens,
-                    "targets": one.num_targets,
-                }
-                for name, one in counts.sources.items()
-            },
-            "longest": [
-                {"provenance": piece.provenance, "tokens": piece.num_tokens}
-                for piece in counts.longest[:MAX_LONGEST]
-            ],
-            "lengths": [
-                {"from": first, "to": last, "documents": number}
-                for first, last, number in counts.lengths
-            ],
-            "data": {
-                "tokens": store.num_tokens,
-                "documents": store.num_documents,
-                "held_out_documents": self.num_held_out,
-            },
-            "tokenizer": {
-                "setting": self.run.tokenizer_setting,
-                "vocab_size": self.tokenizer.vocab_size,
-            },
-        }
-
 
 def seen_images(tokens: Sequence[SeenToken], row: SeenRow) -> str:
     """Return which images the tokens of a document look at, and how many tokens at each."""
     counts = Counter(number for token in tokens for number in token.looks)
     return ", ".join(
-        f"{counts[seen.number]:,} look at image {seen.number} {seen.file}".rstrip()
+        f"{counts[seen.number]:,} look at image {seen.number} {visible(seen.file)}".rstrip()
         for seen in row.images
         if seen.number in counts
     )
