@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 USAGE = """usage: tessera inspect [experiment=NAME] [group=choice] [key=value] ...
 
 Shows the batches of one step as `tessera train` with the same words would make them: which tokens
-are trained and which are only read, where documents begin and come from, labels, padding, counts.
+are trained and which are only read, where documents begin and come from, labels, padding, counts;
+of rows with images, which token looks at which, and how full the budgets are.
 Needs data and tokenizer; loads no weights and starts no process.
 
   tessera inspect experiment=demo
   tessera inspect experiment=sft model.path=FOLDER data.path=FILE.jsonl html=batch.html
   step=1       which step of the run
   rows=4       how many of its rows are shown; the numbers are of all
-  html=FILE    the same as one HTML file; hover over a token for its id, place and target
+  html=FILE    the same as one HTML file; hover over a token for its id, place and target;
+               images are shown as the model gets them
   json=true    the numbers as one JSON object
 """
 
@@ -66,12 +68,14 @@ def main(arguments: list[str]) -> int:
         configure_logging(rank=0)  # tokenising may take a while
     report = report_of(run, options)
     if options.html is not None:
-        from launch.inspect_html import page
+        from launch.inspect_html import batch_page
         from trainer.files import write_text
 
-        write_text(options.html_path, page(report))
+        write_text(options.html_path, batch_page(report))
     if options.json:
-        print(json.dumps(report.as_json()))
+        from launch.inspect_json import numbers
+
+        print(json.dumps(numbers(report)))
         return FINISHED
     import rich
 
@@ -118,7 +122,7 @@ def report_of(run: Any, options: Options) -> "Report":
     """Make the step as rank 0 of 1 would, and look into it."""
     from launch.inspect_report import Report
     from trainer.inspection.counts import count
-    from trainer.inspection.virtual import WithVirtualTokens
+    from trainer.inspection.special import WithSpecialTokens
     from trainer.inspection.words import read_rows
     from trainer.run_images import fitted
     from trainer.run_tokenizer import tokenizer_of
@@ -126,10 +130,12 @@ def report_of(run: Any, options: Options) -> "Report":
 
     run = settle(run)
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
-    loader, eval_loader = fitted(run.data, run.model).build(
+    run = replace(run, data=fitted(run.data, run.model))
+    loader, eval_loader = run.data.build(
         tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1, virtual_ids=run.virtual_ids
     )
-    speller = WithVirtualTokens(tokenizer, run.virtual_ids)
+    has_images = run.data.image_size is not None
+    speller = WithSpecialTokens(tokenizer, run.virtual_ids, has_images=has_images)
     batches = loader.step(options.step - 1).micro_batches
     return Report(
         run=run,
@@ -138,5 +144,5 @@ def report_of(run: Any, options: Options) -> "Report":
         loader=loader,
         num_held_out=eval_loader.rows.store.num_documents if eval_loader else 0,
         counts=count(batches, run.data.labels, speller),
-        rows=read_rows(batches, run.data.labels, speller, options.rows),
+        rows=read_rows(batches, run.data.labels, speller, options.rows, loader.rows.store),
     )

@@ -1,59 +1,50 @@
-"""The page that `tessera inspect html=FILE` fills in: no script, no font, no file beside it."""
+"""How the page of `tessera inspect html=FILE` looks: tokens by what is learnt, images by colour."""
 
-from string import Template
+NUM_COLOURS = 8
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --page: #fbfbfa; --ink: #1c1c1c; --quiet: #6b6b6b;
-  --line: #dcdcd8; --card: #ffffff; --trained: #bfe8c4; --special: #7a3fb0; --label: #0b5cad; }
+STYLE = """:root { --trained: #bfe8c4; --special: #7a3fb0; --light: 42%; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #161616; --ink: #e8e8e6; --quiet: #9a9a96; --line: #383836;
-    --card: #1e1e1e; --trained: #1f5a2c; --special: #c99bf0; --label: #7fbaf5; } }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page);
-  color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .8rem; }
-h2 { font-size: 1.05rem; margin: 0 0 .4rem; }
+  :root { --trained: #1f5a2c; --special: #c99bf0; --light: 62%; } }
+h2 small + small { float: right; font-size: .85rem; }
 h3 { font-size: .85rem; font-weight: 500; margin: .9rem 0 .3rem; padding-top: .5rem;
   border-top: 1px solid var(--line); color: var(--quiet); }
-small, .note, caption, th { color: var(--quiet); font-weight: 400; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0; }
-dt { color: var(--quiet); }
-dd { margin: 0; overflow-wrap: anywhere; }
-.tables { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0; }
-table { border-collapse: collapse; font-size: .85rem; align-self: flex-start;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; white-space: nowrap; padding-bottom: .2rem; }
-th, td { padding: .1rem 1rem .1rem 0; text-align: right; border-top: 1px solid var(--line); }
-th:last-child, td:last-child { text-align: left; overflow-wrap: anywhere; }
-section { margin: 1rem 0; padding: .9rem 1.1rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 6px; }
 .legend { margin: 1.2rem 0 0; font-size: .9rem; }
+.strip { display: flex; height: 1.3rem; border-radius: 4px; overflow: hidden; font-size: .7rem;
+  line-height: 1.3rem; text-align: center; background: var(--line); }
+.strip span { min-width: 0; overflow: hidden; border-right: 1px solid var(--card);
+  background: color-mix(in srgb, var(--mark) 22%, var(--card)); }
+.strip .pad {
+  background: repeating-linear-gradient(45deg, var(--line) 0 3px, var(--card) 3px 7px); }
 .text, .t { font: 13px/1.7 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
-.t { box-shadow: inset -1px 0 rgb(128 128 128 / 35%); border-radius: 2px; }
+.t { box-shadow: inset -1px 0 rgb(128 128 128 / 35%); border-radius: 2px; padding-bottom: 1px; }
 .t:empty::before { content: "\\2009"; }
-.t:hover { outline: 2px solid var(--label); }
+.t:hover { outline: 2px solid var(--mark); }
 .parts .t { color: var(--quiet); }
 .parts .y, .y { background: var(--trained); color: var(--ink); }
 .parts .s, .s { color: var(--special); font-weight: 600; }
+.around { display: inline-block; max-width: 3ch; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; vertical-align: middle; }
 .l { margin: 0 .25em 0 .1em; padding: 0 .35em; border: 1px solid currentColor; border-radius: 4px;
-  color: var(--label); font-size: .75rem; font-weight: 600; }
-.note { margin: .5rem 0 0; font-size: .85rem; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<dl>$facts</dl>
-<p class="legend">$legend<br>
-<span class="t s">special token</span>, &#8629; line break, &#8677; tab;
-hover over a token for its id, position, segment and target</p>
-<div class="tables">$tables</div>
-$rows
-</body>
-</html>
-""")
+  color: var(--mark); font-size: .75rem; font-weight: 600; }
+.v { border-bottom: 2px solid hsl(var(--hue) 70% var(--light)); }
+.image { display: inline-block; position: relative; vertical-align: middle; line-height: 0;
+  margin: 2px; border: 3px solid hsl(var(--hue) 70% var(--light)); border-radius: 5px; }
+.image img { display: block; pointer-events: none; width: 64px; height: 64px; border-radius: 2px; }
+.image:hover { transform: scale(3); transform-origin: bottom right; z-index: 1; }
+.image::after { content: attr(data-number); position: absolute; right: 0;
+  bottom: 0; padding: 0 3px; font: 10px/13px system-ui; color: #fff; background: rgb(0 0 0 / 65%); }
+"""
+
+
+def style_of(num_images: int) -> str:
+    """Return all CSS, for rows of so many images: pointing shows who looks at which."""
+    hues = [
+        f".c{n} {{ --hue: {n * 360 // NUM_COLOURS}; }}" for n in range(min(num_images, NUM_COLOURS))
+    ]
+    pointed = [
+        f"section:has(.p{n}:hover) .v{n} {{ background: hsl(var(--hue) 70% 50% / 45%); }}\n"
+        f"section:has(.v{n}:hover) .p{n} {{ outline: 4px solid hsl(var(--hue) 90% 50%); }}"
+        for n in range(1, num_images + 1)
+    ]
+    return "\n".join([STYLE.rstrip(), *hues, *pointed, ""])

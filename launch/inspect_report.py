@@ -1,17 +1,19 @@
 """What `tessera inspect` says of a step, whatever it is shown in: facts, tables, numbers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from launch.visible_text import visible
 from trainer.data.examples import PREFERENCE
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.inspection.counts import Counts
-from trainer.inspection.words import SeenRow
+from trainer.inspection.words import SeenRow, SeenToken
 from trainer.run import Run
 
-MAX_CLASSES, MAX_LONGEST, BAR_WIDTH = 10, 5, 20
+MAX_CLASSES, MAX_LONGEST, MAX_ROWS, BAR_WIDTH = 10, 5, 10, 20
 
 
 class Table(NamedTuple):
@@ -76,6 +78,12 @@ class Report:
             "padding": f"{counts.num_padding:,} of {counts.num_rows * counts.row_tokens:,} places "
             f"({_share(counts.num_padding, counts.num_rows * counts.row_tokens)})",
         }
+        if self.row_images is not None:
+            found["images"] = (
+                f"{counts.num_images:,} of {self.image_places:,} places "
+                f"({_share(counts.num_images, self.image_places)}), {self.run.data.image_size} "
+                f"pixels wide and high; {counts.num_lookers:,} tokens look at one"
+            )
         if virtual := self.run.virtual_ids:
             found["virtual"] = f"{len(virtual)} tokens before every document, counted as its own"
         if counts.tokens_per_byte is not None:
@@ -83,11 +91,32 @@ class Report:
                 f"{counts.tokens_per_byte:.3f} tokens per byte, "
                 f"{1 / counts.tokens_per_byte:.2f} bytes per token; special tokens left out"
             )
-        if counts.num_astray:
-            found["DEFECT"] = (
-                f"{counts.num_astray:,} targets are not the next token of their document"
-            )
+        defects = {
+            "targets are not the next token of their document": counts.num_astray,
+            "tokens look at an image of another document, or at a later one": (
+                counts.num_looks_astray
+            ),
+        }
+        if any(defects.values()):
+            found["DEFECT"] = "; ".join(f"{n:,} {what}" for what, n in defects.items() if n)
         return found
+
+    @property
+    def row_images(self) -> int | None:
+        """Images that a row has at most; None: the data has none."""
+        # The protocol of data does not have it: only data with images does.
+        return getattr(self.run.data, "row_images", None)
+
+    @property
+    def image_places(self) -> int:
+        return self.counts.num_rows * (self.row_images or 0)
+
+    def filling(self, row: SeenRow) -> str:
+        """Return how full the budgets of a row are."""
+        said = f"{row.num_tokens:,} of {self.counts.row_tokens:,} tokens"
+        if self.row_images is None:
+            return said
+        return f"{said}, {len(row.images)} of {self.row_images} images"
 
     @property
     def _documents(self) -> str:
@@ -141,53 +170,37 @@ class Report:
             Table("classes", ("targets", "share", "class"), classes),
             Table(f"longest {self._documents}", ("tokens", "targets", "place"), longest),
             Table("lengths", ("from", "to", "documents", ""), lengths),
+            Table("rows", ("row", "documents", "tokens", "images", ""), self._rows()),
         ]
         return [table for table in tables if table.rows]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the numbers, for scripts."""
-        counts, store = self.counts, self.loader.rows.store
-        return {
-            "step": self.step,
-            "micro_batches": counts.num_micro_batches,
-            "rows": counts.num_rows,
-            "row_tokens": counts.row_tokens,
-            "documents": len(counts.documents),
-            "tokens": counts.num_tokens,
-            "targets": counts.num_targets,
-            "targets_share": counts.num_targets / max(1, counts.num_tokens),
-            "targets_behind_rows": counts.num_behind,
-            "targets_astray": counts.num_astray,
-            "padding": counts.num_padding,
-            "padding_share": counts.num_padding / (counts.num_rows * counts.row_tokens),
-            "tokens_per_byte": counts.tokens_per_byte,
-            "classes": dict(counts.classes),
-            "sources": {
-                name: {
-                    "documents": one.num_documents,
-                    "tokens": one.num_tokens,
-                    "targets": one.num_targets,
-                }
-                for name, one in counts.sources.items()
-            },
-            "longest": [
-                {"provenance": piece.provenance, "tokens": piece.num_tokens}
-                for piece in counts.longest[:MAX_LONGEST]
-            ],
-            "lengths": [
-                {"from": first, "to": last, "documents": number}
-                for first, last, number in counts.lengths
-            ],
-            "data": {
-                "tokens": store.num_tokens,
-                "documents": store.num_documents,
-                "held_out_documents": self.num_held_out,
-            },
-            "tokenizer": {
-                "setting": self.run.tokenizer_setting,
-                "vocab_size": self.tokenizer.vocab_size,
-            },
-        }
+    def _rows(self) -> Sequence[tuple[str, ...]]:
+        """Return how full the first rows are; of data without images nothing."""
+        counts, width = self.counts, self.counts.row_tokens
+        if self.row_images is None:
+            return []
+        rows: list[tuple[str, ...]] = [
+            (
+                str(number), f"{row.num_documents:,}", f"{row.num_tokens:,} of {width:,}",
+                f"{row.num_images} of {self.row_images}",
+                "\u2588" * -(-row.num_tokens * BAR_WIDTH // width),
+            )
+            for number, row in enumerate(counts.rows[:MAX_ROWS], start=1)
+        ]  # fmt: skip
+        more: list[tuple[str, ...]] = [
+            ("", "", "", "", f".. and {counts.num_rows - MAX_ROWS} more")
+        ]
+        return rows + more * (counts.num_rows > MAX_ROWS)
+
+
+def seen_images(tokens: Sequence[SeenToken], row: SeenRow) -> str:
+    """Return which images the tokens of a document look at, and how many tokens at each."""
+    counts = Counter(number for token in tokens for number in token.looks)
+    return ", ".join(
+        f"{counts[seen.number]:,} look at image {seen.number} {visible(seen.file)}".rstrip()
+        for seen in row.images
+        if seen.number in counts
+    )
 
 
 def _number(number: int, one: str, more: str) -> str:

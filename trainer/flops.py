@@ -13,6 +13,7 @@ from models.lora import adapter_names
 from models.nn.preferences import PreferenceModel
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pieces import unique_parameters
+from trainer.pieces import is_vector
 
 FORMULA = (
     "per matmul weight 2 forward, 2 behind the first trained block, 2 if it trains; "
@@ -119,8 +120,8 @@ class _Gradients:
     def multiplies(self, name: str) -> bool:
         """Whether a weight is a matrix of products; a table is one where it is the head."""
         weight = self.weights[name]
-        is_vector = weight.ndim < 2 or (weight.ndim > 2 and max(weight.shape) == weight.numel())
-        return not is_vector and (id(weight) not in self.tables or weight is self.head)
+        is_product = not is_vector(tuple(weight.shape))
+        return is_product and (id(weight) not in self.tables or weight is self.head)
 
     def reach(self, name: str) -> bool:
         """Whether a gradient passes through a weight, or a module with attention, to its input."""

@@ -28,8 +28,8 @@ class Group:
     lr_ratio: float | None = None
     """Learning rate over optim.lr; in place of an adapter's ratio."""
     weight_decay: float | None = None
-    """In place of optim.weight_decay, and as that, on matrices only: not on norms, biases and
-    embeddings."""
+    """In place of optim.weight_decay, and as that, on matrices only: not on norms, biases,
+    gates and embeddings."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -183,13 +183,13 @@ class FreezeSpec:
             no_decay=no_decay, lr_ratios={**of["lr_ratio"], **lr_ratios},
             weight_decays=of["weight_decay"], unfrozen_at=of["unfreeze_at"],
         )  # fmt: skip
-        dims = {name: parameter.ndim for name, parameter in model.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, group in self.groups.items():
-            acts = any(rules.decays(member, dims[member]) for member in members[name])
+            acts = any(rules.decays(member, shapes[member]) for member in members[name])
             if group.weight_decay is not None and not acts:
                 raise ValueError(
                     f"freeze.groups.{name}.weight_decay={group.weight_decay} has no effect on "
-                    "norms, biases and embeddings, which no decay acts on; remove it"
+                    "norms, biases, gates and embeddings, which no decay acts on; remove it"
                 )
         return rules
 

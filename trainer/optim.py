@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer.pieces import Piece
+from trainer.pieces import Piece, is_vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,14 @@ class Rules:
         """Return the first ratio that fits, else 1."""
         return next((ratio for key, ratio in self.lr_ratios.items() if _is_of(name, key)), 1.0)
 
-    def decays(self, name: str, num_dims: int) -> bool:
+    def decays(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return whether weight decay acts on a weight: by the shape of the *whole* tensor, since a
         shard's own does not say what it is."""
-        return num_dims >= 2 and not name.endswith(self.no_decay)
+        return not is_vector(shape) and not name.endswith(self.no_decay)
 
     def weight_decay(self, name: str, piece: Piece, usual: float) -> float:
         found = (decay for key, decay in self.weight_decays.items() if _is_of(name, key))
-        return next(found, usual) if self.decays(name, len(piece.shape)) else 0.0
+        return next(found, usual) if self.decays(name, piece.shape) else 0.0
 
 
 def _is_of(name: str, key: str) -> bool:
@@ -70,7 +70,7 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Applied to matrices only: not to norms, biases and embeddings."""
+    """Applied to matrices only: not to norms, biases, gates and embeddings."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; None: no clipping."""
 
@@ -93,7 +93,7 @@ class SGD:
 
     lr: float
     weight_decay: float = 0.0
-    """Applied to matrices only: not to norms, biases and embeddings."""
+    """Applied to matrices only: not to norms, biases, gates and embeddings."""
     max_grad_norm: float | None = None
     """Gradients are scaled down to this global norm; None: no clipping."""
 

@@ -9,6 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a scale, a bias or a gate: one number per feature, also where it has the
+    shape of what it multiplies, as (1, 1, D). A matrix of one row or column is none."""
+    return len(shape) < 2 or (len(shape) > 2 and max(shape) == math.prod(shape))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Rows [start, stop) of a tensor, seen as a matrix of shape[0] rows."""

@@ -1,6 +1,7 @@
 """Idefics: drawn configs, what transformers crashes on, freezing tables, initial values."""
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -232,30 +233,66 @@ def test_the_decoupled_embedding_looks_up_both_tables_and_keeps_the_ids() -> Non
         DecoupledEmbedding(5, 2, 3, padding_idx=5)
 
 
-def test_initial_values_are_those_of_the_original_training_code() -> None:
-    spec = replace(SPEC, alpha_initializer="normal", alphas_initializer_range=0.7)
-    inits = initializers(spec.build_causal_lm(chunk_tokens=8), 0.02)
-    width, vision = spec.hidden_size, spec.vision_config.embed_dim
-    gated = "model.gated_cross_attn_layers.0"
-    expected = {
-        f"{gated}.cross_attn.q_proj.weight": Init(std=math.sqrt(0.4 / width)),
-        f"{gated}.cross_attn.k_proj.weight": Init(std=math.sqrt(0.4 / vision)),
-        f"{gated}.mlp.down_proj.weight": Init(std=math.sqrt(0.4 / (spec.intermediate_size * 4))),
-        f"{gated}.alpha_dense": Init(std=0.7),
-        f"{gated}.input_layernorm.weight": Init(mean=1.0),
-        "model.perceiver_resampler.latents": Init(std=vision**-0.5),
-        "model.perceiver_resampler.blocks.0.1.c_proj.weight": Init(
-            std=math.sqrt(0.4 / (vision * 4))
-        ),
-        "model.perceiver_resampler.blocks.0.1.ln.bias": Init(),
-        "model.embed_tokens.weight": Init(std=width**-0.5, zeros=(0, width)),
-        "model.embed_tokens.additional_embedding.weight": Init(std=width**-0.5),
-        "lm_head.additional_fc.weight": Init(std=width**-0.5),
-        "model.layers.0.mlp.down_proj.weight": Init(std=0.02),
-        "model.vision_model.embeddings.class_embedding": Init(std=vision**-0.5),
+def m4_inits(spec: IdeficsSpec) -> dict[str, Init]:
+    """Return how m4 starts each kind of weight, by a pattern of names; the first that fits counts.
+
+    m4 takes its text and its tower from folders: what is in neither of its own blocks starts here
+    as in transformers, normal of `initializer_range`.
+    """
+    width, vision, layers = spec.hidden_size, spec.vision_config.embed_dim, spec.num_hidden_layers
+    gated, resampler = r"model\.gated_cross_attn_layers\.\d\.", r"model\.perceiver_resampler\."
+    of_fan_in = {
+        name: Init(std=math.sqrt(0.4 / size))
+        for name, size in [
+            (gated + r"cross_attn\.[qo]_proj\.weight", width),
+            (gated + r"cross_attn\.[kv]_proj\.weight", vision),
+            (gated + r"mlp\.(gate|up)_proj\.weight", width),
+            (gated + r"mlp\.down_proj\.weight", spec.intermediate_size * 2 * layers),
+            (resampler + r"blocks\.\d\.0\.(q|k|v|output)_proj\.weight", vision),
+            (resampler + r"blocks\.\d\.1\.fc\.weight", vision),
+            (resampler + r"blocks\.\d\.1\.c_proj\.weight", vision * 2 * layers),
+        ]
     }
-    for name, init in expected.items():
-        assert inits[name] == init, name
+    return of_fan_in | {
+        gated + "alpha_(cross_attn|dense)": Init(),
+        resampler + "latents": Init(std=vision**-0.5),
+        r"model\.embed_tokens\.weight": Init(std=width**-0.5, zeros=(0, width)),
+        r"model\.embed_tokens\.additional_embedding\.weight": Init(std=width**-0.5),
+        r"lm_head\.additional_fc\.weight": Init(std=width**-0.5),
+        r"model\.vision_model\.embeddings\.class_embedding": Init(std=vision**-0.5),
+        r".*\.bias": Init(),
+        r".*(norm\d?|ln)\.weight": Init(mean=1.0),
+        r"lm_head\.weight": Init(std=0.02),
+        r"model\.layers\..*_proj\.weight": Init(std=0.02),
+        r"model\.vision_model\..*(_proj|fc\d|_embedding)\.weight": Init(std=0.02),
+    }
+
+
+@pytest.mark.parametrize("alpha_type", ["float", "vector"])
+def test_every_weight_starts_as_in_the_original_training_code(alpha_type: str) -> None:
+    perceiver = replace(SPEC.perceiver_config, qk_layer_norms_perceiver=True)
+    spec = replace(
+        SPEC, alpha_initializer="zeros", alpha_type=alpha_type, perceiver_config=perceiver
+    )
+    model = spec.build_causal_lm(chunk_tokens=8)
+    inits, expected, met = initializers(model, 0.02), m4_inits(spec), set()
+    for name, _ in model.named_parameters():
+        pattern = next(pattern for pattern in expected if re.fullmatch(pattern, name))
+        assert inits[name] == expected[pattern], name
+        met.add(pattern)
+    assert met == set(expected)  # no kind of weight was left out
+
+
+@pytest.mark.parametrize(
+    ("initializer", "expected"),
+    [("ones", Init(mean=1.0)), ("normal", Init(std=0.7)), ("random", Init(std=0.7))],
+)
+def test_gates_start_open_where_that_was_asked_for(initializer: str, expected: Init) -> None:
+    spec = replace(SPEC, alpha_initializer=initializer, alphas_initializer_range=0.7)
+    inits = initializers(spec.build_causal_lm(chunk_tokens=8), 0.02)
+    gates = {name: init for name, init in inits.items() if "alpha_" in name}
+    assert len(gates) == 4
+    assert set(gates.values()) == {expected}
 
 
 def test_a_config_is_read_back_whole_and_from_what_a_version_4_file_keeps() -> None:

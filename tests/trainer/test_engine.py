@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.parity.oracle import specs
 from models.nn.head import IGNORED
 from models.nn.init import initial_values, initializers
 from tests.conftest import tiny_spec
@@ -23,6 +24,7 @@ from trainer.mesh import MeshSpec
 from trainer.optim import SGD, AdamW, Rules
 from trainer.parallel.materialise import random_values
 from trainer.parallel.pieces import named_pieces, unique_parameters
+from trainer.pieces import is_vector
 from trainer.precision import PRECISIONS
 from trainer.schedule import Constant
 
@@ -261,6 +263,30 @@ def test_weight_decay_spares_norms_biases_and_embeddings_on_every_layout() -> No
     for name, piece in pieces.items():
         is_matrix = name.endswith("proj.weight") or name == "lm_head.weight"
         assert (id(piece.local) in decayed) == is_matrix, name
+
+
+@pytest.mark.parametrize("alpha_type", ["float", "vector"])
+def test_weight_decay_spares_the_gates_of_an_idefics_in_every_shape(alpha_type: str) -> None:
+    """As in the public m4: a gate of (1, 1, D) is one number per feature, no matrix."""
+    model = replace(specs()["Idefics"], alpha_type=alpha_type).build_causal_lm(chunk_tokens=8)
+    model.requires_grad_(True)
+    pieces = named_pieces(unique_parameters(model))
+    optimizer = AdamW(lr=1e-2, weight_decay=0.3).build(pieces=pieces, rules=Rules())
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    spared = {name for name, piece in pieces.items() if id(piece.local) not in decayed}
+    gates = {name for name in pieces if "alpha_" in name}
+    assert len(gates) == 4
+    ends = ("bias", "norm.weight", "norm1.weight", "norm2.weight", "ln.weight", "class_embedding")
+    assert spared == gates | {name for name in pieces if name.endswith(ends)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((), True), ((8,), True), ((1, 1, 8), True), ((1, 1), False), ((1, 8), False),
+     ((8, 1), False), ((4, 3, 2, 2), False)],
+)  # fmt: skip
+def test_a_matrix_of_one_row_is_no_vector(shape: tuple[int, ...], expected: bool) -> None:
+    assert is_vector(shape) is expected
 
 
 def test_a_bf16_run_keeps_masters_in_fp32_and_ddp_equals_fsdp_in_the_first_step(

@@ -139,7 +139,7 @@ def test_a_group_that_says_nothing_or_two_things_is_refused(
         ({"a": {**HEAD, "unfreeze_at": 10}}, "unfreeze_at=10 is not before the end, max_steps=10"),
         (
             {"a": {"names": ("*norm*",), "weight_decay": 0.1}},
-            "freeze.groups.a.weight_decay=0.1 has no effect on norms, biases and embeddings",
+            "freeze.groups.a.weight_decay=0.1 has no effect on norms, biases, gates and embeddings",
         ),
         (
             {"a": {**HEAD, "lr_ratio": 2.0}, "b": {"names": ("lm_*",), "weight_decay": 0.0}},

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.images import picture
 from trainer.data.images.processor import FILE, MEAN, STD, ImageProcessor
@@ -117,3 +118,11 @@ def test_of_a_clips_file_the_crop_is_the_size(tmp_path: Path) -> None:
     crop = {"size": {"shortest_edge": 30}, "crop_size": {"height": 28, "width": 28}}
     (tmp_path / FILE).write_text(json.dumps(crop))
     assert ImageProcessor(path=str(tmp_path)).resolved == ImageProcessor(image_size=28).resolved
+
+
+@pytest.mark.parametrize("side", [9, 224])
+def test_the_picture_of_pixels_is_the_image_that_a_model_gets(side: int) -> None:
+    processor = ImageProcessor(image_size=side, image_mean=(0.1, 0.2, 0.3), image_std=(1, 0.2, 0.7))
+    image = picture(3, (40, 30))
+    resized = image.resize((side, side), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(processor.picture(processor(image))), np.asarray(resized))

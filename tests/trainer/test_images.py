@@ -6,6 +6,7 @@ import struct
 import tarfile
 import zlib
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.images import encoded, picture, write_pictures
+from tests.images import encoded, picture, write_pictures, write_rows
 from trainer.data.examples import BadRowError
 from trainer.data.images.decode import decode
 from trainer.data.images.files import MAX_BYTES, ImageFiles
@@ -100,17 +101,45 @@ def bomb(side: int, body: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
-def test_a_small_file_of_a_huge_image_is_refused_by_its_header() -> None:
+def test_a_small_file_of_a_huge_image_is_refused_by_its_header(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     whole = bomb(11_600, zlib.compress(bytes(11_600 * (1 + 11_600 // 8)), 9))
     assert len(whole) < 20_000
     for data in (whole, bomb(11_600, b"no data at all")):  # nothing of it is decoded
         with pytest.raises(BadRowError, match=r"has .* pixels, .*max_pixels=50000000"):
             decode(data)
-    with pytest.raises(BadRowError, match=r"more than 89478485 pixels"):
+    with pytest.raises(BadRowError, match=r"more than 178956970 pixels"):
         decode(bomb(40_000, b""))
     with pytest.raises(BadRowError, match=r"has 10 x 8 pixels, needed 1 to .*=79; make"):
         decode(encoded(picture(0)), max_pixels=79)
     assert decode(encoded(picture(0)), max_pixels=80).size == (10, 8)
+    assert not recwarn.list  # Pillow's own words about a bomb would be a second line
+
+
+def test_a_large_transparent_image_takes_four_times_its_pixels_at_most() -> None:
+    """Each of its copies, of four bytes for a pixel, lives no longer than it has to."""
+    side = 3000
+    data = encoded(Image.new("RGBA", (side, side), (255, 0, 0, 7)))
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_of, args=(data, sender))
+    process.start()
+    sender.close()
+    assert receiver.recv() < 4.3 * 4 * side**2
+    process.join()
+
+
+def _peak_of(data: bytes, sender: Any) -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of this process from here on
+    before = _status("VmRSS")
+    decode(data)
+    sender.send(_status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -219,6 +248,23 @@ def test_references_are_read_as_they_were_written() -> None:
 
 def rows_of(path: Path) -> list[Any]:
     return list(open_image_rows(Source(path=str(path)), "data.path", None).rows())
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_texts_beside_values_of_other_types_stay_as_they_are(tmp_path: Path, form: str) -> None:
+    """`datasets` keeps such columns as JSON, in which a text has quotes."""
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": 'A "b"'}]
+    rows = [{"messages": turns, "image": "a.png", "answer": answer} for answer in ("yes", 5)]
+    path = Path(write_rows(tmp_path / "rows.jsonl", rows))
+    if form == "parquet":
+        import datasets
+
+        written_rows = datasets.load_dataset("json", data_files=str(path), split="train",
+                                             cache_dir=str(tmp_path / "cache"))  # fmt: skip
+        path = tmp_path / "rows.parquet"
+        written_rows.to_parquet(path)
+    assert rows_of(path) == rows
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

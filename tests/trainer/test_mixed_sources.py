@@ -173,6 +173,9 @@ def test_shards_of_several_folders_are_one_store(tmp_path: Path) -> None:
     assert [store.cite(n, n + 1) for n in (0, 2, 3, 5)] == [
         "a/train[0:1]", "a/train[2:3]", "b/train[0:1]", "b/train[2:3]",
     ]  # fmt: skip
+    assert [store.document(store.cite(n, n + 1)) for n in range(6)] == [*range(6)]
+    for other in ("", "a/train[0:2]", "a/train[3:4]", "c/train[0:1]", "a/train[0:1],b/train[0:1]"):
+        assert store.document(other) is None
     names = {source_of(name) for name in loader_of(data).step(0).provenance}
     assert names == {"a", "b"}
 

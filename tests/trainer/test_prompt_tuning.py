@@ -272,7 +272,7 @@ def test_the_rows_alone_train_and_decay_spares_them(tmp_path: Path) -> None:
     model = run.trained_model()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(prompt_rows(model)) == {"model.embed_tokens.additional_embedding.weight"}
-    assert not run.rules(model).decays(*trained, num_dims=2)
+    assert not run.rules(model).decays(*trained, shape=(2, 8))
     assert virtual_ids(model) == run.virtual_ids == VIRTUAL
     logits: Any = filled(run)(torch.tensor([[*VIRTUAL, 5]]), torch.arange(4)[None], ONES)
     assert logits.shape[-1] == 258  # no logit of a virtual token

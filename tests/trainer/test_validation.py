@@ -37,7 +37,7 @@ from trainer.protocols import Engine
 from trainer.record import read_lines
 from trainer.run import Run
 from trainer.run_data import build_data
-from trainer.validation.page import Shown, page
+from trainer.validation.page import Shown, answers_page
 from trainer.validation.questions import Question, drawn, questions_of
 from trainer.validation.spec import ValidationSpec
 from trainer.validation.validator import Validator
@@ -313,11 +313,13 @@ def test_the_page_needs_nothing_else_and_shows_texts_as_they_are() -> None:
         source="rows[3:4]", question="<script>alert(1)</script> $title?",
         pictures=(picture(1), picture(2, (900, 30))), reference="Yes", answer=' yes"<b>',
     )  # fmt: skip
-    html = page("Answers: <run>", {"exact_match": "0.5000"}, [shown, replace(shown, answer="yes")])
+    answers = [shown, replace(shown, answer="yes")]
+    html = answers_page("Answers: <run>", {"exact_match": "0.5000"}, answers)
     assert "Answers: &lt;run&gt;" in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt; $title?" in html
     assert "<script" not in html
-    assert "http" not in html
+    assert "://" not in html
+    assert "default-src 'none'; img-src data:;" in html  # a browser would load nothing either
     sources = re.findall(r'src="([^"]*)"', html)
     assert len(sources) == 4
     data = base64.b64decode(sources[0].removeprefix("data:image/png;base64,"))

@@ -10,7 +10,13 @@ from typing import Any
 import xxhash
 
 from trainer.data.named_sources import Source
-from trainer.data.streams import OPTIONS, class_names, in_one_line, quiet_datasets
+from trainer.data.streams import (
+    OPTIONS,
+    class_names,
+    in_one_line,
+    quiet_datasets,
+    with_encoded_images,
+)
 from trainer.errors import DataError
 
 FORMATS = {
@@ -90,7 +96,7 @@ class LocalFiles:
         return self._rows(self.files)
 
     def rows_of(self, file: Path) -> Iterator[dict[str, Any]]:
-        """Yield the rows of one file, its images as they are stored: undecoded."""
+        """Yield the rows of one file, its images as they are stored."""
         return self._rows([file], is_decoded=False)
 
     def _rows(self, files: list[Path], is_decoded: bool = True) -> Iterator[dict[str, Any]]:
@@ -98,7 +104,7 @@ class LocalFiles:
         try:
             stream = self._load(files)
             if stream.features and not is_decoded:
-                stream = stream.decode(False)
+                stream = with_encoded_images(stream)
             for row in islice(stream, self.limit):
                 self._check_separator(row)
                 yield row

@@ -34,6 +34,27 @@ def class_names(stream: Any, column: str) -> list[str] | None:
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
+def with_encoded_images(stream: Any) -> Any:
+    """Return a stream of known features whose images stay as they are stored."""
+    features = stream.decode(False).features
+    for feature in features.values():
+        _decode_json(feature)
+    return stream.cast(type(features)(dict(features)))
+
+
+def _decode_json(feature: Any) -> None:
+    """Let values of several types be read: `datasets` keeps them as JSON, text in quotes too.
+
+    A conversation has them where one turn is text and another a list of parts.
+    """
+    if type(feature).__name__ == "Json":  # not in all versions that are allowed
+        feature.decode = True
+    nested = feature if isinstance(feature, dict) else {"": getattr(feature, "feature", None)}
+    for each in nested.values():
+        if each is not None:
+            _decode_json(each)
+
+
 def in_one_line(error: BaseException) -> str:
     """Return what an error says, of which packages make paragraphs."""
     return " ".join(str(error).split())[:300].rstrip(".")

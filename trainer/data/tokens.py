@@ -1,5 +1,6 @@
 """A folder of tokens: shards, an index that says they are all there, and stores read from them."""
 
+import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
@@ -106,6 +107,17 @@ class TokenStore:
         part = self.parts[number]
         prefix = f"{part.source}/" if part.source else ""
         return f"{prefix}{part.name}[{first - own.start}:{last - own.start}]"
+
+    def document(self, cited: str) -> int | None:
+        """Return the document that `cite` names so; None: it names several, or another store's."""
+        match = re.fullmatch(r".*\[(\d+):\d+\]", cited)
+        if match is None:
+            return None
+        firsts = (self.first_documents[shard] for shard in self.first_shards[:-1])
+        found = (first + int(match[1]) for first in firsts)
+        return next(
+            (n for n in found if n < self.num_documents and self.cite(n, n + 1) == cited), None
+        )
 
     def shard(self, number: int) -> Shard:
         """Return a shard; DataError if it is not the one that the index lists."""

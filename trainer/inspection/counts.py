@@ -2,13 +2,16 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from models.nn.head import IGNORED
 from trainer.batch import Batch
 from trainer.data.examples import PREFERENCE, Labels, is_none
 from trainer.data.spelling import Speller
+from trainer.inspection.images import num_astray
 from trainer.inspection.pieces import Piece, pieces_of
 
 
@@ -19,6 +22,14 @@ class SourceCounts:
     num_documents: int = 0
     num_tokens: int = 0
     num_targets: int = 0
+
+
+class RowCounts(NamedTuple):
+    """What one row of a step holds."""
+
+    num_documents: int
+    num_tokens: int
+    num_images: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,11 @@ class Counts:
     """Targets that are the token behind a row."""
     num_astray: int
     """Targets that are not the next token of their document: a defect of the data."""
+    rows: list[RowCounts]
+    num_lookers: int
+    """Tokens that look at an image."""
+    num_looks_astray: int
+    """Tokens that look at an image of another document, or at a later one: a defect of the data."""
     classes: Counter[str]
     """How often each class is a target."""
     tokens_per_byte: float | None
@@ -47,6 +63,10 @@ class Counts:
     @property
     def num_padding(self) -> int:
         return self.num_rows * self.row_tokens - self.num_tokens
+
+    @property
+    def num_images(self) -> int:
+        return sum(row.num_images for row in self.rows)
 
     @property
     def sources(self) -> dict[str, SourceCounts]:
@@ -91,9 +111,21 @@ def count(batches: list[Batch], labels: Labels | None, tokenizer: Speller) -> Co
         num_targets=sum(int(batch.num_targets()) for batch in batches),
         num_behind=sum(map(_num_behind, batches)) if is_text else 0,
         num_astray=sum(map(_num_astray, batches)) if is_text else 0,
+        rows=[row for batch in batches for row in _rows(batch)],
+        num_lookers=sum(int(batch.looks()[0]) for batch in batches),
+        num_looks_astray=sum(num_astray(batch, tokenizer) for batch in batches),
         classes=sum((_classes(batch, labels) for batch in batches), Counter()),
         tokens_per_byte=_tokens_per_byte([ids for _, ids in documents], tokenizer),
     )
+
+
+def _rows(batch: Batch) -> list[RowCounts]:
+    segments = batch.segment_ids
+    images = torch.zeros(batch.num_rows)
+    if batch.image_attention_mask is not None:
+        images = (batch.image_attention_mask != 0).any(1).sum(1)
+    numbers = (segments.amax(1), (segments > 0).sum(1), images)
+    return [RowCounts(*map(int, row)) for row in zip(*numbers, strict=True)]
 
 
 def _num_behind(batch: Batch) -> int:

@@ -10,13 +10,14 @@ import torch
 from trainer.batch import Batch
 from trainer.data.document_store import DocumentStore
 from trainer.data.documents import PackedDocuments
+from trainer.data.images.tokens import FAKE
 from trainer.data.tokenizers import Tokenizer
 from trainer.decoder import Decoder
 from trainer.decoding import GenerationSpec, continued
 from trainer.files import write_text
 from trainer.mesh import Mesh
 from trainer.protocols import Engine
-from trainer.validation.page import Shown, facts_of, page
+from trainer.validation.page import Shown, answers_page, facts_of
 from trainer.validation.question_only import question_only
 from trainer.validation.questions import Question, drawn, questions_of
 from trainer.validation.scores import QUESTION_ONLY, scores
@@ -130,14 +131,14 @@ class Validator:
             self._shown(number, answers[number], references[number])
             for number in drawn(len(answers), self.spec.samples)
         ]
-        return page(f"Answers: {title}", facts_of(found, settings), shown)
+        return answers_page(f"Answers: {title}", facts_of(found, settings), shown)
 
     def _shown(self, number: int, answer: str, reference: str) -> Shown:
         question = self.questions[number]
         text = question.prompt[self.rows.num_virtual :]
         return Shown(
             source=self.rows.store.cite(question.document, question.document + 1),
-            question=self.tokenizer.decode(text),
+            question=self.tokenizer.decode(text).replace(FAKE, ""),  # the images stand beside it
             pictures=tuple(self.rows.pictures(question.document, text)),
             reference=reference,
             answer=answer,

@@ -1,6 +1,7 @@
 """Encoded bytes to an upright RGB image; whatever is wrong with them is said in one line."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,7 +25,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = _opened(data, max_pixels)
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image is much memory
+        return _rgb(image)
     except (BadRowError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
@@ -36,12 +38,14 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header alone."""
     advice = "make it smaller, raise data.max_pixels, or drop the row"
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings():  # which size is too large is said below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadRowError(f"is no image; needed one of {', '.join(FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise BadRowError(
-            f"has more than {PILLOWS_LIMIT} pixels, data.max_pixels={max_pixels} allows fewer; "
+            f"has more than {2 * PILLOWS_LIMIT} pixels, data.max_pixels={max_pixels} allows fewer; "
             f"{advice}"
         ) from None
     width, height = image.size
@@ -58,9 +62,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _eight_bits(np.asarray(image))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        image = Image.alpha_composite(background, image)
+        overlay = image if image.mode == "RGBA" else image.convert("RGBA")  # which would copy it
+        image = Image.alpha_composite(background, overlay)
     return image.convert("RGB")
 
 

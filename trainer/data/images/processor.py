@@ -97,6 +97,12 @@ class ImageProcessor:
         mean, std = (np.array(x, np.float32) for x in (settings.image_mean, settings.image_std))
         return np.ascontiguousarray(((scaled_HWC - mean) / std).transpose(2, 0, 1))
 
+    def picture(self, pixels_CHW: np.ndarray) -> Image.Image:
+        """Return the RGB image whose pixels these are: what a model gets, for people."""
+        mean, std = (np.array(x) for x in (self.resolved.image_mean, self.resolved.image_std))
+        shown_HWC = (pixels_CHW.transpose(1, 2, 0) * std + mean) / SCALE
+        return Image.fromarray(np.rint(shown_HWC).clip(0, 255).astype(np.uint8))
+
 
 DEFAULT = ImageProcessor(image_size=224, image_mean=MEAN, image_std=STD)
 
