@@ -178,6 +178,7 @@ def result(loss_sum: float, num_targets: int, onlookers: int = 0, images: int = 
         torch.tensor(2.0),
         torch.tensor(False),
         lr=0.1,
+        by_source=torch.zeros(2, 0, dtype=torch.float64),
     )
 
 
