@@ -23,7 +23,7 @@ class Loss(NamedTuple):
     """`sum * scale`, attached to the graph: what backward starts from."""
     each: Tensor | None = None
     """The loss of each target, detached, in the shape of the labels; 0 where there is none. None:
-    a pass without gradients does not keep it."""
+    not kept, as by a language model's head without gradients."""
 
 
 class WholeVocabulary:

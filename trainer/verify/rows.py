@@ -12,7 +12,7 @@ from trainer.batch import Batch
 
 Relabel = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
 """Returns the labels that a head wants for made rows: `labels` or `class_labels` of a Batch."""
-NUM_SOURCES = 3
+NUM_SOURCES = 3  # of which the last one has no document
 
 
 @dataclass(frozen=True, kw_only=True)
