@@ -31,6 +31,10 @@ class Batch:
     """(B, T, I), 1 where a position may look at an image."""
     image_keys: Tensor | None = None
     """(B, I, 2), on the host: hashes of the pixels of each image."""
+    sources: Tensor | None = None
+    """Which of `num_sources` each target is of, in the first two dimensions of the targets; None:
+    all are of one source."""
+    num_sources: int = 0
     blank_image: bool = False
     """Without images: whether what looks at images runs all the same, on a blank one that no
     position sees, since it runs on other ranks at the same time."""
@@ -66,9 +70,28 @@ class Batch:
 
     def num_targets(self) -> Tensor:
         """Return how many targets there are (0-dim, int64)."""
+        return self._is_target().sum()
+
+    def _is_target(self) -> Tensor:
         targets = self.targets
         is_none = targets.isnan() if targets.is_floating_point() else targets == IGNORED
-        return (~is_none).sum()
+        return ~is_none
+
+    def targets_by_source(self) -> Tensor:
+        """Return how many targets each source has, as `by_source`."""
+        return self.by_source(self._is_target())
+
+    def by_source(self, values: Tensor) -> Tensor:
+        """Return (num_sources,) fp64: the sum of `values` over the targets of each source.
+
+        They have the shape of the targets. (0,) where all are of one source.
+        """
+        if self.sources is None:
+            return torch.zeros(0, dtype=torch.float64, device=values.device)
+        each = values.reshape(*self.sources.shape, -1).sum(-1, dtype=torch.float64)
+        # where, not scatter_add: atomic additions on a GPU have no order. And NaN stays at home.
+        sums = [torch.where(self.sources == n, each, 0.0).sum() for n in range(self.num_sources)]
+        return torch.stack(sums)
 
     def looks(self) -> Tensor:
         """Return how many tokens look at an image, and how many images are looked at (2, int64).
@@ -84,9 +107,12 @@ class Batch:
         """Return the batch with `count` padding tokens behind every row."""
         if not count:
             return self
-        mask = self.image_attention_mask
+        mask, sources = self.image_attention_mask, self.sources
+        if sources is not None and self.class_labels is None:
+            sources = F.pad(sources, (0, count))
         return replace(
             self,
+            sources=sources,
             input_ids=F.pad(self.input_ids, (0, count)),
             labels=F.pad(self.labels, (0, count), value=IGNORED),
             position_ids=F.pad(self.position_ids, (0, count)),

@@ -92,7 +92,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     folder = attempt.parent.parent
     mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
-    progress = Progress(ranks.device)
+    progress = Progress(ranks.device, tuple(run.data.named_sources))
     engine = PhasedEngine(
         run, lambda model, values: build_engine(run, model, ranks, mesh, values), progress.stopwatch
     )

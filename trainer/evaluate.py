@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.by_source import by_source
 from trainer.data.examples import Labels
 from trainer.data.loader import EvalLoader
 from trainer.mesh import Mesh
@@ -45,7 +46,7 @@ class Evaluator:
             "loss": totals.loss,
             "num_targets": totals.num_targets,
             **self.task.eval_metrics(totals),
-            **self._by_source({source: _mean(pairs) for source, pairs in sums.items()}),
+            **self._by_source(list(sums.values())),
         }
 
     def _judged(self, engine: Engine) -> tuple[list[list[float]], np.ndarray | None]:
@@ -74,14 +75,10 @@ class Evaluator:
         of_all = np.concatenate([own.cpu().numpy() for own in of_ranks])
         return of_all[np.argsort(of_all[:, 0], kind="stable")]
 
-    def _by_source(self, losses: dict[int, float]) -> dict[str, float]:
-        parts = self.loader.rows.store.parts
-        if len(parts) == 1:
+    def _by_source(self, pairs: list[list[tuple[float, float]]]) -> dict[str, float | int]:
+        """`pairs`: losses and targets of each source, batch by batch."""
+        store = self.loader.rows.store
+        if not store.num_sources:
             return {}
-        return {f"loss/{parts[source].source}": loss for source, loss in losses.items()}
-
-
-def _mean(pairs: list[tuple[float, float]]) -> float:
-    """Return the sum of all losses over the sum of all targets."""
-    total, count = (math.fsum(each) for each in zip(*pairs, strict=True))
-    return total / count if count else float("nan")
+        sums = [[math.fsum(each) for each in zip(*own, strict=True)] for own in pairs]
+        return by_source([part.source for part in store.parts], list(zip(*sums, strict=True)))

@@ -151,11 +151,14 @@ class HFCausalLM(nn.Module):
             labels.flatten().split(self.chunk_tokens),
             strict=True,
         )
+        each = []
         for chunk, targets in chunks:
-            total = total + F.cross_entropy(
-                chunk.to(wide), targets, ignore_index=IGNORED, reduction="sum"
+            each.append(
+                F.cross_entropy(chunk.to(wide), targets, ignore_index=IGNORED, reduction="none")
             )
-        return Loss(total.detach(), (labels != IGNORED).sum(), total * scale)
+            total = total + each[-1].sum()
+        nll_BT = torch.cat(each).detach().view(labels.shape)
+        return Loss(total.detach(), (labels != IGNORED).sum(), total * scale, nll_BT)
 
 
 def _read(folder: Path) -> Any:

@@ -1,16 +1,17 @@
 """How far a run has come: its step, its totals, and the window since the last log point."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.by_source import by_source, mean
 from trainer.protocols import StepResult
 
-TOKENS, NONE = "tokens_per_second", "0x0.0p+0"
+TOKENS, NONE, UNKNOWN = "tokens_per_second", "0x0.0p+0", "nan"
 _RATES = {
     TOKENS: "num_tokens",
     "onlookers_per_second": "num_onlookers",
@@ -25,12 +26,16 @@ class Progress:
     fp64 counts exactly to 2**53: enough for 9e15 tokens.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, sources: Sequence[str] = ()) -> None:
+        """`sources`: the names of the sources of the data; one alone is not told apart."""
+        self.sources = sources if len(sources) > 1 else ()
         self.step = 0
         self.device = device
         self.total_tokens = self._zero()
         self.total_images = self._zero()
         self.window = {name: self._zero() for name in _SUMS}
+        self.by_source = self._no_source()
+        """(2, sources), of the window: the sum of losses and the targets of each source."""
         # Of the window, before this start: no time is known for them.
         self._before = dict.fromkeys(_RATES.values(), 0.0)
         self.last: StepResult | None = None
@@ -38,6 +43,9 @@ class Progress:
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _no_source(self) -> Tensor:
+        return torch.zeros(2, len(self.sources), dtype=torch.float64, device=self.device)
 
     def advance(self, result: StepResult) -> None:
         self.step += 1
@@ -47,6 +55,7 @@ class Progress:
         for name in ("loss_sum", "num_targets", *_RATES.values()):
             self.window[name] += getattr(result, name)
         self.window["num_skipped"] += result.skipped
+        self.by_source += result.by_source
 
     def close_window(self) -> dict[str, Any]:
         """Return the window's numbers and start a new one; of images once there was one."""
@@ -56,8 +65,9 @@ class Progress:
         images = int(self.total_images)
         counts = {rate: sums[name] - self._before[name] for rate, name in _RATES.items()}
         metrics = {
-            "loss": _ratio(sums["loss_sum"], sums["num_targets"]),
+            "loss": mean(sums["loss_sum"], sums["num_targets"]),
             "num_targets": int(sums["num_targets"]),
+            **by_source(self.sources, self.by_source.tolist()),
             "tokens": int(self.total_tokens),
             **({"images": images} if images else {}),
             "grad_norm": float(self.last.grad_norm),
@@ -66,17 +76,21 @@ class Progress:
             **self.stopwatch.lap(counts if images else {TOKENS: counts[TOKENS]}),
         }
         self.window = {name: self._zero() for name in _SUMS}
+        self.by_source = self._no_source()
         self._before = dict.fromkeys(_RATES.values(), 0.0)
         return metrics
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, equal on every rank; hexadecimal, to lose no bit."""
         window = {name: float(value).hex() for name, value in self.window.items()}
+        pairs = zip(self.sources, self.by_source.T.tolist(), strict=True)
+        sources = {name: [value.hex() for value in pair] for name, pair in pairs}
         return {
             "step": self.step,
             "total_tokens": float(self.total_tokens).hex(),
             "total_images": float(self.total_images).hex(),
             "window": window,
+            **({"by_source": sources} if sources else {}),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -88,10 +102,12 @@ class Progress:
         for name, value in saved.items():
             self.window[name] += value
         self._before = {name: saved[name] for name in _RATES.values()}
-
-
-def _ratio(total: float, count: float) -> float:
-    return total / count if count else float("nan")
+        # Checkpoints of version 0.1 told no sources apart: those of a window that is open are lost.
+        lost = UNKNOWN if saved["num_targets"] else NONE
+        found = state.get("by_source", {})
+        for number, name in enumerate(self.sources):
+            for kind, value in enumerate(found.get(name, [lost, lost])):
+                self.by_source[kind, number] += float.fromhex(value)
 
 
 class Stopwatch:

@@ -11,7 +11,8 @@ from trainer.pieces import Piece
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did. Tensors are 0-dim, on the device, equal on every rank."""
+    """What one optimizer step did. Tensors are 0-dim if nothing is said, on the device, and equal
+    on every rank."""
 
     loss_sum: Tensor
     """Sum over all targets of the step and all ranks, fp64."""
@@ -27,6 +28,9 @@ class StepResult(NamedTuple):
     skipped: Tensor
     """True when the gradient was not finite and nothing was updated."""
     lr: float
+    by_source: Tensor
+    """(2, sources) fp64, the loss sum and the targets of each source; no source where there is one
+    alone."""
 
 
 class Engine(Protocol):

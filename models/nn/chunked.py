@@ -11,7 +11,7 @@ class Vocabulary(Protocol):
     """Computes what needs the logits of all tokens: here of them all, or of this rank's share."""
 
     def gradient(self, logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nll sum, and the gradient of `scale * nll` with respect to the wide logits.
+        """Return `nll`, and the gradient of `scale * nll` with respect to the wide logits.
 
         `scale` is () or, of each token, (X, 1).
         """
@@ -46,20 +46,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         vocabulary: Vocabulary,
         *weights_VD: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits are those of all `weights_VD`, side by side; frozen ones cost no gradient."""
         needs_hidden, _, _, _, _, *needs_weights = ctx.needs_input_grad
-        total, grad_hidden, grad_weights = _gradients(
+        total, nll_X, grad_hidden, grad_weights = _gradients(
             hidden_XD, labels_X, scale, chunk_tokens, vocabulary, weights_VD,
             needs_hidden=needs_hidden, needs_weights=needs_weights,
         )  # fmt: skip
         ctx.save_for_backward(grad_hidden, *grad_weights)
         ctx.dtypes = [weight.dtype for weight in weights_VD]
-        ctx.mark_non_differentiable(total)
-        return total * scale, total
+        ctx.mark_non_differentiable(total, nll_X)
+        return total * scale, total, nll_X
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *grad_weights = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
@@ -102,7 +102,7 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_X: Tensor) -> tuple[Tensor | None, ...]:
         hidden_XD, labels_X, *weights_VD = ctx.saved_tensors
         needs_hidden, _, _, _, *needs_weights = ctx.needs_input_grad
-        _, grad_hidden, grad_weights = _gradients(
+        _, _, grad_hidden, grad_weights = _gradients(
             hidden_XD, labels_X, grad_X[:, None], ctx.chunk_tokens, ctx.vocabulary,
             tuple(weights_VD), needs_hidden=needs_hidden, needs_weights=needs_weights,
         )  # fmt: skip
@@ -128,8 +128,8 @@ def _gradients(
     *,
     needs_hidden: bool,
     needs_weights: list[bool],
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """Return the nll sum, and the gradients of `scale * nll`.
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+    """Return the nll sum, the nll of each token, and the gradients of `scale * nll`.
 
     `scale` is of each token where it is (X, 1); a pipeline makes () to (1,).
     """
@@ -140,13 +140,15 @@ def _gradients(
         torch.zeros_like(weight, dtype=wide) if needs else None
         for weight, needs in zip(weights_VD, needs_weights, strict=True)
     ]
-    total = torch.zeros((), dtype=wide, device=hidden_XD.device)
+    nll_X = torch.empty(len(hidden_XD), dtype=wide, device=hidden_XD.device)
+    total = nll_X.new_zeros(())
     for start in range(0, hidden_XD.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         logits_XV = project(hidden_XD[rows], weights_VD)
         own_scale = scale[rows] if scale.ndim == 2 else scale
-        nll_sum, grad_XV = vocabulary.gradient(logits_XV.to(wide), labels_X[rows], own_scale)
-        total += nll_sum
+        own_X, grad_XV = vocabulary.gradient(logits_XV.to(wide), labels_X[rows], own_scale)
+        nll_X[rows] = own_X
+        total += own_X.sum()
         parts = grad_XV.to(hidden_XD.dtype).split([len(w) for w in weights_VD], dim=-1)
         if grad_hidden is not None:
             products = (part @ weight for part, weight in zip(parts, weights_VD, strict=True))
@@ -154,7 +156,7 @@ def _gradients(
         for grad_weight, part in zip(grad_weights, parts, strict=True):
             if grad_weight is not None:
                 _accumulate(grad_weight, part, hidden_XD[rows])
-    return total, grad_hidden, grad_weights
+    return total, nll_X, grad_hidden, grad_weights
 
 
 def project(hidden_XD: Tensor, weights_VD: tuple[Tensor, ...]) -> Tensor:

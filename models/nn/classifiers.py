@@ -118,16 +118,18 @@ def _loss(
         each = F.binary_cross_entropy_with_logits(
             logits, smooth, pos_weight=_weights(emphasis, logits), reduction="none"
         )
-    total = torch.where(is_target, each, 0.0).sum()
-    return Loss(total.detach(), is_target.sum(), total * scale)
+    each = torch.where(is_target, each, 0.0)
+    total = each.sum()
+    return Loss(total.detach(), is_target.sum(), total * scale, each.detach())
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor, emphasis: Emphasis) -> Loss:
-    total = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum",
+    each = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none",
         weight=_weights(emphasis, logits), label_smoothing=emphasis.smoothing,
     )  # fmt: skip
-    return Loss(total.detach(), (labels != IGNORED).sum(), total * scale)
+    each, total = each.view(labels.shape), each.sum()
+    return Loss(total.detach(), (labels != IGNORED).sum(), total * scale, each.detach())
 
 
 def _weights(emphasis: Emphasis, like: Tensor) -> Tensor | None:

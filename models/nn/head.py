@@ -21,6 +21,9 @@ class Loss(NamedTuple):
     """How many targets the sum counts (int64)."""
     objective: Tensor
     """`sum * scale`, attached to the graph: what backward starts from."""
+    each: Tensor | None = None
+    """The loss of each target, detached, in the shape of the labels; 0 where there is none. None:
+    not kept, as by a language model's head without gradients."""
 
 
 class WholeVocabulary:
@@ -32,11 +35,11 @@ class WholeVocabulary:
         is_target_X1 = (labels_X != IGNORED)[:, None]
         index_X1 = labels_X.clamp(min=0)[:, None]
         # where and masked_fill, not multiplication: 0 * inf of an ignored row would be NaN.
-        nll_sum = torch.where(is_target_X1, -log_p_XV.gather(1, index_X1), 0.0).sum()
+        nll_X1 = torch.where(is_target_X1, -log_p_XV.gather(1, index_X1), 0.0)
         grad_XV = log_p_XV.exp_()
         grad_XV.scatter_add_(1, index_X1, grad_XV.new_full(index_X1.shape, -1.0))
         grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
-        return nll_sum, grad_XV
+        return nll_X1[:, 0], grad_XV
 
     def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
         return F.cross_entropy(logits_XV, labels_X, ignore_index=IGNORED, reduction="sum")
@@ -91,10 +94,10 @@ class LMHead(nn.Linear):
         hidden_XD = hidden_BTD.flatten(0, 1)
         num_targets = (labels_X != IGNORED).sum()
         if torch.is_grad_enabled():
-            objective, nll_sum = ChunkedCrossEntropy.apply(
+            objective, nll_sum, nll_X = ChunkedCrossEntropy.apply(
                 hidden_XD, labels_X, scale, self.chunk_tokens, self.vocabulary, *self.weights()
             )
-            return Loss(nll_sum, num_targets, objective)
+            return Loss(nll_sum, num_targets, objective, nll_X.view(labels_BT.shape))
         nll_sum = self._nll_sum(hidden_XD, labels_X)
         return Loss(nll_sum, num_targets, nll_sum * scale)
 

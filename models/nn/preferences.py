@@ -26,10 +26,11 @@ def pair_loss(
     """
     # where before the formula, not after it: the gradient of NaN times 0 would be NaN.
     margin_BG = torch.where(is_pair_BG, chosen_BG - rejected_BG, 0.0)
-    total = torch.where(is_pair_BG, -F.logsigmoid(margin_BG), 0.0).sum()
+    each_BG = torch.where(is_pair_BG, -F.logsigmoid(margin_BG), 0.0)
+    total = each_BG.sum()
     # -(1 - e) log s(m) - e log s(-m), as log s(-m) = log s(m) - m.
     objective = total + smoothing * margin_BG.sum() if smoothing else total
-    return Loss(total.detach(), is_pair_BG.sum(), objective * scale)
+    return Loss(total.detach(), is_pair_BG.sum(), objective * scale, each_BG.detach())
 
 
 def of_pairs(numbers_BG: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,8 @@ def test_single_label_loss_is_cross_entropy_over_the_labels_that_are_there() -> 
     expected = F.cross_entropy(rows, torch.tensor([2, 0, 1]), reduction="sum")
     assert loss.sum.item() == pytest.approx(expected.item(), rel=1e-12)
     assert loss.num_targets.item() == 3
+    each = F.cross_entropy(rows, torch.tensor([2, 0, 1]), reduction="none")
+    assert loss.each.flatten().tolist() == pytest.approx([*each.tolist(), 0.0], rel=1e-12, abs=0)
     found = torch.autograd.grad(loss.objective, (x, head.weight))
     wanted = torch.autograd.grad(0.5 * expected, (x, head.weight))
     for one, other in zip(found, wanted, strict=True):
@@ -87,6 +89,9 @@ def test_other_losses_sum_over_entries_and_leave_gaps_out(problem_type: str, for
     expected = formula(logits[there], labels[:, 0][there].double(), reduction="sum")
     assert loss.sum.item() == pytest.approx(expected.item(), rel=1e-12)
     assert loss.num_targets.item() == 4
+    each = formula(logits[there], labels[:, 0][there].double(), reduction="none")
+    torch.testing.assert_close(loss.each[:, 0][there], each.detach(), rtol=1e-12, atol=0)
+    assert loss.each[:, 0][~there].tolist() == [0.0, 0.0]
     found = torch.autograd.grad(loss.objective, (x, head.weight))
     wanted = torch.autograd.grad(expected, (x, head.weight))
     for one, other in zip(found, wanted, strict=True):

@@ -38,6 +38,8 @@ def test_value_and_gradients_equal_plain_cross_entropy(chunk_tokens: int, labels
     loss = head.loss(hidden, targets, scale)
     gradients = torch.autograd.grad(loss.objective, (hidden, head.weight))
     assert loss.sum.item() == pytest.approx(expected.item(), rel=1e-12)
+    each = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(loss.each, each.detach(), rtol=1e-12, atol=1e-14)
     assert int(loss.num_targets) == int((targets != IGNORED).sum())
     for found, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)

@@ -63,8 +63,8 @@ def text_alone(trunk: Any, text: list[int]) -> Tensor:
 
 
 def by_formula(model: Any, task: str, smoothing: float) -> Tensor:
-    """Return the loss sum over all pairs: equation 1 of Ouyang et al., 7 of Rafailov et al."""
-    total = torch.zeros((), dtype=torch.float64)
+    """Return the losses of all pairs: equation 1 of Ouyang et al., 7 of Rafailov et al."""
+    losses = []
     base = heads.causal_lm(tiny_spec(), chunk_tokens=5).double()
     if task == "dpo":
         base.load_state_dict({n: model.state_dict()[n] for n in base.state_dict()})
@@ -84,8 +84,8 @@ def by_formula(model: Any, task: str, smoothing: float) -> Tensor:
             rewards.append(BETA * (log_probs[0] - log_probs[1]))
         chosen, rejected = rewards
         right, wrong = (F.softplus(-sign * (chosen - rejected)) for sign in (1, -1))
-        total = total + (1 - smoothing) * right + smoothing * wrong
-    return total
+        losses.append((1 - smoothing) * right + smoothing * wrong)
+    return torch.stack(losses)
 
 
 def gradients(model: Any, objective: Tensor) -> dict[str, Tensor]:
@@ -100,15 +100,19 @@ def test_loss_and_gradients_are_those_of_texts_alone_packed_or_not(
 ) -> None:
     model = model_of(task, smoothing).eval()  # no dropout, which has its own numbers
     plain, wanted = by_formula(model, task, 0), by_formula(model, task, smoothing)
-    expected = gradients(model, wanted * 0.7)
+    expected = gradients(model, wanted.sum() * 0.7)
     scale = torch.tensor(0.7, dtype=torch.float64)
     assert len(expected) >= 4
     for rows, width in (([[0], [1], [2]], 16), ([[0, 2, 1]], 40), ([[1, 0], [2]], 24)):
         inputs, prompts = packed(rows, width)
         loss: Loss = model(**inputs, labels=prompts, scale=scale)
         assert int(loss.num_targets) == len(PAIRS)
-        assert float(loss.sum) == pytest.approx(plain.item(), rel=1e-12)
-        assert loss.objective.item() == pytest.approx(wanted.item() * 0.7, rel=1e-12)
+        assert float(loss.sum) == pytest.approx(plain.sum().item(), rel=1e-12)
+        assert loss.objective.item() == pytest.approx(wanted.sum().item() * 0.7, rel=1e-12)
+        assert loss.each is not None
+        for row, numbers in enumerate(rows):
+            own = loss.each[row, : len(numbers)].tolist()
+            assert own == pytest.approx(plain[numbers].tolist(), rel=1e-12)
         found = gradients(model, loss.objective)
         assert found.keys() == expected.keys()
         for name, gradient in found.items():

@@ -12,10 +12,13 @@ import pytest
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from tests.token_folders import write_folder
+from trainer.batch import Batch
 from trainer.data.chat import ChatEncoder
+from trainer.data.classification import SequenceEncoder
 from trainer.data.document_data import DocumentData
 from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source, named_sources
+from trainer.data.preferences import PreferenceEncoder
 from trainer.data.pretraining import PretrainingData
 from trainer.data.token_folder import TokenFolder
 from trainer.data.tokenizers import ByteTokenizer
@@ -23,6 +26,7 @@ from trainer.mesh import MeshSpec
 from trainer.record import read_lines
 
 COUNTS = {"wiki": 30, "code": 12, "talk": 5}
+KINDS = ("loss", "num_targets")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +162,68 @@ def test_rows_of_mixed_texts_name_their_source_and_each_source_is_evaluated(
     for key in ("loss", *parts):
         assert two[key] == pytest.approx(one[key], rel=1e-12)
     assert min(one[key] for key in parts) < one["loss"] < max(one[key] for key in parts)
+    logged = [read_lines(tmp_path / n / "metrics.jsonl") for n in "12"]
+    assert [line["split"] for line in logged[0]] == ["train", "train", "train", "eval"]
+    for alone, shared in zip(*logged, strict=True):
+        for key in (f"num_targets/{name}" for name in COUNTS):
+            assert shared[key] == alone[key]
+        there = [name for name in COUNTS if alone[f"num_targets/{name}"]]
+        assert len(there) >= 2
+        assert {alone[f"loss/{name}"] for name in COUNTS if name not in there} <= {"NaN"}
+        losses, counts = ([alone[f"{kind}/{name}"] for name in there] for kind in KINDS)
+        assert sum(counts) == alone["num_targets"]
+        assert np.average(losses, weights=counts) == pytest.approx(alone["loss"], rel=1e-12)
+        assert [shared[f"loss/{name}"] for name in there] == pytest.approx(losses, rel=1e-12)
+
+
+def check_sources(batch: Batch, names: list[str]) -> int:
+    """Compare the source of each target with what the row cites; return how many rows mix some."""
+    assert batch.sources is not None
+    assert batch.num_sources == len(names)
+    assert batch.sources.shape == batch.targets.shape[:2]
+    num_mixed = 0
+    for row, cited in enumerate(batch.provenance):
+        sources = [names.index(source_of(one)) for one in cited.split(",")]
+        num_mixed += len(set(sources)) > 1
+        if batch.class_labels is not None:
+            assert batch.sources[row, : len(sources)].tolist() == sources
+            continue
+        for segment in range(1, int(batch.segment_ids[row].max()) + 1):
+            own = batch.sources[row, batch.segment_ids[row] == segment]
+            # A row of texts cites a run of documents of one source.
+            assert set(own.tolist()) == {sources[min(segment, len(sources)) - 1]}
+    return num_mixed
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "classes", "numbers", "pairs"])
+def test_every_target_names_the_source_of_its_document(tmp_path: Path, kind: str) -> None:
+    row: dict[str, Any] = {"text": "a text", "label": "good", "numbers": [1.0, 2.0]}
+    encoders: dict[str, Any] = {
+        "chat": ChatEncoder(), "pairs": PreferenceEncoder(),
+        "classes": SequenceEncoder(labels=("bad", "good")),
+        "numbers": SequenceEncoder(
+            labels=("a", "b"), label="numbers", problem_type="regression"
+        ),
+    }  # fmt: skip
+    if kind == "pairs":
+        row = {"prompt": "what?", "chosen": "this", "rejected": "that"}
+    for name in COUNTS:
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 6)
+    settings: dict[str, Any] = {
+        "sources": sources(tmp_path), "row_tokens": 64, "micro_rows": 2, "eval_fraction": 0.0,
+        "cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    if kind == "text":
+        data: Any = PretrainingData(global_rows=8, **settings)
+    else:
+        data = DocumentData(encoder=encoders[kind], global_documents=15, **settings)
+    loaders = [loader_of(data), loader_of(data, rank=1, num_ranks=2)]
+    batches = [b for loader in loaders for n in range(3) for b in loader.step(n).micro_batches]
+    mixed = [check_sources(batch, list(COUNTS)) for batch in batches]
+    assert (sum(mixed) > 0) == (kind != "text")
+    alone = replace(data, sources={"wiki": settings["sources"]["wiki"]})
+    (batch, *_) = loader_of(alone).step(0).micro_batches
+    assert (batch.sources, batch.num_sources) == (None, 0)
 
 
 def test_shards_of_several_folders_are_one_store(tmp_path: Path) -> None:

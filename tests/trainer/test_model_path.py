@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from trainer.checkpoint.commit import step_folder
-from trainer.hf_auto import HFAutoModel
+from trainer.hf_auto import HFAutoModel, HFCausalLM
 from trainer.mesh import MeshSpec
 from trainer.optim import SGD
 from trainer.pretrained import PretrainedModel
@@ -85,6 +85,19 @@ def test_any_other_model_trains_packed_as_transformers_computes_it_document_by_d
     assert not info["unexpected_keys"]
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_the_loss_of_each_target_is_kept(tmp_path: Path) -> None:
+    model = saved(tmp_path, "qwen2")
+    ids = torch.randint(0, 258, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    places = torch.arange(9).expand(2, 9)
+    loss: Any = HFCausalLM(model, 4)(ids, places, torch.ones_like(ids), labels, torch.ones(()))
+    logits = model(ids).logits.transpose(1, 2)
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none").detach()
+    torch.testing.assert_close(loss.each, expected, rtol=1e-5, atol=1e-6)
+    assert float(loss.sum) == pytest.approx(float(expected.sum()), rel=1e-6)
 
 
 def test_a_model_that_mixes_packed_documents_is_refused(tmp_path: Path) -> None:

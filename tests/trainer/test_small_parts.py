@@ -1,5 +1,6 @@
 """Schedules, meshes, freezing, n-grams, sampling, progress: against plain arithmetic."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,7 @@ def result(loss_sum: float, num_targets: int, onlookers: int = 0, images: int = 
         torch.tensor(2.0),
         torch.tensor(False),
         lr=0.1,
+        by_source=torch.zeros(2, 0, dtype=torch.float64),
     )
 
 
@@ -197,6 +199,44 @@ def test_the_logged_loss_is_weighted_by_targets_and_a_saved_window_goes_on() -> 
     again = Progress(torch.device("cpu"))
     again.load(one.state())
     assert math.isnan(again.window["loss_sum"].item())
+
+
+def test_a_window_tells_the_loss_of_each_source_and_goes_on_after_a_resume() -> None:
+    names, device = ("wiki", "code"), torch.device("cpu")
+
+    def of(*columns: list[float]) -> StepResult:
+        by_source = torch.tensor(columns, dtype=torch.float64).T
+        return result(float(by_source[0].sum()), int(by_source[1].sum()))._replace(
+            by_source=by_source
+        )
+
+    one = Progress(device, names)
+    one.advance(of([0.1, 1], [0, 0]))
+    saved, other = json.loads(json.dumps(one.state())), Progress(device, names)
+    other.load(saved)
+    for progress in (one, other):
+        progress.advance(of([10.0, 9], [3.0, 2]))
+        metrics = progress.close_window()
+        assert metrics["loss/wiki"] == (0.1 + 10.0) / 10  # bit for bit
+        assert (metrics["loss/code"], metrics["num_targets/code"]) == (1.5, 2)
+    one.advance(of([1.0, 1], [0, 0]))
+    metrics = one.close_window()
+    assert (metrics["loss/wiki"], metrics["num_targets/code"]) == (1.0, 0)
+    assert math.isnan(metrics["loss/code"])
+    del saved["by_source"]
+    old = Progress(device, names)
+    old.load(saved)  # of version 0.1: what its open window held of each source nobody knows
+    old.advance(of([10.0, 9], [3.0, 2]))
+    assert not [name for name in old.close_window() if "/" in name]
+    old.advance(of([10.0, 5], [3.0, 2]))
+    assert old.close_window()["loss/wiki"] == 2.0
+
+
+def test_one_source_adds_nothing_to_rows_and_checkpoints() -> None:
+    one = Progress(torch.device("cpu"), ("",))
+    one.advance(result(1.0, 1))
+    assert "by_source" not in one.state()
+    assert not [name for name in one.close_window() if "/" in name]
 
 
 def test_speed_counts_the_tokens_since_this_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:

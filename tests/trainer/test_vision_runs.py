@@ -15,6 +15,7 @@ from tests.images import mixed_data, mixed_rows, tokenizer, write_pictures, writ
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from tests.trainer.test_documents import numbers
+from tests.trainer.test_mixed_sources import check_sources
 from trainer.data.images.processor import FILE, ImageProcessor
 from trainer.data.images.tokens import TOKENS, image_tokens
 from trainer.data.named_sources import Source
@@ -26,6 +27,7 @@ from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.evaluate_run import evaluate_run
 from trainer.mesh import MeshSpec
 from trainer.run import Run
+from trainer.run_data import data_of
 from trainer.run_tokenizer import check_tokenizer, tokenizer_of
 
 import_deepspeed("cpu")  # once, not in every rank
@@ -120,8 +122,13 @@ def test_an_evaluation_tells_the_loss_of_each_source_as_each_alone_has_it(
         own = evaluate_run(run_on(replace(data, sources={name: source}), cache))
         assert both[f"loss/{name}"] == pytest.approx(own["loss"], rel=1e-12, abs=0)
         num_targets += own["num_targets"]
+        assert both[f"num_targets/{name}"] == own["num_targets"]
     assert both["num_targets"] == num_targets
     assert both["loss/even"] != pytest.approx(both["loss/odd"], rel=1e-3)
+    _, loader, _ = data_of(run_on(data, cache))
+    batches = [batch for step in range(2) for batch in loader.step(step).micro_batches]
+    assert any(batch.pixel_values is not None for batch in batches)
+    assert sum(check_sources(batch, list(sources)) for batch in batches) > 0
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class DocumentStore(TokenStore):
             sections = self.shard(number).footer.sections
             name = LABELS if LABELS in sections else CLASSES
             classes = self.shard(number).read(name, 0, sections[name].count)
-            part = bisect_right(self.first_shards, number) - 1
+            part = self.part_of_shard(number)
             found[part] += np.bincount(classes[classes != IGNORED], minlength=num_classes)
         return found
 

@@ -137,6 +137,8 @@ class PackedDocuments:
         if none is not None and has_pairs:
             none = none[0]  # of a pair the head sees the tokens of its prompt
         classes = None if none is None else np.tile(none, (num_rows, most, *([1] * none.ndim)))
+        targets = columns["labels"] if classes is None else classes
+        sources = np.zeros(targets.shape[:2], np.int64) if self.store.num_sources else None
         for place, documents in enumerate(rows):
             first = segment = 0
             for number, document in enumerate(documents):
@@ -153,6 +155,9 @@ class PackedDocuments:
                 if classes is not None:
                     assert example.classes is not None
                     classes[place, number] = example.classes[0] if has_pairs else example.classes
+                if sources is not None:
+                    own = run if classes is None else number
+                    sources[place, own] = self.store.part_of(document)[0]
                 first += length
         tensors: dict[str, Any] = {
             name: torch.from_numpy(column) for name, column in columns.items()
@@ -160,6 +165,8 @@ class PackedDocuments:
         return Batch(
             **tensors,
             class_labels=None if classes is None else torch.from_numpy(classes),
+            sources=None if sources is None else torch.from_numpy(sources),
+            num_sources=self.store.num_sources,
             provenance=tuple(",".join(self.store.cite(n, n + 1) for n in row) for row in rows),
         )
 

@@ -13,6 +13,7 @@ from trainer.data.loader import Dealt, Locate
 from trainer.data.tokens import TokenStore
 
 COLUMNS = ("input_ids", "labels", "position_ids", "segment_ids")
+SOURCES = "sources"  # a further column, of several sources
 
 
 class PackedRows:
@@ -56,7 +57,9 @@ class PackedRows:
 
     def batch(self, rows: list[int], num_rows: int) -> Batch:
         """Return `rows` as one Batch of `num_rows` rows; missing ones are padding."""
-        columns = {name: np.zeros((num_rows, self.row_tokens), np.int64) for name in COLUMNS}
+        num_sources = self.store.num_sources
+        names = (*COLUMNS, SOURCES) if num_sources else COLUMNS
+        columns = {name: np.zeros((num_rows, self.row_tokens), np.int64) for name in names}
         columns["labels"].fill(IGNORED)
         provenance = [
             self._fill({name: column[place] for name, column in columns.items()}, row)
@@ -65,7 +68,7 @@ class PackedRows:
         tensors: dict[str, Any] = {
             name: torch.from_numpy(column) for name, column in columns.items()
         }
-        return Batch(**tensors, provenance=tuple(provenance))
+        return Batch(**tensors, num_sources=num_sources, provenance=tuple(provenance))
 
     def _fill(self, columns: dict[str, np.ndarray], row: int) -> str:
         """Write one row into its place of the batch; return which documents it comes from."""
@@ -84,5 +87,7 @@ class PackedRows:
         columns["labels"][starts[1:][starts[1:] <= stop] - start - 1] = IGNORED
         columns["position_ids"][:length] = np.arange(length) - np.repeat(edges[:-1], sizes)
         columns["segment_ids"][:length] = np.repeat(np.arange(1, len(edges)), sizes)
+        if SOURCES in columns:
+            columns[SOURCES].fill(self.store.part_of_shard(number))
         first = self.store.first_documents[number] + document
         return self.store.cite(first, first + len(starts) - 1)

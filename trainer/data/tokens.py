@@ -90,6 +90,11 @@ class TokenStore:
         self._shards: dict[int, Shard] = {}
         self._open: dict[int, Shard] = {}  # the oldest first
 
+    @property
+    def num_sources(self) -> int:
+        """How many sources are mixed; 0: there is one."""
+        return len(self.parts) if len(self.parts) > 1 else 0
+
     def per_part(self, first_of_shards: list[int]) -> list[int]:
         """Return how much of what is counted from shard to shard belongs to each part."""
         bounds = [first_of_shards[shard] for shard in self.first_shards]
@@ -100,6 +105,10 @@ class TokenStore:
         bounds = [self.first_documents[shard] for shard in self.first_shards]
         number = bisect_right(bounds, document) - 1
         return number, range(bounds[number], bounds[number + 1])
+
+    def part_of_shard(self, number: int) -> int:
+        """Return which part a shard belongs to."""
+        return bisect_right(self.first_shards, number) - 1
 
     def cite(self, first: int, last: int) -> str:
         """Return how documents [first, last) of one part are named: `source/train[5:6]`."""
@@ -130,7 +139,7 @@ class TokenStore:
 
     def _first_open(self, number: int) -> Shard:
         entry = self.entries[number]
-        folder = self.parts[bisect_right(self.first_shards, number) - 1].folder
+        folder = self.parts[self.part_of_shard(number)].folder
         shard = self._shards[number] = Shard(folder / entry.file)
         if shard.footer.fingerprint != entry.fingerprint:
             raise DataError(

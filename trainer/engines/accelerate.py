@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.layout import Layout
 from trainer.batch import Batch
+from trainer.engines.counting import loss_sums, no_loss
 from trainer.engines.native import NativeTrainer
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.engines.protocol import Surroundings
@@ -115,12 +116,12 @@ class _AcceleratedPasses(PlainPasses):
         self.accelerator = accelerator
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=scale.device)
+        sums = no_loss(micro_batches[0], scale.device)
         for number, batch in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             self.keys.start(step, number)
             with nullcontext() if is_last else self.accelerator.no_sync(self._model):
                 loss = self._loss(batch, scale)
                 self.accelerator.backward(loss.objective)
-            loss_sum += loss.sum
-        return self.mesh.sum_over_tokens(loss_sum)
+            sums += loss_sums(loss, batch)
+        return self.mesh.sum_over_tokens(sums)

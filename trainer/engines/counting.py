@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
+from models.nn.head import Loss
 from trainer.batch import Batch
 from trainer.mesh import Mesh
 
 
 def count_step(
     micro_batches: list[Batch], num_tokens: int, mesh: Mesh, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (targets, tokens, onlookers, images) of the step over all data ranks. Collective.
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return (targets, tokens, onlookers, images) of the step over all data ranks, and the targets
+    of each source as `Batch.by_source`. Collective.
 
     `num_tokens` are those of this rank's rows, padding left out.
     """
@@ -18,8 +20,24 @@ def count_step(
     # full, not tensor: a fill on the device, where a copy from the host would wait.
     tokens = torch.full((), num_tokens, dtype=torch.int64, device=device)
     looks = torch.stack([batch.looks() for batch in micro_batches]).sum(0)
-    counts = torch.cat([torch.stack([targets, tokens]), looks])
+    of_sources = torch.stack([batch.targets_by_source() for batch in micro_batches]).sum(0)
+    counts = torch.cat([torch.stack([targets, tokens]), looks, of_sources.long()])
     if mesh.rank("cp") > 0:
         counts.zero_()  # the same rows as the first rank's: counted there
-    targets, tokens, onlookers, images = mesh.sum_over_tokens(counts)
-    return targets, tokens, onlookers, images
+    targets, tokens, onlookers, images = mesh.sum_over_tokens(counts)[:4]
+    return (targets, tokens, onlookers, images), counts[4:].double()
+
+
+def no_loss(batch: Batch, device: torch.device) -> Tensor:
+    """Return zeros, to which the `loss_sums` of batches like this one are added."""
+    return torch.zeros(1 + batch.num_sources, dtype=torch.float64, device=device)
+
+
+def loss_sums(loss: Loss, batch: Batch) -> Tensor:
+    """Return (1 + sources,) fp64: the loss sum of this rank's batch, and that of each source as
+    `Batch.by_source`."""
+    total = loss.sum.double().view(1)
+    if batch.sources is None:
+        return total
+    assert loss.each is not None
+    return torch.cat((total, batch.by_source(loss.each)))

@@ -9,7 +9,7 @@ from models.nn.cache import Cache
 from models.nn.head import Loss
 from models.nn.vision_text import trains_on_images
 from trainer.batch import Batch
-from trainer.engines.counting import count_step
+from trainer.engines.counting import count_step, loss_sums, no_loss
 from trainer.engines.deepspeed_gradients import Gradients
 from trainer.engines.deepspeed_state import ShardedState
 from trainer.engines.micro_batches import prepared
@@ -39,15 +39,17 @@ class DeepSpeedTrainer:
 
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
         micro_batches = prepared(micro_batches, self.device, self.with_image)
-        counts = count_step(micro_batches, num_tokens, self.mesh, self.device)
+        counts, of_sources = count_step(micro_batches, num_tokens, self.mesh, self.device)
         scale = self.mesh.token_size / counts[0].clamp(min=1).double()
         self.engine.train()
-        loss_sum = self.passes.train(step, micro_batches, scale)
+        sums = self.passes.train(step, micro_batches, scale)
+        by_source = torch.stack((sums[1:], of_sources))
         factor = self.schedule.factor(step, self.max_steps)
         for group, lr in zip(self.state.base.param_groups, self.lrs, strict=True):
             group["lr"] = lr * factor
         norm, skipped = self._step_plain() if self.stage == 0 else self._step_sharded()
-        return StepResult(loss_sum, *counts, norm, torch.tensor(skipped), self.optim.lr * factor)
+        lr = self.optim.lr * factor
+        return StepResult(sums[0], *counts, norm, torch.tensor(skipped), lr, by_source)
 
     def _step_plain(self) -> tuple[Tensor, bool]:
         """Take the step of stage 0, where DeepSpeed reports no norm; return it, and if skipped."""
@@ -117,10 +119,10 @@ class _DeepSpeedPasses(PlainPasses):
         self.engine = engine
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=scale.device)
-        for number, batch in enumerate(micro_batches):
+        sums = no_loss(micro_batches[0], scale.device)
+        for number, batch in enumerate(map(self._own, micro_batches)):
             self.keys.start(step, number)
             loss = self._loss(batch, scale)
             self.engine.backward(loss.objective, scale_wrt_gas=False)
-            loss_sum += loss.sum
-        return self.mesh.sum_over_tokens(loss_sum)
+            sums += loss_sums(loss, batch)
+        return self.mesh.sum_over_tokens(sums)

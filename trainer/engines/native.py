@@ -157,16 +157,17 @@ class NativeTrainer:
 
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
         micro_batches = prepared(micro_batches, self.device, self.with_image)
-        counts = count_step(micro_batches, num_tokens, self.mesh, self.device)
+        counts, of_sources = count_step(micro_batches, num_tokens, self.mesh, self.device)
         # DDP and FSDP2 average gradients over ranks with different tokens; this makes them the mean
         # over all targets of the step.
         scale = self.passes.averaged_over / counts[0].clamp(min=1).double()
         self._set_training(True)
-        loss_sum = self.passes.train(step, micro_batches, scale)
+        sums = self.passes.train(step, micro_batches, scale)
+        loss_sum, by_source = sums[0], torch.stack((sums[1:], of_sources))
         grad_norm = self.update.grad_norm()
         skipped = ~(grad_norm.isfinite() & loss_sum.isfinite())
         lr = self.update.apply(step, grad_norm, skipped)
-        return StepResult(loss_sum, *counts, grad_norm, skipped, lr)
+        return StepResult(loss_sum, *counts, grad_norm, skipped, lr, by_source)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Loss:

@@ -11,6 +11,7 @@ from models.nn.cache import Cache, GrowingCache
 from models.nn.head import Loss
 from models.nn.model import DecoderModel
 from trainer.batch import Batch
+from trainer.engines.counting import loss_sums, no_loss
 from trainer.mesh import Mesh
 from trainer.parallel import context_parallel
 from trainer.parallel.data_parallel import set_gradient_sync
@@ -25,7 +26,8 @@ class Passes(Protocol):
     """By how many ranks `called` divides the sum of their gradients."""
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
-        """Leave the gradient of `scale * loss sum` in the parameters; return the ranks' sum."""
+        """Leave the gradient of `scale * loss sum` in the parameters; return the `loss_sums` of all
+        ranks."""
         ...
 
     def loss(self, batch: Batch) -> Loss:
@@ -70,26 +72,27 @@ class PlainPasses:
         self.cp = mesh.group("cp") if mesh.size("cp") > 1 else None
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=scale.device)
-        for number, batch in enumerate(micro_batches):
+        sums = no_loss(micro_batches[0], scale.device)
+        for number, batch in enumerate(map(self._own, micro_batches)):
             set_gradient_sync(self._model, number == len(micro_batches) - 1)
             self.keys.start(step, number)
             loss = self._loss(batch, scale)
             loss.objective.backward()
-            loss_sum += loss.sum
-        return self.mesh.sum_over_tokens(loss_sum)
+            sums += loss_sums(loss, batch)
+        return self.mesh.sum_over_tokens(sums)
 
     def loss(self, batch: Batch) -> Loss:
-        return self._loss(batch, torch.ones((), device=batch.input_ids.device))
+        return self._loss(self._own(batch), torch.ones((), device=batch.input_ids.device))
+
+    def _own(self, batch: Batch) -> Batch:
+        """Return this rank's tokens of a micro-batch."""
+        return context_parallel.share(batch, self.cp) if self.cp else batch
 
     def _loss(self, batch: Batch, scale: Tensor) -> Loss:
-        if self.cp:
-            batch = context_parallel.share(batch, self.cp)
         return cast(Loss, self._model(*batch.text, batch.targets, scale, **batch.known_images))
 
     def logits(self, batch: Batch) -> Tensor:
-        if self.cp:
-            batch = context_parallel.share(batch, self.cp)
+        batch = self._own(batch)
         with self._eagerly():
             # Without a scale labels are no targets: they say for how many segments to answer.
             images = batch.known_images

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.nn.head import Loss
 from trainer.batch import Batch
+from trainer.engines.counting import loss_sums, no_loss
 from trainer.engines.micro_batches import alike
 from trainer.engines.passes import Keys
 from trainer.parallel import context_parallel
@@ -45,7 +46,8 @@ class PipelinedPasses:
         self.cp = stages.mesh.group("cp") if cp > 1 else None
         self.schedule: Any = None
         self._num_scheduled = 0  # micro-batches of a step of `schedule`
-        self.sums: list[Tensor] = []
+        self._batches: list[Batch] = []
+        self._sums: list[Tensor] = []  # of the micro-batches that the last stage is through with
         self._step, self._counts = 0, [0] * len(called)
         for place, part in enumerate(called):
             part.register_forward_pre_hook(lambda *_, place=place: self._start(place))
@@ -58,7 +60,8 @@ class PipelinedPasses:
         micro_batches = alike(self._filled_up(micro_batches))
         if len(micro_batches) != self._num_scheduled:
             self.schedule, self._num_scheduled = self._build(micro_batches), len(micro_batches)
-        self._step, self._counts, self.sums = step, [0] * len(self.called), []
+        self._step, self._counts = step, [0] * len(self.called)
+        self._batches, self._sums = micro_batches, []
         whole = _joined(micro_batches)
         ids = whole.pop("input_ids")
         first = (ids,) if self.stages.indices[0] == 0 else ()
@@ -66,12 +69,12 @@ class PipelinedPasses:
         whole["scale"] = scale.expand(len(micro_batches))
         target = whole["labels"] if self.is_last else None
         self.schedule.step(*first, target=target, return_outputs=False, **whole)
-        self._step = 0
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in self.sums:
-            loss_sum += part
-        dist.all_reduce(loss_sum, group=self.stages.mesh.group("pp"))  # the others have none
-        return self.stages.mesh.sum_over_tokens(loss_sum)
+        self._step, self._batches = 0, []
+        total = no_loss(micro_batches[0], self.device)
+        for sums in self._sums:
+            total += sums
+        dist.all_reduce(total, group=self.stages.mesh.group("pp"))  # the others have none
+        return self.stages.mesh.sum_over_tokens(total)
 
     def _filled_up(self, micro_batches: list[Batch]) -> list[Batch]:
         """Return at least as many micro-batches as a schedule needs, the last ones blank."""
@@ -149,7 +152,7 @@ class PipelinedPasses:
         """In a training pass, take what is logged aside: a stage hands on what has a gradient."""
         if not self._step:
             return output
-        self.sums.append(output.sum)
+        self._sums.append(loss_sums(output, self._batches[len(self._sums)]))
         return output.objective
 
     def loss(self, batch: Batch) -> Loss:

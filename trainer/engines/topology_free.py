@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.batch import Batch
+from trainer.engines.counting import loss_sums
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.mesh import Mesh
 from trainer.parallel.pieces import is_dtensor
@@ -144,7 +145,7 @@ class TreePasses(PlainPasses):
             self.keys.start(step, number)
             loss = self._loss(batch, scale)
             loss.objective.backward()
-            sums.append(loss.sum.double())
+            sums.append(loss_sums(loss, batch))
             tree.push(self.gradients.take())
         self.gradients.put(tree.total())
         return pairwise_sum(self.mesh.in_order(torch.stack(sums)))

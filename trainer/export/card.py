@@ -164,7 +164,11 @@ def _trained_itself(config: dict[str, Any]) -> str:
 
 def _evaluation(found: dict[str, Any]) -> str:
     hidden = ("step", "split", "time", "num_targets")
-    numbers = {k: v for k, v in found.items() if k not in hidden and not isinstance(v, dict)}
+    numbers = {
+        name: value
+        for name, value in found.items()
+        if name.partition("/")[0] not in hidden and not isinstance(value, dict)
+    }
     rows = "".join(
         f"| {name} | {value:.4f} |\n" if isinstance(value, float) else f"| {name} | {value} |\n"
         for name, value in numbers.items()

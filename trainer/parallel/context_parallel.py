@@ -46,9 +46,12 @@ def all_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def share(batch: Batch, group: dist.ProcessGroup) -> Batch:
     """Return this rank's tokens of a micro-batch; labels are shifted already, so none is lost."""
-    images = batch.image_attention_mask
+    images, sources = batch.image_attention_mask, batch.sources
+    if sources is not None and batch.class_labels is None:
+        sources = own_tokens(sources, group)
     return replace(
         batch,
+        sources=sources,
         input_ids=own_tokens(batch.input_ids, group),
         labels=own_tokens(batch.labels, group),
         position_ids=own_tokens(batch.position_ids, group),

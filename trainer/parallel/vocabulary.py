@@ -46,10 +46,10 @@ class SplitVocabulary:
         """As of the whole vocabulary; one all-gather of three numbers per token."""
         logits_XV, rows_X1, is_here_X1, log_sum_X1, nll_X1 = self._reduced(logits_XV, labels_X)
         is_target_X1 = (labels_X != IGNORED)[:, None]
-        nll_sum = torch.where(is_target_X1, nll_X1, 0.0).sum()
+        nll_X1 = torch.where(is_target_X1, nll_X1, 0.0)
         grad_XV = logits_XV.sub_(log_sum_X1).exp_()
         grad_XV.scatter_add_(1, rows_X1, -is_here_X1.to(grad_XV.dtype))
-        return nll_sum, grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
+        return nll_X1[:, 0], grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
 
     def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
         return self.nll(logits_XV, labels_X).sum()

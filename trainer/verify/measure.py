@@ -154,8 +154,14 @@ def _write_files(contents: Contents, folder: Path) -> None:
 
 def _loss(result: StepResult) -> Tensors:
     loss = result.loss_sum / result.num_targets.clamp(min=1)
-    counts = {"targets": np.array(float(result.num_targets))}
-    return counts | {"tokens": np.array(float(result.num_tokens)), "loss": np.array(float(loss))}
+    sums, counts = result.by_source.cpu().numpy()
+    return {
+        "targets": np.array(float(result.num_targets)),
+        "tokens": np.array(float(result.num_tokens)),
+        "loss": np.array(float(loss)),
+        "targets by source": counts,
+        "loss by source": sums / counts.clip(min=1),
+    }
 
 
 def _norm(result: StepResult) -> Tensors:

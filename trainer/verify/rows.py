@@ -12,6 +12,7 @@ from trainer.batch import Batch
 
 Relabel = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
 """Returns the labels that a head wants for made rows: `labels` or `class_labels` of a Batch."""
+NUM_SOURCES = 3  # of which the last one has no document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class MadeRows:
         """Return the micro-batch of rows from `start`; all ranks' are rows `together`."""
         stop = start + self.micro_rows
         own: dict[str, Any] = {name: x[start:stop] for name, x in made.items()}
-        batch = Batch(**own, provenance=(f"made[{start}:{stop}]",))
+        batch = Batch(**own, num_sources=NUM_SOURCES, provenance=(f"made[{start}:{stop}]",))
         mask = batch.image_attention_mask
         if mask is None or mask.any():
             return batch
@@ -58,6 +59,7 @@ class MadeRows:
         made = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         if self.relabel is not None:
             made |= self.relabel(made, random)
+        made["sources"] = self._sources(made)
         if self.images is not None:
             count, channels, size = self.images
             shape = (self.rows, count, channels, size, size)
@@ -66,6 +68,13 @@ class MadeRows:
             sees = [row in self.rows_with_images(step) for row in range(self.rows)]
             made["image_attention_mask"] = mask * torch.tensor(sees)[:, None, None]
         return made
+
+    def _sources(self, made: dict[str, Tensor]) -> Tensor:
+        """Say that documents are of two sources in turn; the third has none."""
+        segments = made["segment_ids"]
+        if "class_labels" in made:
+            segments = torch.arange(1, 1 + made["class_labels"].shape[1])[None]
+        return (segments + torch.arange(self.rows)[:, None]) % 2
 
     def rows_with_images(self, step: int) -> tuple[int, ...]:
         """Return rows of which two, and four, ranks have some and some not; none in each third
