@@ -25,7 +25,13 @@ from trainer.image_memory import check_memory
 from trainer.mesh import Mesh
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
-from trainer.parallel.data_parallel import cast_to_compute, named_blocks, replicate, shard
+from trainer.parallel.data_parallel import (
+    cast_to_compute,
+    gather_once,
+    named_blocks,
+    replicate,
+    shard,
+)
 from trainer.parallel.laid_out import LaidOut
 from trainer.parallel.legal import check_axes, check_packed
 from trainer.parallel.pieces import Splits
@@ -136,7 +142,8 @@ class NativeEngine:
             )  # fmt: skip
         else:
             passes = PlainPasses(called[0], mesh, keys, is_compiled=self.compile)
-        return NativeTrainer(parts, passes, mesh, device, update)
+        is_narrow = mesh.is_sharded and precision.compute != precision.master
+        return NativeTrainer(parts, passes, mesh, device, update, is_narrow=is_narrow)
 
 
 class NativeTrainer:
@@ -149,11 +156,19 @@ class NativeTrainer:
         mesh: Mesh,
         device: torch.device,
         update: Update,
+        *,
+        is_narrow: bool,
     ) -> None:
+        """`is_narrow`: FSDP2 gathers weights in another dtype than gradients are kept in."""
         self.parts, self.passes, self.mesh, self.device = parts, passes, mesh, device
         self.update = update
-        # DDP reduces what has a gradient in the last backward pass, and waits for all.
-        self.with_image = (-1,) if any(map(trains_on_images, parts)) else ()
+        # DDP reduces what has a gradient in the last backward pass, and waits for all. FSDP2 widens
+        # gradients behind each pass but the last, and then wants one dtype in a unit: so all of
+        # them need one in the first pass too.
+        places = (0, -1) if is_narrow else (-1,)
+        self.with_image = places if any(map(trains_on_images, parts)) else ()
+        for part in parts if is_narrow else ():
+            gather_once(part)
 
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
         micro_batches = prepared(micro_batches, self.device, self.with_image)

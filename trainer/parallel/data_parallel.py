@@ -37,6 +37,19 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: Prec
     fully_shard(model, mesh=device_mesh, mp_policy=policy)
 
 
+def gather_once(model: nn.Module) -> None:
+    """Gather each unit of FSDP2 once, and let it go again. Collective.
+
+    A unit that no forward pass has run yet ends the first backward pass that keeps its gradients in
+    another dtype: FSDP2 looks there for weights that it has never gathered (torch 2.11 to 2.13). So
+    it is with tower and gated blocks where a run begins with text.
+    """
+    for module in model.modules():
+        if is_fsdp(module):
+            module.unshard()
+            module.reshard()
+
+
 def named_blocks(model: nn.Module, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that the layout's block patterns name and the model has, in order."""
     for pattern in layout.blocks:
