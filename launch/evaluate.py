@@ -81,6 +81,8 @@ def _tree(folder: Path, words: list[str]) -> dict[str, Any]:
     else:
         tree["weights"] = str(folder)
         tree["adapter"] = {"_target_": "trainer.adapters.protocol.NoAdapter"}
+    if tree["tokenizer"] in ("auto", "bpe") and (folder / "tokenizer.json").is_file():
+        tree["tokenizer"] = str(folder)  # other data would train another bpe
     data = tree["data"]
     if data.get("path") is None and not data.get("sources"):
         data["path"] = data.get("eval_path")

@@ -10,9 +10,10 @@ _RECORDED = (
     "schedule.", "mesh.", "engine.", "checkpoint.", "callbacks.", "launch.", "best.",
     "validation.",
     "data.micro_rows", "data.packing", "data.cache", "data.eval_path", "data.eval_fraction",
-    # A moved folder is no other data: the fingerprint of the tokens decides.
+    # A moved folder is no other data, nor is a tokenizer by another name: the fingerprint of the
+    # tokens decides.
     "data.path", "data.sources.", "data.subset", "data.split", "data.max_documents",
-    "data.eval_subset", "data.eval_split",
+    "data.eval_subset", "data.eval_split", "tokenizer",
 )  # fmt: skip
 _EXPLICIT = ("data.global_rows", "data.global_documents")
 MISSING = "(absent)"

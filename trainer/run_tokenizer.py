@@ -4,7 +4,7 @@ from models.heads import CausalLMSpec
 from trainer.data.added_tokens import check_tokens, extended
 from trainer.data.images.tokens import TOKENS, knows_images
 from trainer.data.protocol import DataSpec
-from trainer.data.tokenizers import BPE, BYTE, Tokenizer
+from trainer.data.tokenizers import BPE, Tokenizer
 from trainer.run_images import family_of, fitted
 
 
@@ -31,4 +31,4 @@ def check_tokenizer(data: DataSpec, setting: str, model: CausalLMSpec) -> None:
     check_tokens(model.additional_tokens)
     data = fitted(data, model)
     is_trained = setting == data.own_tokenizer == BPE  # to fit, on the data: later
-    data.check_encoding(tokenizer_of(data, BYTE if is_trained else setting, model))
+    data.check_encoding(None if is_trained else tokenizer_of(data, setting, model))

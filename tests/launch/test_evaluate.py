@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def test_a_run_and_its_steps_are_evaluated_as_they_were_in_training(run: Path) -
     (text,) = run_ranks(1, printed, [f"checkpoint={run}"])
     assert f"{said(run, 4)['loss']:.6f}" in text
     assert "confusion (columns are guesses):" in text
+
+
+def test_other_data_is_read_by_the_tokenizer_that_was_trained_with(
+    run: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    assert "\ntokenizer: byte\n" in text
+    config.write_text(text.replace("\ntokenizer: byte\n", "\ntokenizer: bpe\n"))
+    other = (f"data.path={folder}/rows.jsonl", "data.max_documents=20", "data.eval_fraction=0.5")
+    expected = evaluated(f"checkpoint={run}", *other)
+    assert evaluated(f"checkpoint={tmp_path}/run", *other) == expected
 
 
 def test_other_data_and_other_rows_per_pass_give_what_they_should(run: Path, folder: Path) -> None:

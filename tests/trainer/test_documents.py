@@ -21,6 +21,7 @@ from trainer.data.bpe import train_bpe
 from trainer.data.chat import ChatEncoder
 from trainer.data.document_data import DocumentData
 from trainer.data.loader import StepLoader
+from trainer.data.preferences import PreferenceEncoder
 from trainer.data.tokenizers import ByteTokenizer, FileTokenizer
 from trainer.distributed import Placement
 from trainer.errors import DataError
@@ -226,6 +227,14 @@ def test_a_bpe_is_trained_on_what_the_documents_say_once(
     with patch("trainer.data.bpe.train_bpe", side_effect=AssertionError):
         assert again.tokenizer("bpe", 280).fingerprint == found.fingerprint
     assert fresh.tokenizer("bpe", 270).fingerprint != found.fingerprint
+
+
+def test_a_bpe_is_trained_on_whole_texts_of_pairs(tmp_path: Path, data: DocumentData) -> None:
+    pair = {"prompt": "what is this? ", "chosen": "a square", "rejected": "a round square"}
+    path = written(tmp_path / "pairs.jsonl", [pair] * 4)
+    encoder = PreferenceEncoder(max_tokens=4)  # of a bpe, not of bytes
+    pairs = replace(data, path=path, encoder=encoder, cache=str(tmp_path / "cache"))
+    assert len(pairs.tokenizer("bpe", 300).encode("a round square")) == 3
 
 
 def test_a_bad_first_row_is_left_to_the_budget(tmp_path: Path, data: DocumentData) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.images import encoded, picture, write_pictures, write_rows
 from trainer.data.examples import BadRowError
-from trainer.data.images.decode import decode
+from trainer.data.images.decode import decode, silence_pillow
 from trainer.data.images.files import MAX_BYTES, ImageFiles
 from trainer.data.images.references import ImageReference, RowPlace, read, written
 from trainer.data.images.sources import open_image_rows
@@ -104,6 +104,7 @@ def bomb(side: int, body: bytes) -> bytes:
 def test_a_small_file_of_a_huge_image_is_refused_by_its_header(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
+    silence_pillow.cache_clear()  # each test has filters of its own
     whole = bomb(11_600, zlib.compress(bytes(11_600 * (1 + 11_600 // 8)), 9))
     assert len(whole) < 20_000
     for data in (whole, bomb(11_600, b"no data at all")):  # nothing of it is decoded

@@ -162,6 +162,12 @@ def test_it_is_not_said_where_it_says_nothing(
     assert "2 training documents are more than 1" in caplog.text
     monkeypatch.setattr(module, "MAX_DOCUMENTS", 2)
     assert said(data, tokens) == 1.0
+    monkeypatch.setattr(module, "MAX_ANSWERS", 1)
+    assert said(data, tokens) == 1.0
+    (tmp_path / "different").mkdir()
+    data = texts(tmp_path / "different", [pair, pair | {"completion": "c"}], [pair])
+    assert said(data, tokens) is None
+    assert "different answers in training are more than 1" in caplog.text
 
 
 def test_the_console_says_it_beside_the_models_number(caplog: pytest.LogCaptureFixture) -> None:

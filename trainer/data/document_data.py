@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -82,8 +82,9 @@ class DocumentData(Places[RowSource]):
                 "of each text, to half of data.row_tokens or less"
             )
 
-    def check_encoding(self, tokenizer: Tokenizer) -> None:
+    def check_encoding(self, tokenizer: Tokenizer | None) -> None:
         """Raise ValueError where the tokenizer lacks what the first row needs."""
+        tokenizer = tokenizer or self.speller
         for _, row in self._first_rows:
             with suppress(BadRowError):  # as any other bad row: counted when all are read
                 self._encoder.encode(row, tokenizer)
@@ -135,11 +136,13 @@ class DocumentData(Places[RowSource]):
 
     def _texts(self) -> Iterator[str]:
         """Yield what documents say between images: rows of any shape, by their bytes as tokens."""
-        speller, plain = self.speller, ByteTokenizer()
+        speller, plain, encoder = self.speller, ByteTokenizer(), self._encoder
+        if isinstance(encoder, PreferenceEncoder):
+            encoder = replace(encoder, max_tokens=None)  # of bytes it would cut most texts
         for place in self.places.values():
             for row in place.rows():
                 with suppress(BadRowError):
-                    ids = self._encoder.encode(row, speller).input_ids
+                    ids = encoder.encode(row, speller).input_ids
                     for part in np.split(ids, np.flatnonzero(ids >= plain.vocab_size)):
                         yield plain.decode(part.tolist())
 

@@ -173,7 +173,8 @@ class StepLoader:
             if state[key] != mine[key]:
                 raise ValueError(
                     f"the data's {key} is {mine[key]}, the checkpoint was made with {state[key]}; "
-                    "bring the old data back, or start anew with name=... or resume=never"
+                    "bring the old data and tokenizer back, or start anew with name=... or "
+                    "resume=never"
                 )
         if state["schedule"].get("weights") != mine["schedule"].get("weights"):
             raise ValueError(

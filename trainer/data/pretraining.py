@@ -71,7 +71,7 @@ class PretrainingData(Places[TextSource]):
         for texts in self.all_places:
             texts.peek()
 
-    def check_encoding(self, tokenizer: Tokenizer) -> None:
+    def check_encoding(self, tokenizer: Tokenizer | None) -> None:
         """Do nothing: any text can be tokenised."""
 
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:

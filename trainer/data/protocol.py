@@ -65,8 +65,11 @@ class DataSpec(Protocol):
         """Return the tokenizer of a `tokenizer=` setting."""
         ...
 
-    def check_encoding(self, tokenizer: Tokenizer) -> None:
-        """Raise ValueError where documents of the first rows cannot be made with `tokenizer`."""
+    def check_encoding(self, tokenizer: Tokenizer | None) -> None:
+        """Raise ValueError where documents of the first rows cannot be made with `tokenizer`.
+
+        None: with a bpe that is still to be trained on them.
+        """
         ...
 
     def check_virtual(self, ids: Sequence[int]) -> None:

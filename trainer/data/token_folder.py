@@ -102,8 +102,9 @@ class TokenFolder:
             )
         return found
 
-    def check_encoding(self, tokenizer: Tokenizer) -> None:
+    def check_encoding(self, tokenizer: Tokenizer | None) -> None:
         """Raise ValueError for another tokenizer than the documents were made with."""
+        assert tokenizer is not None  # none is trained on shards
         if tokenizer.fingerprint != self._vocabulary.tokenizer:
             raise ValueError(
                 f"model.additional_tokens: the shards of {self.own_tokenizer} were made without "

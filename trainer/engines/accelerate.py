@@ -85,7 +85,7 @@ class AccelerateEngine:
         # After it, not before: accelerate may give the weights other memory.
         update = around.update(laid_out)
         passes = _AcceleratedPasses(accelerator, prepared, mesh, Keys(around.seed, mesh))
-        return NativeTrainer([model], passes, mesh, device, update)
+        return NativeTrainer([model], passes, mesh, device, update, is_narrow=False)
 
 
 def _accelerator(ddp: dict[str, Any], mesh: Mesh, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.layout import Layout
 from models.nn.cache import Cache
 from models.nn.head import Loss
-from models.nn.vision_text import trains_on_images
+from models.nn.vision_text import VisionTextTrunk, trains_on_images
 from trainer.batch import Batch
 from trainer.engines.counting import count_step
 from trainer.engines.micro_batches import prepared
@@ -168,7 +168,8 @@ class NativeTrainer:
         places = (0, -1) if is_narrow else (-1,)
         self.with_image = places if any(map(trains_on_images, parts)) else ()
         for part in parts if is_narrow else ():
-            gather_once(part)
+            if any(isinstance(module, VisionTextTrunk) for module in part.modules()):
+                gather_once(part)
 
     def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
         micro_batches = prepared(micro_batches, self.device, self.with_image)

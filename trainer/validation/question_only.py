@@ -16,7 +16,8 @@ from trainer.validation.questions import Question
 from trainer.validation.scores import exact_match, normalised
 
 log = logging.getLogger(__name__)
-MAX_DOCUMENTS = 1 << 20  # of training: more are not read: answers in free words fill memory
+MAX_DOCUMENTS = 1 << 20  # of training: more are not read
+MAX_ANSWERS = 1 << 16  # different ones: answers in free words say nothing, and fill memory
 Q = TypeVar("Q", bound=Hashable)
 
 
@@ -57,12 +58,14 @@ def question_only(
     if len(numbers) < len(questions) or not is_asked:
         return None
     if training.num_documents > MAX_DOCUMENTS:
-        log.info(
-            "validation: what questions alone give away is not counted: %d training documents are "
-            "more than %d", training.num_documents, MAX_DOCUMENTS,
-        )  # fmt: skip
+        _say(f"{training.num_documents} training documents", MAX_DOCUMENTS)
         return None
-    best, usual = most_frequent(_learnt(training, left_out, set(asked), tokenizer))
+    decoded: dict[bytes, str] = {}
+    pairs = _learnt(training, left_out, set(asked), tokenizer, decoded)
+    best, usual = most_frequent(pairs)
+    if len(decoded) > MAX_ANSWERS:
+        _say("different answers in training", MAX_ANSWERS)
+        return None
     if not usual:
         return None
     references = [tokenizer.decode(question.reference) for question in questions]
@@ -70,19 +73,34 @@ def question_only(
     return sum(map(exact_match, guesses, references)) / len(references)
 
 
+def _say(what: str, limit: int) -> None:
+    log.info(
+        "validation: what questions alone give away is not counted: %s are more than %d",
+        what, limit,
+    )  # fmt: skip
+
+
 def _text(ids: list[int], left_out: Collection[int]) -> bytes:
     return np.array([token for token in ids if token not in left_out], np.int64).tobytes()
 
 
 def _learnt(
-    training: DocumentStore, left_out: list[int], asked: set[bytes], tokenizer: Tokenizer
+    training: DocumentStore,
+    left_out: list[int],
+    asked: set[bytes],
+    tokenizer: Tokenizer,
+    decoded: dict[bytes, str],
 ) -> Iterator[tuple[bytes | None, str]]:
-    """Yield text and answer of each document that has one; None: a text that nobody asks."""
-    decoded: dict[bytes, str] = {}
+    """Yield text and answer of each document that has one; None: a text that nobody asks.
+
+    Ends at more than MAX_ANSWERS different answers, all of which are then in `decoded`.
+    """
     for starts, ids, labels in training.blocks():
         for text, answer in _pairs(starts, ids, labels, left_out):
             if answer not in decoded:
                 decoded[answer] = tokenizer.decode(np.frombuffer(answer, np.int64).tolist())
+                if len(decoded) > MAX_ANSWERS:
+                    return
             yield (text if text in asked else None), decoded[answer]
 
 

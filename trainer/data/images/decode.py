@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -34,13 +35,18 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadRowError(f"is broken: {reason}; replace it, or drop the row") from None
 
 
+@cache
+def silence_pillow() -> None:
+    """Leave it to us to say which size is too large; once, since filters are of all threads."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header alone."""
     advice = "make it smaller, raise data.max_pixels, or drop the row"
+    silence_pillow()
     try:
-        with warnings.catch_warnings():  # which size is too large is said below
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadRowError(f"is no image; needed one of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
