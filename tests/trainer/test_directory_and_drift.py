@@ -188,7 +188,6 @@ def test_same_config_has_no_changes() -> None:
         ("freeze.patterns", []),
         ("seed", 1),
         ("precision", "bf16"),
-        ("tokenizer", "bpe"),
         ("weights", "folder"),
     ],
 )
@@ -221,6 +220,7 @@ def test_change_that_makes_another_run_is_refused_even_if_allowed(key: str, valu
         ("launch.processes", 4),
         ("data.micro_rows", 1),
         ("data.path", "moved"),
+        ("tokenizer", "moved"),
         ("data.cache", "elsewhere"),
         ("data.eval_path", "held-out"),
         ("data.eval_fraction", 0.5),
