@@ -70,14 +70,22 @@ def said(
     return question_only(loader.rows.store, asked, tokens, num_virtual=len(virtual_ids))
 
 
+def places(
+    folder: Path, training: list[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "path": write_rows(folder / "train.jsonl", training),
+        "eval_path": write_rows(folder / "test.jsonl", held_out),
+        "cache": str(folder / "cache"), "global_documents": 4,
+    }  # fmt: skip
+
+
 def pictured(
     folder: Path, training: list[dict[str, Any]], held_out: list[dict[str, Any]]
 ) -> VisionTextData:
     return VisionTextData(
-        path=write_rows(folder / "train.jsonl", training),
-        eval_path=write_rows(folder / "test.jsonl", held_out),
-        encoder=VisionTextEncoder(), processor=ImageProcessor(image_size=8), row_tokens=128,
-        row_images=4, global_documents=4, cache=str(folder / "cache"),
+        **places(folder, training, held_out), encoder=VisionTextEncoder(),
+        processor=ImageProcessor(image_size=8), row_tokens=128, row_images=4,
     )  # fmt: skip
 
 
@@ -85,9 +93,7 @@ def texts(
     folder: Path, training: list[dict[str, Any]], held_out: list[dict[str, Any]]
 ) -> DocumentData:
     return DocumentData(
-        path=write_rows(folder / "train.jsonl", training),
-        eval_path=write_rows(folder / "test.jsonl", held_out),
-        encoder=ChatEncoder(), row_tokens=300, global_documents=4, cache=str(folder / "cache"),
+        **places(folder, training, held_out), encoder=ChatEncoder(), row_tokens=300,
     )  # fmt: skip
 
 

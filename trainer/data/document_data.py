@@ -13,7 +13,6 @@ import xxhash
 
 from trainer.data.bad_rows import BadRows
 from trainer.data.batching import check_sizes, eval_loader, loaders
-from trainer.data.bpe import trained_bpe
 from trainer.data.document_lengths import check_lengths
 from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
@@ -27,7 +26,7 @@ from trainer.data.preferences import PreferenceEncoder
 from trainer.data.sources import RowSource, first_row, open_rows
 from trainer.data.tokenise import Tokens, Written, build_folder
 from trainer.data.tokenise_progress import TokeniseProgress
-from trainer.data.tokenizers import BPE, ByteTokenizer, Tokenizer, given_tokenizer
+from trainer.data.tokenizers import BPE, ByteTokenizer, Tokenizer
 from trainer.data.tokens import EVAL, TRAIN, VERSION, Part
 
 SHARD_TOKENS = 1 << 24  # labels of a shard are in memory until it is closed
@@ -121,20 +120,16 @@ class DocumentData(Places[RowSource]):
     def open_place(self, source: Source, key: str) -> RowSource:
         return open_rows(source, key, self.max_documents)
 
-    def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
-        if setting != BPE:
-            return given_tokenizer(setting)
-        keys = [place.key() for place in self.places.values()]
-        folder = self.folder_for("bpe", *keys, described(self._encoder), vocab_size)
-        return trained_bpe(self._texts(), vocab_size, folder)
+    @property
+    def text_settings(self) -> tuple[str, ...]:
+        return (described(self._encoder),)
 
     @property
     def speller(self) -> Tokenizer:
         """Makes documents of rows before there is a tokenizer, byte by byte."""
         return ByteTokenizer()
 
-    def _texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[str]:
         """Yield what documents say between images: rows of any shape, by their bytes as tokens."""
         speller, plain, encoder = self.speller, ByteTokenizer(), self._encoder
         if isinstance(encoder, PreferenceEncoder):

@@ -1,7 +1,7 @@
 """Where documents come from, and which of them are held out: of all data that is made here."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Generic, TypeVar
 import xxhash
 
 from trainer.data.batching import check_share
+from trainer.data.bpe import trained_bpe
 from trainer.data.named_sources import EVAL_KEY, Source, eval_source, key_of, named_sources
 from trainer.data.sources import Readable
 from trainer.data.tokenise import eval_rank
-from trainer.data.tokenizers import Tokenizer
+from trainer.data.tokenizers import BPE, Tokenizer, given_tokenizer
 from trainer.data.tokens import EVAL, TRAIN, VERSION, Part
 from trainer.errors import DataError
 
@@ -99,6 +100,23 @@ class Places(ABC, Generic[P]):
         """Return the folder of the cache for what `parts` decide, all of them together."""
         key = xxhash.xxh3_128_hexdigest("/".join(map(str, (VERSION, *parts))).encode())
         return self.cache_folder / kind / key
+
+    def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
+        """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
+        if setting != BPE:
+            return given_tokenizer(setting)
+        keys = [place.key() for place in self.places.values()]
+        folder = self.folder_for("bpe", *keys, *self.text_settings, vocab_size)
+        return trained_bpe(self.texts(), vocab_size, folder)
+
+    @property
+    def text_settings(self) -> tuple[str, ...]:
+        """What decides `texts`, beside the places."""
+        return ()
+
+    @abstractmethod
+    def texts(self) -> Iterator[str]:
+        """Yield what a bpe is trained on: all texts of the places."""
 
     def make_split(self, place: P, tokenizer: Tokenizer) -> tuple[Path, list[str]]:
         """Make the documents of a place, those held out in a store of their own."""

@@ -1,6 +1,6 @@
 """Pretraining data: any folder of text, tokenised once, concatenated and split into packed rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from trainer.data.batching import (
     refuse_virtual,
     rows_per_micro_batch,
 )
-from trainer.data.bpe import trained_bpe
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.places import Places, Route
@@ -19,7 +18,7 @@ from trainer.data.rows import PackedRows
 from trainer.data.sources import TextSource, open_texts
 from trainer.data.tokenise import build_folder, eval_rank, tokens_of
 from trainer.data.tokenise_progress import TokeniseProgress
-from trainer.data.tokenizers import BPE, Tokenizer, given_tokenizer
+from trainer.data.tokenizers import BPE, Tokenizer
 from trainer.data.tokens import EVAL, TRAIN, Part, TokenStore
 
 
@@ -74,13 +73,8 @@ class PretrainingData(Places[TextSource]):
     def check_encoding(self, tokenizer: Tokenizer | None) -> None:
         """Do nothing: any text can be tokenised."""
 
-    def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer of a `tokenizer=` setting: byte, bpe (of vocab_size) or folder."""
-        if setting != BPE:
-            return given_tokenizer(setting)
-        keys = [source.key() for source in self.places.values()]
-        texts = (each.text for source in self.places.values() for each in source.documents())
-        return trained_bpe(texts, vocab_size, self.folder_for("bpe", *keys, vocab_size))
+    def texts(self) -> Iterator[str]:
+        return (each.text for place in self.places.values() for each in place.documents())
 
     def stores(self, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore | None]:
         """Tokenise what is not cached yet, and open the training and the evaluation tokens."""

@@ -49,12 +49,12 @@ def _files(piece: Piece, store: TokenStore | None) -> list[str]:
     return [str(reference) for reference in store.example(document).images or ()]
 
 
-def looks_of(batch: Batch, row: int) -> list[tuple[int, ...]]:
-    """Return the numbers, from 1, of the images that each token of a row looks at."""
+def looks_of(batch: Batch, row: int, run: slice) -> list[tuple[int, ...]]:
+    """Return the numbers, from 1, of the images that each token of a run of a row looks at."""
     mask = batch.image_attention_mask
     if mask is None:
-        return [()] * batch.input_ids.shape[1]
-    return [tuple((np.flatnonzero(one) + 1).tolist()) for one in mask[row].numpy()]
+        return [()] * (run.stop - run.start)
+    return [tuple((np.flatnonzero(one) + 1).tolist()) for one in mask[row, run].numpy()]
 
 
 def num_astray(batch: Batch, tokenizer: Speller) -> int:

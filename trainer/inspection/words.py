@@ -100,7 +100,7 @@ def _tokens(
         return []
     run = slice(piece.start, piece.stop)
     ids, targets = batch.input_ids[row, run].tolist(), batch.labels[row, run].tolist()
-    looks = looks_of(batch, row)[run]
+    looks = looks_of(batch, row, run)
     positions, texts = batch.position_ids[row, run].tolist(), spell(ids, tokenizer)
     has_target = [target != IGNORED for target in targets]
     # The target of a text stands one place before the token that is learnt.
