@@ -18,7 +18,8 @@ from trainer.data.document_data import DocumentData
 from trainer.data.tokenizers import FileTokenizer
 from trainer.files import write_json
 from trainer.record import read_lines
-from trainer.run import RANDOM, Run
+from trainer.run import Run
+from trainer.settings import RANDOM
 
 DOCUMENTS, TOKENIZER, FACTS = "documents.pt", "tokenizer", "facts.json"
 

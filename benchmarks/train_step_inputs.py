@@ -16,7 +16,8 @@ from trainer.data.sources import STANDARD_LIBRARY, open_texts
 from trainer.files import write_json
 from trainer.parallel.materialise import materialise, random_values
 from trainer.parallel.pieces import unique_parameters
-from trainer.run import RANDOM, Run
+from trainer.run import Run
+from trainer.settings import RANDOM
 
 RUN, ROWS, WEIGHTS = "run.yaml", "rows.pt", "weights"
 

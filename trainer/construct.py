@@ -1,10 +1,7 @@
 """From a checked run to training, in the one order that works."""
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,30 +11,21 @@ from trainer.adapters.contents import contents_of
 from trainer.banner import describe
 from trainer.best import Best
 from trainer.callbacks.protocol import RunView
-from trainer.checkpoint import commit
-from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
-from trainer.data.loader import StepLoader
-from trainer.data.tokenizers import Tokenizer
-from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
 from trainer.distributed import Placement, Ranks
 from trainer.engines.topology_free import NUM_THREADS
-from trainer.environment import environment
-from trainer.files import write_json, write_text
 from trainer.judges import answer_judge, evaluator_of
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter
-from trainer.model_files import write_model_files
 from trainer.new_tokens import starting_at_mean
 from trainer.parallel.materialise import Values, random_values
 from trainer.phases import PhasedEngine
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
-from trainer.record import RunRecord
+from trainer.resume import checkpoints_of, open_record, resume
 from trainer.run import Run
 from trainer.run_data import build_data
 from trainer.settle import settle
@@ -105,11 +93,11 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     )
     contents = contents_of(run, ranks)
     tokenizer, loader, eval_loader = build_data(run, ranks, mesh)
-    checkpoints = _checkpoints(run, folder, ranks, mesh, lock, tokenizer, contents)
+    checkpoints = checkpoints_of(run, folder, ranks, mesh, lock, tokenizer, contents)
     start.whereabouts.enter("resume")
     best = Best(run.best)
-    loader, skipped_in_a_row = _resume(run, checkpoints, ranks, engine, loader, progress, best)
-    record = _record(folder, attempt, ranks, progress)
+    loader, skipped_in_a_row = resume(run, checkpoints, ranks, engine, loader, progress, best)
+    record = open_record(folder, attempt, ranks, progress)
     engine.on_change = lambda trained: record.metrics(trained.step, "phase", trained.metrics())
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
     view = RunView(
@@ -156,84 +144,6 @@ def _initial_values(run: Run, model: nn.Module) -> Values:
     values = source.values(model, std, run.seed) if source else random_values(model, std, run.seed)
     given = frozenset(source.entries) if source else frozenset()
     return run.adapter.values(model, starting_at_mean(model, values, given))
-
-
-def _checkpoints(
-    run: Run,
-    folder: Path,
-    ranks: Ranks,
-    mesh: Mesh,
-    lock: RunLock | None,
-    tokenizer: Tokenizer,
-    contents: Contents,
-) -> Checkpoints:
-    return Checkpoints(
-        run.checkpoint,
-        folder / CHECKPOINTS,
-        ranks=ranks,
-        lock=lock,
-        facts={
-            "run": folder.name,
-            "world_size": ranks.placement.world_size,
-            "mesh": mesh.describe(),
-        },
-        describe_model=partial(write_model_files, run, tokenizer, contents),
-        contents=contents,
-    )
-
-
-def _resume(
-    run: Run,
-    checkpoints: Checkpoints,
-    ranks: Ranks,
-    engine: PhasedEngine,
-    loader: StepLoader,
-    progress: Progress,
-    best: Best,
-) -> tuple[StepLoader, int]:
-    """Load the newest intact checkpoint; return the loader going on there, and the skip count."""
-    # Rank 0 looks once for all: a shared file system need not show every rank the same.
-    folder = checkpoints.folder.parent
-    steps, rewound_to = json.loads(
-        ranks.broadcast_text(
-            json.dumps([commit.committed_steps(checkpoints.folder), read_rewind(folder)])
-        )
-    )
-    # The same command may be started again, by a scheduler too: it goes back once, not each time.
-    is_rewind = run.resume_step is not None and run.resume_step != rewound_to
-    if is_rewind:
-        if run.resume_step not in steps:
-            raise ValueError(
-                f"resume_step={run.resume_step} has no checkpoint in {checkpoints.folder}; "
-                f"set it to one of {steps}"
-            )
-        steps = [run.resume_step]
-    state = checkpoints.restore(engine.at, steps)
-    if state is None:
-        engine.at(1)
-        return loader, 0
-    progress.load(state["progress"])
-    if "best" in state:  # checkpoints of version 0.1 had none
-        best.load(state["best"])
-    loader = loader.resumed(progress.step, state["data"])
-    if ranks.placement.is_main:
-        for step in commit.committed_steps(checkpoints.folder):
-            if step > progress.step:
-                commit.set_aside(commit.step_folder(checkpoints.folder, step), "rewound")
-        if is_rewind:
-            write_text(folder / REWIND, str(run.resume_step))
-    return loader, state["skipped_in_a_row"]
-
-
-def _record(folder: Path, attempt: Path, ranks: Ranks, progress: Progress) -> RunRecord:
-    """Open the run's files; rank 0 makes this start's config and environment the newest ones."""
-    if ranks.placement.is_main:
-        write_json(attempt / ENVIRONMENT, environment(ranks.placement.world_size))
-        for name in (CONFIG, ENVIRONMENT):
-            shutil.copyfile(attempt / name, folder / name)
-    return RunRecord(
-        folder, rank=ranks.placement.rank, attempt=int(attempt.name), resumed_step=progress.step
-    )
 
 
 def _fit(loop: Loop, view: RunView) -> bool:

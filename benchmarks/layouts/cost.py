@@ -15,7 +15,8 @@ from trainer.distributed import Placement, Ranks
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
-from trainer.run import OFF, TOPOLOGY_FREE, Run
+from trainer.run import Run
+from trainer.settings import OFF, TOPOLOGY_FREE
 from trainer.verify.forked import run_ranks
 from trainer.verify.layouts import LAYOUTS, NamedLayout
 from trainer.verify.rows import MadeRows

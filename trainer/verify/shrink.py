@@ -8,7 +8,8 @@ from typing import Any
 from models.nn.prompt import virtual_ids
 from trainer.adapters.targets import ALL_LINEAR, fits
 from trainer.freeze import FreezeSpec
-from trainer.run import RANDOM, Run
+from trainer.run import Run
+from trainer.settings import RANDOM
 from trainer.tasks.emphasis import BALANCED
 from trainer.verify.made_labels import MadeLabels
 from trainer.verify.measure import ADAM_EPS

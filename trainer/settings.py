@@ -1,0 +1,92 @@
+"""The settings of a run, one field each, and the checks that need no other setting."""
+
+from dataclasses import dataclass, field
+
+from models.heads import CausalLMSpec
+from trainer.adapters.protocol import AdapterSpec
+from trainer.best import BestSpec
+from trainer.callbacks.protocol import CallbackSpec
+from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.data.protocol import DataSpec
+from trainer.engines.protocol import EngineSpec
+from trainer.freeze import FreezeSpec
+from trainer.length import check_length
+from trainer.mesh import MeshSpec
+from trainer.optim import OptimSpec
+from trainer.precision import PRECISIONS
+from trainer.schedule import Schedule
+from trainer.tasks.protocol import Task
+from trainer.validation.spec import ValidationSpec
+
+AUTO, RANDOM = "auto", "random"
+OFF, TOPOLOGY_FREE = "off", "topology_free"
+DETERMINISTIC = (OFF, TOPOLOGY_FREE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that `configs/train.yaml` says, each setting checked by itself."""
+
+    model: CausalLMSpec
+    task: Task
+    data: DataSpec
+    engine: EngineSpec
+    mesh: MeshSpec
+    optim: OptimSpec
+    schedule: Schedule
+    freeze: FreezeSpec
+    adapter: AdapterSpec
+    checkpoint: CheckpointSpec
+    best: BestSpec
+    callbacks: dict[str, CallbackSpec | None]
+    """Listeners by name; null switches one off."""
+    name: str
+    """Name of the run: its folder below `runs`."""
+    runs: str
+    """Parent folder of runs."""
+    seed: int
+    max_steps: int | None
+    """Optimizer steps; null: as many as `max_epochs` needs."""
+    max_epochs: float | None = None
+    """How often the data is gone through, instead of `max_steps`; see `settle`."""
+    log_every: int
+    """Steps between log points."""
+    eval_every: int | None
+    """Steps between evaluations; null: none."""
+    save_every: int | None
+    """Steps between checkpoints; null: the last step only."""
+    deterministic: str
+    """off; topology_free: the same bits on 1, 2, 4, .. data ranks, with or without FSDP2 (CPU)."""
+    precision: str
+    """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
+    tokenizer: str
+    """`byte`, `bpe` (trained on the data, cached), a folder with tokenizer.json, or `auto`: that
+    of model.path or model.text, where the model has one, else that of data=tokens, else bpe."""
+    weights: str
+    """`random`, a folder with safetensors files in Hugging Face layout, or `auto`: those of
+    model.path, or of model.text and model.vision, where the model has one, else random."""
+    resume: str
+    """`auto`: go on with an unfinished run of this name; `never`; or the folder of a run."""
+    resume_step: int | None
+    """Go back to this checkpoint; null: the newest that is intact."""
+    resume_allow: list[str]
+    """Config keys that may differ from the run that is resumed."""
+    max_skipped_in_a_row: int
+    """Steps with a non-finite gradient in a row before the run stops."""
+    validation: ValidationSpec = field(default_factory=ValidationSpec)
+    """When the model answers held-out questions, and by what its answers are judged."""
+    timeout_seconds: float
+    """How long a rank waits for the others in one collective."""
+
+    def __post_init__(self) -> None:
+        counts = ("max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row")
+        for name in (*counts, "max_epochs", "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
+        check_length(self.max_steps, self.max_epochs)
+        for name, known in (("deterministic", DETERMINISTIC), ("precision", tuple(PRECISIONS))):
+            value = getattr(self, name)
+            if value not in known:
+                names = ", ".join(known)
+                raise ValueError(f"{name}={value!r} is unknown; set it to one of {names}")
