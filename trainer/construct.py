@@ -114,7 +114,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
             run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
             page=folder / VALIDATION if start.placement.is_main else None,
         ),
-        checkpoints=checkpoints, control=ControlWord(ranks, start.request), record=record,
+        checkpoints=checkpoints, control=ControlWord(ranks), request=start.request, record=record,
         meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best,
         skipped_in_a_row=skipped_in_a_row,
     )  # fmt: skip

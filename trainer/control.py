@@ -1,6 +1,7 @@
 """What all ranks agree on once per step: stop. And the step's numbers, read without a GPU sync."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,35 +18,41 @@ class StopRequest:
     is_set: bool = False
 
 
+class Word(NamedTuple):
+    """What a rank has to say after a step; of all ranks together, what any of them said."""
+
+    stop: bool = False
+    """Save, and end."""
+
+
 class ControlWord:
     """One small all-reduce per step on the gloo side group, read one step late.
 
-    Never a device sync, and never a rank that stops alone: a rank's request counts only once every
+    Never a device sync, and never a rank that acts alone: what a rank says counts only once every
     rank has read it.
     """
 
-    def __init__(self, ranks: Ranks, request: StopRequest) -> None:
-        self.ranks, self.request = ranks, request
-        self._word = torch.zeros(1, dtype=torch.int64)
-        self._work: dist.Work | None = None
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._sent: tuple[Tensor, dist.Work] | None = None
 
-    def exchange(self) -> bool:
-        """Send this rank's request; return whether any rank had one a step ago. Collective."""
+    def exchange(self, own: Word) -> Word:
+        """Send this rank's word; return what was said a step ago. Collective."""
         if self.ranks.placement.world_size == 1:
-            return self.request.is_set
+            return own
         agreed = self._finish()
-        self._word = torch.tensor([int(self.request.is_set)], dtype=torch.int64)
-        self._work = dist.all_reduce(
-            self._word, dist.ReduceOp.MAX, group=self.ranks.control_group, async_op=True
-        )
+        word = torch.tensor(own, dtype=torch.int64)
+        group = self.ranks.control_group
+        self._sent = word, dist.all_reduce(word, dist.ReduceOp.MAX, group=group, async_op=True)
         return agreed
 
-    def _finish(self) -> bool:
-        if self._work is None:
-            return False
-        self._work.wait()
-        self._work = None
-        return bool(self._word[0])
+    def _finish(self) -> Word:
+        if self._sent is None:
+            return Word()
+        word, work = self._sent
+        work.wait()
+        self._sent = None
+        return Word(*map(bool, word.tolist()))
 
     def drain(self) -> None:
         """Complete the exchange in flight, so that none is left when the ranks part. Collective."""

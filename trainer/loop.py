@@ -6,7 +6,7 @@ from typing import Any
 from trainer.best import Best
 from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.control import ControlWord, HostResult, Readback
+from trainer.control import ControlWord, HostResult, Readback, StopRequest, Word
 from trainer.data.loader import StepLoader
 from trainer.errors import NonFiniteError
 from trainer.evaluate import Evaluator
@@ -61,6 +61,7 @@ class Loop:
     validator: Validator | None
     checkpoints: Checkpoints
     control: ControlWord
+    request: StopRequest
     record: RunRecord
     meter: Meter
     callbacks: list[Callback]
@@ -89,7 +90,7 @@ class Loop:
             progress.advance(result)
             self._note(readback.push(number, result))
             self.whereabouts.enter("control")
-            is_stopping = self.control.exchange()
+            is_stopping = self.control.exchange(Word(stop=self.request.is_set)).stop
             if plan.logs(progress.step):
                 self._log()
             is_best = False
