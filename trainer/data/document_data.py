@@ -219,7 +219,7 @@ class DocumentData(Places[RowSource]):
         folder, recipe = self.folder_of(place, tokenizer, split)
         index = build_folder(
             folder, recipe, lambda writer: self._documents(place, tokenizer, route, writer),
-            tokenizer, TokeniseProgress(place.path, place.num_bytes()), shard_tokens=SHARD_TOKENS,
+            tokenizer, TokeniseProgress(place.path, None), shard_tokens=SHARD_TOKENS,
         )  # fmt: skip
         return folder, list(index.stores)
 

@@ -16,6 +16,7 @@ class TokeniseProgress:
     """Counts what was done; shows nothing of work that is over within seconds."""
 
     def __init__(self, what: str, total_bytes: int | None) -> None:
+        """`total_bytes`: of all texts; None: unknown, or not what documents are counted in."""
         self.what, self.total_bytes = what, total_bytes
         self.num_documents = self.num_tokens = self.num_bytes = 0
         self.seconds = 0.0
@@ -51,7 +52,12 @@ class TokeniseProgress:
         return self.num_bytes / self.seconds if self.seconds else 0.0
 
     def _show(self) -> None:
-        text = f"{self.num_tokens:,} tokens, {self.rate() / 1e6:.2f} MB/s"
+        speed = (
+            f"{self.rate() / 1e6:.2f} MB/s"
+            if self.total_bytes
+            else f"{self.num_documents / self.seconds:,.0f} documents/s"
+        )
+        text = f"{self.num_tokens:,} tokens, {speed}"
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self.num_bytes, text=text)
             return
