@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from models.llama import LlamaSpec
 from tests.ranks import cache_folder
 from tests.sharing import run_share
 
+Figure = Callable[[str, float | str, str], None]
 LONGEST = ("test_readme", "test_supervisor")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell's background jobs ignore Ctrl-C, and what tests start would inherit that.
@@ -71,6 +72,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"layout matrix: {len(reports)} cases hold all {kind} of choices, {seconds:.0f} s"
         )
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """Record name, value and unit of what a test measured, where TESSERA_FIGURES names a file."""
+    from tests.faults.figures import append
+
+    def record(name: str, value: float | str, unit: str) -> None:
+        if file := os.environ.get("TESSERA_FIGURES"):
+            append(Path(file), request.node.nodeid, name, value, unit)
+
+    return record
 
 
 @pytest.fixture

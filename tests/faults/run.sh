@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs every fault test, the slow ones too, and writes the figures into docs/reliability.md.
+# With arguments only some, as pytest takes them: bash tests/faults/run.sh -k soak
+# The figures stay in $TESSERA_FIGURES (default runs/figures.jsonl) as JSON lines; the newest count.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source launch/setup.sh
+set_up "[test,dev]"
+export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+export TESSERA_FIGURES=${TESSERA_FIGURES:-$PWD/runs/figures.jsonl}
+mkdir -p "$(dirname "$TESSERA_FIGURES")"
+code=0
+pytest -m "slow or not slow" "$@" tests/faults || code=$?
+python -m tests.faults.figures "$TESSERA_FIGURES"
+exit $code
