@@ -48,8 +48,7 @@ class Request:
     def choose(self, num_steps: int) -> Path:
         """Return the folder of a run so long; ValueError when it is in use or belongs to another
         config."""
-        import yaml
-
+        from launch.stored_config import read_stored
         from trainer.checkpoint.commit import committed_steps
         from trainer.checkpoint.lock import refuse_if_locked
         from trainer.directory import CHECKPOINTS, CONFIG, choose_run, read_rewind
@@ -66,8 +65,7 @@ class Request:
                 f"set it to {f'one of {steps}' if steps else 'null'}"
             )
         if steps and (folder / CONFIG).exists():
-            old = yaml.safe_load((folder / CONFIG).read_text())
-            changes = check_drift(old, tree, tree["resume_allow"])
+            changes = check_drift(read_stored(folder / CONFIG), tree, tree["resume_allow"])
             for key, (was, now) in changes.items():
                 if not key.startswith(("resume", "launch")):
                     print(f"# changed since this run was saved: {key}: {was} -> {now}")
