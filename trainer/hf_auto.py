@@ -168,7 +168,7 @@ def _read(folder: Path) -> Any:
 
     path, given = folder / "config.json", read_keys(folder / "config.json")
     model_type = given.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         own = " (its folder brings code, which is never run)" if "auto_map" in given else ""
         raise ValueError(
             f"{path}: model_type={model_type!r} is no model of transformers{own}; give the folder "

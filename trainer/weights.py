@@ -22,6 +22,7 @@ from trainer.parallel.pieces import named_pieces, tied_names, unique_parameters
 from trainer.pieces import Piece
 
 log = logging.getLogger(__name__)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".distcp")  # to read one is to run it
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -74,7 +75,8 @@ def weight_entries(folder: Path) -> dict[str, Entry]:
         return _sharded(folder)
     entries = read_entries(folder) if folder.is_dir() else {}
     if not entries:
-        pickled = sorted(folder.glob("*.bin")) if folder.is_dir() else []
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        pickled = [file for file in files if file.suffix in PICKLES or file.name == ".metadata"]
         found = f"only {pickled[0].name}, which is a pickle" if pickled else "no safetensors file"
         raise ValueError(
             f"weights={folder} holds {found}; convert it to safetensors, give a folder that has "
