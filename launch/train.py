@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.binding import bind, convert
 from launch.compose import compose
+from launch.determinism import hold
 from launch.menu import lines
 from launch.supervisor import STOP_SIGNALS, safe_paths
 
@@ -89,6 +90,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE + "\n".join(lines()))
         return 0
     request = _request(arguments)
+    hold(request.tree.get("deterministic"), os.environ)
     if "RANK" in os.environ and not request.is_dry:
         return _train_as_rank(request)
     max_steps = request.tree["max_steps"]
