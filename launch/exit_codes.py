@@ -2,6 +2,7 @@
 
 FINISHED = 0
 CHECK_FAILED = 1
+CORRUPT = 16
 BAD_CONFIG = 64
 DATA = 65
 INTERNAL = 70
@@ -11,6 +12,7 @@ PREEMPTED = 75
 MEANINGS = {
     FINISHED: "finished; the last step is committed",
     CHECK_FAILED: "a check failed: tessera verify, tessera export, tessera tokenize check=DIR",
+    CORRUPT: "copies of the weights differ: memory or a chip is at fault; use other nodes",
     BAD_CONFIG: "bad config, illegal number of processes, or the run directory is in use",
     DATA: "the data cannot be read or used",
     INTERNAL: "internal error, out of memory, or too many non-finite steps",
@@ -23,7 +25,7 @@ def code_of(error: Exception) -> int:
     """Return the exit code that tells this failure from others."""
     from errno import EDQUOT, EIO, ENOSPC, EROFS
 
-    from trainer.errors import CheckError, DataError, StorageError
+    from trainer.errors import CheckError, CorruptionError, DataError, StorageError
 
     if isinstance(error, OSError) and error.errno in (ENOSPC, EIO, EDQUOT, EROFS):
         return STORAGE
@@ -32,6 +34,7 @@ def code_of(error: Exception) -> int:
         ValueError: BAD_CONFIG,
         DataError: DATA,
         CheckError: CHECK_FAILED,
+        CorruptionError: CORRUPT,
         StorageError: STORAGE,
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), INTERNAL)

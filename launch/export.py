@@ -107,8 +107,7 @@ def _history(folder: Path) -> "History | None":
     if step.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
         return None
 
-    import yaml
-
+    from launch.stored_config import read_stored
     from trainer.export.source import History
     from trainer.files import read_json
     from trainer.record import read_lines
@@ -117,7 +116,7 @@ def _history(folder: Path) -> "History | None":
     return History(
         name=run.name,
         step=int(step.name.rpartition("_")[2]),
-        config=yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")),
+        config=read_stored(run / "config.yaml"),
         metrics=read_lines(run / "metrics.jsonl"),
         environment=read_json(facts) if facts.is_file() else {},
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.binding import bind, convert
 from launch.compose import compose
+from launch.determinism import hold
 from launch.menu import lines
 from launch.supervisor import STOP_SIGNALS, safe_paths
 
@@ -48,8 +49,7 @@ class Request:
     def choose(self, num_steps: int) -> Path:
         """Return the folder of a run so long; ValueError when it is in use or belongs to another
         config."""
-        import yaml
-
+        from launch.stored_config import read_stored
         from trainer.checkpoint.commit import committed_steps
         from trainer.checkpoint.lock import refuse_if_locked
         from trainer.directory import CHECKPOINTS, CONFIG, choose_run, read_rewind
@@ -66,8 +66,7 @@ class Request:
                 f"set it to {f'one of {steps}' if steps else 'null'}"
             )
         if steps and (folder / CONFIG).exists():
-            old = yaml.safe_load((folder / CONFIG).read_text())
-            changes = check_drift(old, tree, tree["resume_allow"])
+            changes = check_drift(read_stored(folder / CONFIG), tree, tree["resume_allow"])
             for key, (was, now) in changes.items():
                 if not key.startswith(("resume", "launch")):
                     print(f"# changed since this run was saved: {key}: {was} -> {now}")
@@ -91,6 +90,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE + "\n".join(lines()))
         return 0
     request = _request(arguments)
+    hold(request.tree.get("deterministic"), os.environ)
     if "RANK" in os.environ and not request.is_dry:
         return _train_as_rank(request)
     max_steps = request.tree["max_steps"]

@@ -103,12 +103,11 @@ def die_with(parent: int) -> None:
 def main() -> None:
     """Run as one worker of the supervisor."""
     die_with(int(os.environ[PARENT]))
-    import yaml
-
     from launch.binding import bind
+    from launch.stored_config import read_stored
 
     attempt = Path(os.environ[ATTEMPT])
-    tree: dict[str, Any] = yaml.safe_load((attempt / "config.yaml").read_text())
+    tree = read_stored(attempt / "config.yaml")
     tree.pop("launch")
     leave(execute(bind(tree), placement_from(os.environ), lambda _: attempt))
 

@@ -45,7 +45,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def family_of(config: dict[str, Any], source: str) -> Any:
     """Return the spec class of a config.json; ValueError names what is there and what to do."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{source}: model_type={model_type!r} is none of {', '.join(FAMILIES)}; "
             "train it with model=hf_auto, or give another folder"

@@ -10,9 +10,16 @@ from trainer.meter import Meter
 from trainer.parallel.pieces import unique_parameters
 from trainer.precision import PRECISIONS, slow_bf16
 from trainer.run import Run
+from trainer.settings import OFF, RUN, TOPOLOGY_FREE
 from trainer.trained import Trained
 
 MAX_CLASSES = 12  # whose weights are shown
+_PROMISES = {
+    OFF: "",
+    RUN: ", repeatable: the same bits on this layout at every start",
+    TOPOLOGY_FREE: ", topology-free: the same bits on 1, 2, 4, .. data ranks",
+}
+"""What `deterministic` says of a run."""
 
 
 def _back_ends(model: nn.Module) -> set[str]:
@@ -64,11 +71,7 @@ def describe(
         "model": _describe_model(model),
         "trains": trained.describe(),
         "layout": f"{mesh.describe()}{chosen} on {ranks.device.type}, precision {run.precision}"
-        + (
-            ", topology-free: the same bits on 1, 2, 4, .. data ranks"
-            if run.is_topology_free
-            else ""
-        )
+        + _PROMISES[run.deterministic]
         + (
             ", which this CPU has to emulate: fp32 is several times faster"
             if slow_bf16(PRECISIONS[run.precision], ranks.device)

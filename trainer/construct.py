@@ -13,8 +13,8 @@ from trainer.best import Best
 from trainer.callbacks.protocol import RunView
 from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
+from trainer.determinism import bits_of, fix_bits
 from trainer.distributed import Placement, Ranks
-from trainer.engines.topology_free import NUM_THREADS
 from trainer.judges import answer_judge, evaluator_of
 from trainer.loop import Loop
 from trainer.mesh import Mesh
@@ -25,6 +25,7 @@ from trainer.phases import PhasedEngine
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
+from trainer.replicas import Replicas
 from trainer.resume import checkpoints_of, open_record, resume
 from trainer.run import Run
 from trainer.run_data import build_data
@@ -55,8 +56,7 @@ def fit(run: Run, start: Start) -> bool:
     run = settle(run)
     # Before any thread is started, which inherits it: denormal numbers made a CPU step 1.5x slower.
     torch.set_flush_denormal(True)
-    if run.is_topology_free:
-        torch.set_num_threads(NUM_THREADS)
+    fix_bits(run)
     from torch import _dynamo  # noqa: F401  optimizers do, for seconds: not while ranks wait
 
     start.whereabouts.enter("connect")
@@ -96,7 +96,8 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     checkpoints = checkpoints_of(run, folder, ranks, mesh, lock, tokenizer, contents)
     start.whereabouts.enter("resume")
     best = Best(run.best)
-    loader, skipped_in_a_row = resume(run, checkpoints, ranks, engine, loader, progress, best)
+    bits = bits_of(ranks, mesh)
+    loader, skipped_in_a_row = resume(run, checkpoints, ranks, engine, loader, progress, best, bits)
     record = open_record(folder, attempt, ranks, progress)
     engine.on_change = lambda trained: record.metrics(trained.step, "phase", trained.metrics())
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
@@ -116,7 +117,8 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         ),
         checkpoints=checkpoints, control=ControlWord(ranks), request=start.request, record=record,
         meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best,
-        skipped_in_a_row=skipped_in_a_row,
+        skipped_in_a_row=skipped_in_a_row, bits=bits,
+        replicas=Replicas(run.check_replicas_every, ranks, mesh),
     )  # fmt: skip
     is_finished = _fit(loop, view)
     ranks.barrier()  # rank 0 may still print: nobody leaves before the work is done

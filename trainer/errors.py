@@ -12,6 +12,10 @@ class StorageError(Exception):
     """No good checkpoint could be written or read."""
 
 
+class CorruptionError(Exception):
+    """Copies that must be equal differ: memory or a chip is at fault."""
+
+
 class NonFiniteError(Exception):
     """Too many optimizer steps in a row had a non-finite gradient norm."""
 

@@ -26,7 +26,7 @@ def read_keys(path: Path, advice: str = "give another folder") -> dict[str, Any]
         config = read_json(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}; {advice}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}; {advice}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no keys; {advice}")

@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from trainer.files import write_json
 
 SINGLE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 MAX_CHUNK = 2**30  # bytes of one msgpack array; Flax cuts larger ones
+_MAX_RATIO, _SMALL = 20, 1 << 20  # of an npz: unpacked to packed bytes, and what is always allowed
 _ARRAY, _SCALAR = 1, 3  # codes of msgpack extension types; 2 is a complex number
 _CHUNKED = "__msgpack_chunked_array__"
 _NAMES = {
@@ -156,7 +157,8 @@ def read_npz(path: Path) -> Tree:
     """
     leaves = {}
     try:
-        with open(path, "rb") as stream, np.load(stream) as file:
+        _check_npz(path)
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             for name in file.files:
                 array = file[name]
                 if array.dtype == np.dtype("V2"):
@@ -166,6 +168,24 @@ def read_npz(path: Path) -> Tree:
     except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise StorageError(f"{path} is no npz file of weights: {error}") from error
     return nest(leaves)
+
+
+def _check_npz(path: Path) -> None:
+    """Raise ValueError where arrays are larger than what is stored, before any is read."""
+    with ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.file_size > _MAX_RATIO * member.compress_size + _SMALL:
+                raise ValueError(
+                    f"{member.filename} unpacks {member.compress_size} bytes to {member.file_size}"
+                )
+            with archive.open(member) as stream:
+                is_first = np.lib.format.read_magic(stream) == (1, 0)
+                read = np.lib.format.read_array_header_1_0
+                shape, _, dtype = (read if is_first else np.lib.format.read_array_header_2_0)(
+                    stream
+                )
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} has {member.file_size} bytes for {shape}")
 
 
 def write_npz(path: Path, tree: Tree) -> None:

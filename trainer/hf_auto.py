@@ -1,6 +1,5 @@
 """Any other causal LM of transformers, through the same loop. The home of its model classes."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from models.heads import CAUSAL_LM
 from models.layout import Layout
 from models.nn.head import IGNORED, Loss
 from models.nn.init import SkipInit
+from trainer.files import read_keys
 from trainer.pretrained import read_hf_config
 
 ATTENTION = ("eager", "sdpa")  # the two that separate packed documents by their positions
@@ -162,13 +162,25 @@ class HFCausalLM(nn.Module):
 
 
 def _read(folder: Path) -> Any:
-    from transformers import AutoConfig
+    """Return transformers' config of a folder. Code that the folder brings is never run."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
 
+    path, given = folder / "config.json", read_keys(folder / "config.json")
+    model_type = given.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        own = " (its folder brings code, which is never run)" if "auto_map" in given else ""
+        raise ValueError(
+            f"{path}: model_type={model_type!r} is no model of transformers{own}; give the folder "
+            "of one that is, or upgrade transformers"
+        )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(f"{folder / 'config.json'}: {message}; give another folder") from None
+        return CONFIG_MAPPING[model_type].from_dict(read_hf_config(folder))
+    except (
+        ValueError, KeyError, TypeError, AttributeError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: {message}; give another folder") from None
 
 
 def _construct(config: Any, attn_implementation: str) -> Any:
@@ -208,7 +220,7 @@ def refuse_mixing(folder: str, attn_implementation: str) -> None:
 
     Tried on one layer of each kind with random weights: a matter of the code, not of the weights.
     """
-    config = _shrunk(json.loads((Path(folder) / "config.json").read_text()), _read(Path(folder)))
+    config = _shrunk(read_hf_config(Path(folder)), _read(Path(folder)))
     with torch.device("cpu"), torch.no_grad():  # a caller may plan on the meta device
         model = _construct(config, attn_implementation).eval().double()
         generator = torch.Generator().manual_seed(0)

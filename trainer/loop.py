@@ -14,6 +14,7 @@ from trainer.meter import Meter
 from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.record import RunRecord
+from trainer.replicas import Replicas
 from trainer.validation.validator import Validator
 from trainer.whereabouts import Whereabouts
 
@@ -67,6 +68,9 @@ class Loop:
     callbacks: list[Callback]
     whereabouts: Whereabouts
     best: Best
+    bits: dict[str, Any]
+    """What decides the run's bits beside its config."""
+    replicas: Replicas
     skipped_in_a_row: int = 0
 
     def fit(self) -> bool:
@@ -88,6 +92,7 @@ class Loop:
             self.whereabouts.enter("train_step", number, step.ranges, step.provenance)
             result = self.engine.train_step(number, step.micro_batches, step.num_tokens)
             progress.advance(result)
+            self.replicas.check(progress.step, self.engine)
             self._note(readback.push(number, result))
             self.whereabouts.enter("control")
             is_stopping = self.control.exchange(Word(stop=self.request.is_set)).stop
@@ -143,6 +148,7 @@ class Loop:
                 "data": self.loader.state(self.progress.step),
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "best": self.best.state(),
+                "bits": self.bits,
             }
             step = self.progress.step
             folder = self.checkpoints.save(

@@ -23,15 +23,44 @@ from trainer.weights import WeightSource, match_weights
 # Keys of v4 files that others replace, and a version that would no longer be true.
 REPLACED = ("rope_theta", "rope_scaling", "torch_dtype", "transformers_version", "auto_map")
 FREEZING = ("freeze_text_layers", "freeze_vision_layers", "freeze_lm_head")
+CODE_KEYS = ("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation")
+"""Beside private ones, the keys of foreign configs that may name code."""
+MAX_LAYERS = 1000  # each is built, if only to be planned
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_MAX_NESTING = 16
 CHUNK_TOKENS = 1024  # of a model that is loaded to be used, not trained
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the folder's config.json; ValueError in one line where there is none."""
+    """Return the folder's config.json; ValueError in one line where there is none.
+
+    Without keys that name code: transformers before 5.3 ran what a private one named, and others
+    name modules of the folder or of the Hub. So they are in no config that we write, either.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
-    return read_keys(path)
+    config = read_keys(path)
+    for key in _DEPTHS:
+        if isinstance(value := config.get(key), int) and value > MAX_LAYERS:
+            raise ValueError(
+                f"{path}: {key}={value} is more than {MAX_LAYERS}; give another folder"
+            )
+    return {key: _without_code(value, 1, path) for key, value in config.items() if _is_data(key)}
+
+
+def _without_code(value: Any, depth: int, path: Path) -> Any:
+    if depth > _MAX_NESTING:
+        raise ValueError(f"{path} nests deeper than {_MAX_NESTING}; give another folder")
+    if isinstance(value, list):
+        return [_without_code(item, depth + 1, path) for item in value]
+    if isinstance(value, dict):
+        return {k: _without_code(v, depth + 1, path) for k, v in value.items() if _is_data(k)}
+    return value
+
+
+def _is_data(key: str) -> bool:
+    return not key.startswith("_") and key not in CODE_KEYS
 
 
 def spec_from(folder: Path, *, attn_implementation: str = "auto") -> Any:

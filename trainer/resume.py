@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from trainer.best import Best
 from trainer.checkpoint import commit
@@ -12,6 +13,7 @@ from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.lock import RunLock
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
+from trainer.determinism import check_bits
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
 from trainer.distributed import Ranks
 from trainer.environment import environment
@@ -57,6 +59,7 @@ def resume(
     loader: StepLoader,
     progress: Progress,
     best: Best,
+    bits: dict[str, Any],
 ) -> tuple[StepLoader, int]:
     """Load the newest intact checkpoint; return the loader going on there, and the skip count.
 
@@ -83,6 +86,7 @@ def resume(
         engine.at(1)
         return loader, 0
     progress.load(state["progress"])
+    check_bits(run, progress.step, state.get("bits"), bits)
     if "best" in state:  # checkpoints of version 0.1 had none
         best.load(state["best"])
     loader = loader.resumed(progress.step, state["data"])

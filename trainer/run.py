@@ -11,6 +11,7 @@ from models.nn.init import SkipInit
 from trainer.adapters.prompt import prompt_of
 from trainer.adapters.protocol import NoAdapter
 from trainer.checkpoint.contents import check_contents
+from trainer.determinism import check_repeatable
 from trainer.engines.protocol import Surroundings
 from trainer.engines.topology_free import check_topology_free
 from trainer.length import check_epochs
@@ -18,8 +19,9 @@ from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
 from trainer.optim import Rules
 from trainer.precision import PRECISIONS
+from trainer.replicas import check_copies
 from trainer.run_tokenizer import check_tokenizer
-from trainer.settings import AUTO, RANDOM, TOPOLOGY_FREE, Settings
+from trainer.settings import AUTO, RANDOM, RUN, TOPOLOGY_FREE, Settings
 from trainer.trainable import make_trainable
 from trainer.weights import WeightSource, match_weights
 
@@ -67,8 +69,15 @@ class Run(Settings):
     def is_topology_free(self) -> bool:
         return self.deterministic == TOPOLOGY_FREE
 
+    @property
+    def is_repeatable(self) -> bool:
+        return self.deterministic == RUN
+
     def check_sums(self, axes: dict[str, int]) -> None:
         """Raise ValueError where `deterministic` asks for what this layout cannot promise."""
+        check_copies(self.check_replicas_every, axes, shards=not self.engine.can_shard)
+        if self.is_repeatable:
+            check_repeatable(self, axes)
         if self.is_topology_free:
             check_topology_free(
                 axes, owns_sums=self.engine.owns_sums, micro_rows=self.data.micro_rows,
@@ -89,7 +98,7 @@ class Run(Settings):
             layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
             device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
             max_steps=self.num_steps, rules=self.rules(model),
-            is_topology_free=self.is_topology_free,
+            is_topology_free=self.is_topology_free, is_repeatable=self.is_repeatable,
         )  # fmt: skip
 
     def rules(self, model: nn.Module) -> Rules:

@@ -19,8 +19,7 @@ from trainer.tasks.protocol import Task
 from trainer.validation.spec import ValidationSpec
 
 AUTO, RANDOM = "auto", "random"
-OFF, TOPOLOGY_FREE = "off", "topology_free"
-DETERMINISTIC = (OFF, TOPOLOGY_FREE)
+DETERMINISTIC = OFF, RUN, TOPOLOGY_FREE = "off", "run", "topology_free"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,8 @@ class Settings:
     save_every: int | None
     """Steps between checkpoints; null: the last step only."""
     deterministic: str
-    """off; topology_free: the same bits on 1, 2, 4, .. data ranks, with or without FSDP2 (CPU)."""
+    """off; run: the same bits on the same layout, whenever it was stopped and resumed;
+    topology_free: the same on 1, 2, 4, .. data ranks, with or without FSDP2 (CPU)."""
     precision: str
     """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
     tokenizer: str
@@ -73,6 +73,8 @@ class Settings:
     """Config keys that may differ from the run that is resumed."""
     max_skipped_in_a_row: int
     """Steps with a non-finite gradient in a row before the run stops."""
+    check_replicas_every: int | None = None
+    """Steps between comparisons of the copies of the weights, bit for bit; null: none."""
     validation: ValidationSpec = field(default_factory=ValidationSpec)
     """When the model answers held-out questions, and by what its answers are judged."""
     timeout_seconds: float
@@ -80,7 +82,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row")
-        for name in (*counts, "max_epochs", "timeout_seconds"):
+        for name in (*counts, "check_replicas_every", "max_epochs", "timeout_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is not positive; set it to 1 or more")

@@ -22,6 +22,7 @@ from trainer.parallel.pieces import named_pieces, tied_names, unique_parameters
 from trainer.pieces import Piece
 
 log = logging.getLogger(__name__)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".distcp")  # to read one is to run it
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -74,7 +75,8 @@ def weight_entries(folder: Path) -> dict[str, Entry]:
         return _sharded(folder)
     entries = read_entries(folder) if folder.is_dir() else {}
     if not entries:
-        pickled = sorted(folder.glob("*.bin")) if folder.is_dir() else []
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        pickled = [file for file in files if file.suffix in PICKLES or file.name == ".metadata"]
         found = f"only {pickled[0].name}, which is a pickle" if pickled else "no safetensors file"
         raise ValueError(
             f"weights={folder} holds {found}; convert it to safetensors, give a folder that has "
@@ -87,11 +89,16 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     try:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
+        names = [Path(file).name for file in files]  # TypeError for what is no text
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{folder / INDEX} is no index of weights: {error!r}") from error
     entries: dict[str, Entry] = {}
-    for file in files:
-        if Path(file).name != file or not (folder / file).is_file():
+    for file, name in zip(files, names, strict=True):
+        if name != file:
+            raise StorageError(
+                f"{folder / INDEX} names {file!r}, which is no file of its folder; give another one"
+            )
+        if not (folder / file).is_file():
             raise StorageError(
                 f"{folder / INDEX} names {file}, which is not there; copy the missing shard"
             )

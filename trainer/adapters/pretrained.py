@@ -63,7 +63,8 @@ class PretrainedAdapter:
         """The folder of the model that the adapter belongs to; ValueError where it is not here."""
         key = "base_model_name_or_path"
         named = read_keys(self.folder / CONFIG, PEFT).get(key)
-        if not named or not (folder := Path(named).expanduser()).is_dir():
+        folder = Path(named).expanduser() if isinstance(named, str) else None
+        if not named or folder is None or not folder.is_dir():
             raise ValueError(
                 f"{self.folder / CONFIG}: {key}={named!r} is no folder here; write there where the "
                 "base is (one that started from random weights is in no folder)"

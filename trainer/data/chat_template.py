@@ -1,8 +1,9 @@
 """Chat templates: a conversation as text, byte for byte as Hugging Face's apply_chat_template.
 
-A template is Jinja from a model's folder, so it runs in a sandbox. What it may use beside Jinja is
-what transformers gives: raise_exception, strftime_now, a tojson that escapes no HTML, break and
-continue, and {% generation %} .. {% endgeneration %} around what the model is to write.
+A template is Jinja from a model's folder, so it runs in a sandbox, with a limit on memory; time has
+none: a template that never ends is for Ctrl-C, or for the run's timeouts. What it may use beside
+Jinja is what transformers gives: raise_exception, strftime_now, a tojson that escapes no HTML,
+break and continue, and {% generation %} .. {% endgeneration %} around what the model is to write.
 Source: transformers' documentation of chat templates.
 """
 
@@ -16,9 +17,15 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trainer.data.examples import BadRowError
+from trainer.memory_limit import at_most
+
+MAX_TEMPLATE = 1 << 20  # characters; the longest in use have some 30,000
+MAX_MEMORY = 512 << 20  # bytes, to render one conversation
+_MAX_POWER = 1 << 16  # of base and exponent: beyond, one operation takes for ever
 
 _START, _STOP = "\ufdd0", "\ufdd1"  # noncharacters of Unicode: no text that is exchanged has them
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -60,16 +67,24 @@ def render(
     """Write `messages`; ValueError for a broken template, BadRowError where it refuses them."""
     if marks_generation(template):
         _refuse_marks(messages)
+    compiled = _compile(template)
     try:
-        text = _compile(template).render(
-            messages=[_with_reasoning(message) for message in messages],
-            tools=tools,
-            documents=None,  # templates ask whether it is none, not whether it is defined
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise BadRowError(f"the chat template refuses the conversation: {error}") from None
+        with at_most(MAX_MEMORY):
+            text = compiled.render(
+                messages=[_with_reasoning(message) for message in messages],
+                tools=tools,
+                documents=None,  # templates ask whether it is none, not whether it is defined
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
+            )
+    except MemoryError:
+        raise BadRowError(
+            f"the chat template takes more than {MAX_MEMORY >> 20} MiB for one conversation; "
+            "give another model's folder, or correct its template"
+        ) from None
+    except Exception as error:  # a template computes: it raises whatever its expressions lead to
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BadRowError(f"the chat template refuses the conversation: {reason}") from None
     return _take_marks(text)
 
 
@@ -100,16 +115,38 @@ def _take_marks(text: str) -> Rendered:
     return Rendered("".join(pieces), marked)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, without powers that take for ever."""
+
+    intercepted_binops = frozenset({"**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if max(abs(left), abs(right)) > _MAX_POWER:
+            raise jinja2.TemplateError(f"{left} ** {right} is too large a power")
+        return super().call_binop(context, operator, left, right)
+
+
 @lru_cache
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    if len(template) > MAX_TEMPLATE:
+        raise ValueError(
+            f"the chat template has {len(template)} characters, {MAX_TEMPLATE} are allowed; "
+            "give another model's folder, or correct its template"
+        )
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(template)
+        with at_most(MAX_MEMORY):  # constants are computed here
+            return environment.from_string(template)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"the chat template cannot be read ({type(error).__name__}): it nests too deep, or "
+            "computes too much; give another model's folder, or correct its template"
+        ) from None
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"line {error.lineno} of the chat template is no Jinja: {error.message}; correct "

@@ -12,7 +12,13 @@ from typing import Any
 import xxhash
 
 from trainer.data.named_sources import Source
-from trainer.data.streams import OPTIONS, class_names, in_one_line, quiet_datasets
+from trainer.data.streams import (
+    OPTIONS,
+    class_names,
+    in_one_line,
+    quiet_datasets,
+    with_encoded_media,
+)
 from trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -81,7 +87,7 @@ class HubRows:
         for option, value in OPTIONS[builder.name].items():
             setattr(builder.config, option, value)
         with self._explained():
-            return builder.as_streaming_dataset(split=self.split)
+            return with_encoded_media(builder.as_streaming_dataset(split=self.split))
 
     def _builder(self) -> Any:
         """Return what reads the commit; ValueError: not with a reader of rows, or not it alone."""

@@ -15,7 +15,7 @@ from trainer.data.streams import (
     class_names,
     in_one_line,
     quiet_datasets,
-    with_encoded_images,
+    with_encoded_media,
 )
 from trainer.errors import DataError
 
@@ -23,6 +23,11 @@ FORMATS = {
     ".txt": "text", ".md": "text", ".py": "text", ".rst": "text",
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
+PACKED = {
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4", b"Rar!": "rar", b"7z\xbc\xaf": "7-zip",
+}  # fmt: skip
+"""Programs that pack files, by the first bytes of what they make."""
 _REPOSITORY = re.compile(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)")
 
 
@@ -40,6 +45,8 @@ class LocalFiles:
                 f"{', '.join(FORMATS)}"
             )
         self.format = self._detect_format()
+        for file in self.files:
+            self._refuse_packed(file)
         self.is_text = self.format in ("text", "json", "csv")
         if self.is_text:
             self.files = [file for file in self.files if file.stat().st_size]
@@ -73,6 +80,17 @@ class LocalFiles:
             )
         return formats.pop()
 
+    def _refuse_packed(self, file: Path) -> None:
+        """Raise DataError for a packed file: `datasets` would unpack it, whatever its name says,
+        and a few bytes can hold more than the memory does."""
+        with open(file, "rb") as stream:
+            start = stream.read(max(map(len, PACKED)))
+        if start.startswith(tuple(PACKED)):
+            kind = next(name for magic, name in PACKED.items() if start.startswith(magic))
+            raise DataError(
+                f"{file} is packed by {kind}, needed plain {self.format}; unpack it, or remove it"
+            )
+
     @property
     def place(self) -> str:
         return str(self.root.absolute())
@@ -93,18 +111,17 @@ class LocalFiles:
         return class_names(self._load(self.files), column)
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield all rows, images and the like as they are stored."""
         return self._rows(self.files)
 
     def rows_of(self, file: Path) -> Iterator[dict[str, Any]]:
-        """Yield the rows of one file, its images as they are stored."""
-        return self._rows([file], is_decoded=False)
+        """Yield the rows of one file."""
+        return self._rows([file])
 
-    def _rows(self, files: list[Path], is_decoded: bool = True) -> Iterator[dict[str, Any]]:
+    def _rows(self, files: list[Path]) -> Iterator[dict[str, Any]]:
         datasets = quiet_datasets()
         try:
-            stream = self._load(files)
-            if stream.features and not is_decoded:
-                stream = with_encoded_images(stream)
+            stream = with_encoded_media(self._load(files))
             for row in islice(stream, self.limit):
                 self._check_separator(row)
                 yield row

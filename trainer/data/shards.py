@@ -28,6 +28,7 @@ from trainer.errors import DataError
 
 SUFFIX = ".shard"
 TOKENS, STARTS, HASHES = "tokens", "starts", "hashes"
+_DTYPES = ("|u1", "<u2", "<u4", "<u8", "<i4", "<i8", "<f4", "<f8")
 OF_BYTES = "_starts"  # behind the name of a section of bytes
 MAGIC, VERSION = b"TESSERA\0", 1
 HEADER = struct.Struct("<8sI4xQQ16s16x")
@@ -200,7 +201,24 @@ class Shard:
         self._fill(text, offset)
         if xxhash.xxh3_128_digest(text.data) != digest:
             raise self._is_broken(f"has a footer at byte {offset} that does not match its hash")
-        return parse_footer(text.tobytes())
+        try:
+            footer = parse_footer(text.tobytes())
+            self._check_sections(footer, offset)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._is_broken(f"has no footer that can be used: {error!r}") from None
+        return footer
+
+    @staticmethod
+    def _check_sections(footer: Footer, end: int) -> None:
+        """Raise ValueError for sections that are no numbers, or lie outside the file: the hashes
+        tell of accidents alone, and anyone can write a shard."""
+        for section in footer.sections.values():
+            if section.dtype not in _DTYPES or type(section.count) is not int:
+                raise ValueError(f"{section.name} holds {section.count} of {section.dtype!r}")
+            if not HEADER.size <= section.offset <= section.stop <= end:
+                raise ValueError(f"{section.name} lies outside the file")
+        for name in (TOKENS, STARTS, HASHES):
+            footer.sections[name]
 
     def _is_broken(self, what: str) -> DataError:
         return DataError(f"{self.path} {what}; delete {self.path.parent} and start again")

@@ -34,8 +34,14 @@ def class_names(stream: Any, column: str) -> list[str] | None:
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def with_encoded_images(stream: Any) -> Any:
-    """Return a stream of known features whose images stay as they are stored."""
+def with_encoded_media(stream: Any) -> Any:
+    """Return the stream, with images, sounds and the like as they are stored.
+
+    `datasets` decodes them by whatever its packages can do: Pillow with all of its formats, of
+    which one runs Ghostscript, and without our limits.
+    """
+    if not stream.features:  # not known before rows are read: no file says it has any
+        return stream
     features = stream.decode(False).features
     for feature in features.values():
         _decode_json(feature)

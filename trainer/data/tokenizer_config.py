@@ -1,10 +1,9 @@
 """What stands beside a tokenizer.json: names of special tokens, and the chat template."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from trainer.files import write_json
+from trainer.files import read_keys, write_json
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_TOKENS = tuple(
@@ -15,8 +14,23 @@ SPECIAL_TOKENS = tuple(
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """Return the folder's tokenizer_config.json; empty where there is none."""
     path = folder / CONFIG_FILE
-    keys: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return keys
+    keys = read_keys(path) if path.is_file() else {}
+    for name in SPECIAL_TOKENS:
+        if not isinstance(_content(keys.get(name)), str | None):
+            raise ValueError(f"{path}: {name}={keys[name]!r} is no text; correct it")
+    template = keys.get("chat_template")
+    entries = template if isinstance(template, list) else []
+    if not isinstance(template, str | list | None) or not all(map(_is_named, entries)):
+        raise ValueError(
+            f"{path}: chat_template is neither text nor a list of name and template; correct it"
+        )
+    return {key: value for key, value in keys.items() if key != "auto_map"}  # names code
+
+
+def _is_named(entry: Any) -> bool:
+    """Whether a list's entry is a template with a name."""
+    names = ("name", "template")
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names)
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -53,11 +53,24 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
-        tree: dict[str, Any] = read_json(folder / INDEX)
-        stores = {
-            name: [Entry(**entry) for entry in entries] for name, entries in tree["stores"].items()
-        }
-        return cls(vocabulary=Vocabulary(**tree["vocabulary"]), stores=stores)
+        """Return the index of a folder; DataError for none, or one that names files elsewhere."""
+        path = folder / INDEX
+        try:
+            tree: dict[str, Any] = read_json(path)
+            stores = {
+                name: [Entry(**entry) for entry in entries]
+                for name, entries in tree["stores"].items()
+            }
+            index = cls(vocabulary=Vocabulary(**tree["vocabulary"]), stores=stores)
+            names = [entry.file for entries in stores.values() for entry in entries]
+            foreign = next((name for name in names if Path(name).name != name), None)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path} is no index of shards: {error!r}; make it again") from None
+        if foreign is not None:
+            raise DataError(
+                f"{path} names {foreign!r}, which is no file of its folder; make the folder again"
+            )
+        return index
 
 
 class Part(NamedTuple):

@@ -19,6 +19,7 @@ from trainer.engines.micro_batches import prepared
 from trainer.engines.passes import Keys, Passes, PlainPasses, cache_for
 from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.protocol import Surroundings
+from trainer.engines.repeatable import RepeatablePasses
 from trainer.engines.topology_free import TreePasses
 from trainer.engines.update import Update
 from trainer.image_memory import check_memory
@@ -128,7 +129,8 @@ class NativeEngine:
         """Return the engine over a materialised model."""
         mesh, precision, device = around.mesh, around.precision, around.device
         parts, keys = laid_out.parts, Keys(around.seed, mesh)
-        wrap = cast_to_compute if around.is_topology_free else partial(replicate, mesh=mesh)
+        sums_itself = around.is_topology_free or around.is_repeatable
+        wrap = cast_to_compute if sums_itself else partial(replicate, mesh=mesh)
         called = [part if mesh.is_sharded else wrap(part, precision=precision) for part in parts]
         update = around.update(laid_out, is_offloaded=self.offload_optimizer)
         passes: Passes
@@ -140,6 +142,8 @@ class NativeEngine:
                 laid_out.stages, called, keys,
                 device=device, dtype=precision.compute, token_shares=shares,
             )  # fmt: skip
+        elif around.is_repeatable and not mesh.is_sharded:
+            passes = RepeatablePasses(called[0], mesh, keys, is_compiled=self.compile)
         else:
             passes = PlainPasses(called[0], mesh, keys, is_compiled=self.compile)
         is_narrow = mesh.is_sharded and precision.compute != precision.master

@@ -33,6 +33,8 @@ class Surroundings:
     """Which weights are updated otherwise than the rest."""
     is_topology_free: bool = False
     """Whether sums are taken in an order that no number of data ranks changes."""
+    is_repeatable: bool = False
+    """Whether sums over ranks are taken in the same order at every step of every start."""
 
     def update(self, laid_out: LaidOut, *, is_offloaded: bool = False) -> Update:
         """Return the end of a step over materialised weights."""

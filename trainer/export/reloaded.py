@@ -34,7 +34,7 @@ def check_tokenizer(folder: Path, tokenizer: FileTokenizer, prompts: list[Prompt
     """Raise CheckError where transformers' tokenizer gives other ids, or renders otherwise."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     chat = conversation(tokenizer)
     for prompt in prompts:
         found = theirs(prompt.text, add_special_tokens=False).input_ids
@@ -79,7 +79,12 @@ def reloaded_logits(
     kind: Any = getattr(transformers, auto_class(source))
     try:
         model, info = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         message = re.sub(r"\s+", " ", str(error))[:300]

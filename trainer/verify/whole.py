@@ -1,9 +1,11 @@
 """Putting the pieces of all ranks together again, and comparing two sets of tensors."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from trainer.distributed import Ranks
@@ -17,28 +19,52 @@ def whole(pieces: dict[str, Piece], ranks: Ranks, complaints: list[str]) -> Tens
 
     Adds to `complaints` where copies differ by a single bit, or nobody holds some of a tensor.
     """
-    own = {
-        name: (
-            piece.shape,
-            [(rows.start, rows.stop) for rows in piece.rows],
-            piece.columns,
-            piece.local.detach().cpu().double().numpy(),
-        )
+    places = {
+        name: ([(rows.start, rows.stop) for rows in piece.rows], piece.columns)
         for name, piece in pieces.items()
     }
-    gathered: list[Any] | None = (
-        [None] * ranks.placement.world_size if ranks.placement.is_main else None
-    )
-    dist.gather_object(own, gathered, group=ranks.control_group)
-    if gathered is None:
+    values = [piece.local.detach().cpu().double().numpy().reshape(-1) for piece in pieces.values()]
+    gathered_places = _gathered(json.dumps(places).encode(), ranks)
+    gathered = _gathered(np.concatenate([np.empty(0), *values]).tobytes(), ranks)
+    if not ranks.placement.is_main:
         return None
+    of_ranks = [
+        _parts(json.loads(text), np.frombuffer(data))
+        for text, data in zip(gathered_places, gathered, strict=True)
+    ]
     result = {}
-    for name, (shape, *_) in own.items():
-        parts = [of_rank[name][1:] for of_rank in gathered if of_rank is not None]
-        result[name], complaint = _assemble(shape, parts)
+    for name, piece in pieces.items():
+        result[name], complaint = _assemble(piece.shape, [parts[name] for parts in of_ranks])
         if complaint:
             complaints.append(f"{name}: {complaint}")
     return result
+
+
+def _gathered(data: bytes, ranks: Ranks) -> list[bytes]:
+    """Return the bytes of every rank on rank 0, nothing elsewhere: no pickle. Collective."""
+    (longest,) = ranks.maximum([len(data)])
+    own = torch.zeros(8 + longest, dtype=torch.uint8)
+    own[: 8 + len(data)] = torch.frombuffer(
+        bytearray(len(data).to_bytes(8, "little") + data), dtype=torch.uint8
+    )
+    is_main, count = ranks.placement.is_main, ranks.placement.world_size
+    found = [torch.empty_like(own) for _ in range(count)] if is_main else None
+    dist.gather(own, found, group=ranks.control_group)
+    return [_unpadded(each.numpy().tobytes()) for each in found or ()]
+
+
+def _unpadded(data: bytes) -> bytes:
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def _parts(places: dict[str, Any], values: np.ndarray) -> dict[str, Any]:
+    """Return what a rank holds of each tensor: runs of rows, columns and values."""
+    parts, first = {}, 0
+    for name, (runs, (left, right)) in places.items():
+        last = first + sum(stop - start for start, stop in runs) * (right - left)
+        parts[name] = runs, (left, right), values[first:last]
+        first = last
+    return parts
 
 
 def _assemble(shape: tuple[int, ...], parts: list[Any]) -> tuple[np.ndarray, str]:

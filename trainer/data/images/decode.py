@@ -80,4 +80,5 @@ def _eight_bits(values: np.ndarray) -> Image.Image:
         raise BadRowError(
             f"has values from {values.min()} to {values.max()}, needed 8 or 16 bits; convert it"
         )
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8))  # 257: 65535 becomes 255
+    # 65535 becomes 255. Whole numbers: fractions of a large image would take a gigabyte.
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -13,7 +13,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from trainer.data.images.references import ImageReference, PlacedRow, RowPlace
@@ -29,7 +29,7 @@ _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 
 
 class Member(NamedTuple):
-    """A regular file in a tar file, or what stands in its place."""
+    """A regular file in a tar file, or what stands in its place: a link, a device, a way out."""
 
     key: str
     """What the members of its sample share."""
@@ -83,7 +83,9 @@ def _members(path: Path) -> Iterator[Member]:
                 vars(archive)["members"] = []  # all so far: of a large shard they fill the memory
                 name = _NAME.fullmatch(member.name)
                 if name and not member.isdir():
-                    is_file = member.isreg() and not member.issparse()
+                    path_in = PurePosixPath(member.name)
+                    stays = not path_in.is_absolute() and ".." not in path_in.parts
+                    is_file = member.isreg() and not member.issparse() and stays
                     extension = name[2].lower()
                     yield Member(name[1], extension, member.offset_data, member.size, is_file)
             end = archive.offset
@@ -107,7 +109,8 @@ def _row(path: Path, file: str, members: list[Member]) -> PlacedRow:
     columns: dict[str, Any] = {}
     problem = None
     if odd:
-        problem = f"{odd[0].key}.{odd[0].extension} is no regular file; pack it as one"
+        name = f"{odd[0].key}.{odd[0].extension}"
+        problem = f"{name} is no regular file below the tar's root; pack it as one"
     else:
         try:
             columns = _columns(path, members)
