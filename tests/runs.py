@@ -13,7 +13,7 @@ from tests.conftest import tiny_spec
 from trainer.adapters.protocol import NoAdapter
 from trainer.best import BestSpec
 from trainer.callbacks.protocol import Callback
-from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.checkpoint.spec import CheckpointSpec
 from trainer.construct import Start, fit
 from trainer.control import StopRequest
 from trainer.data.pretraining import PretrainingData
@@ -32,7 +32,8 @@ from trainer.tasks.causal_lm import CausalLMTask
 def tiny_run(cache: Path, **changes: Any) -> Run:
     """Ten steps of a two-layer Llama on ten files of the standard library, logged at every step.
 
-    Keys with a `data_` prefix change the data spec; all others are fields of Run.
+    Keys with a `data_` prefix change the data spec; all others are fields of Run. It waits for its
+    checkpoints: whoever kills it then knows what is on disk.
     """
     data = PretrainingData(
         path="stdlib", row_tokens=32, global_rows=8, micro_rows=2, max_documents=10,
@@ -49,7 +50,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
         "schedule": Constant(),
         "freeze": FreezeSpec(),
         "adapter": NoAdapter(),
-        "checkpoint": CheckpointSpec(),
+        "checkpoint": CheckpointSpec(background=False),
         "best": BestSpec(),
         "callbacks": {},
         "name": "tiny",

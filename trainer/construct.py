@@ -155,6 +155,8 @@ def _fit(loop: Loop, view: RunView) -> bool:
         is_finished = loop.fit()
     except ValueError as error:  # past the checks, a wrong value is a defect and no bad config
         raise RuntimeError(f"after step {loop.progress.step}: {error}") from error
+    finally:
+        loop.checkpoints.close()  # its process holds the run's lock, too
     loop.whereabouts.enter("end")
     for callback in loop.callbacks:
         callback.on_end(loop.progress, finished=is_finished)

@@ -23,6 +23,10 @@ class Word(NamedTuple):
 
     stop: bool = False
     """Save, and end."""
+    saved: int = 0
+    """Number of the save that rank 0's writer has committed; 0: none is new."""
+    save_failed: int = 0
+    """Number of the save whose part could not be written on this rank; 0: none."""
 
 
 class ControlWord:
@@ -52,7 +56,8 @@ class ControlWord:
         word, work = self._sent
         work.wait()
         self._sent = None
-        return Word(*map(bool, word.tolist()))
+        stop, saved, save_failed = word.tolist()
+        return Word(bool(stop), saved, save_failed)
 
     def drain(self) -> None:
         """Complete the exchange in flight, so that none is left when the ranks part. Collective."""

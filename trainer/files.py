@@ -12,7 +12,12 @@ from typing import Any
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON by temporary file and rename: a reader sees the old file or the new."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return `value` as the lines of a JSON file."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -34,18 +39,27 @@ def read_keys(path: Path, advice: str = "give another folder") -> dict[str, Any]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` by temporary file, fsync and rename."""
+    """Write `text` by temporary file, fsync and rename; OSError where a link stands in its way."""
     temporary = path.with_name(f".{path.name}.tmp")  # one name: a crash leaves one at most
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", opener=_open_no_link) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def fsync_folder(path: Path) -> None:
     """Make the entries of a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fsync_file(path, os.O_DIRECTORY)
+
+
+def fsync_file(path: Path, flags: int = 0) -> None:
+    """Make what any process has written to a file durable."""
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -12,7 +12,7 @@ from trainer.errors import NonFiniteError
 from trainer.evaluate import Evaluator
 from trainer.meter import Meter
 from trainer.progress import Progress
-from trainer.protocols import Engine
+from trainer.protocols import Engine, Saved
 from trainer.record import RunRecord
 from trainer.replicas import Replicas
 from trainer.validation.validator import Validator
@@ -73,6 +73,9 @@ class Loop:
     replicas: Replicas
     skipped_in_a_row: int = 0
 
+    def __post_init__(self) -> None:
+        self.checkpoints.listener = self._hear_of_save
+
     def fit(self) -> bool:
         """Train to plan.max_steps or until no evaluation gets better; return False when a signal
         ended it early, after a save.
@@ -95,7 +98,10 @@ class Loop:
             self.replicas.check(progress.step, self.engine)
             self._note(readback.push(number, result))
             self.whereabouts.enter("control")
-            is_stopping = self.control.exchange(Word(stop=self.request.is_set)).stop
+            own = self.checkpoints.sign(Word(stop=self.request.is_set))
+            agreed = self.control.exchange(own)
+            is_stopping = agreed.stop
+            self.checkpoints.heed(agreed)
             if plan.logs(progress.step):
                 self._log()
             is_best = False
@@ -142,7 +148,6 @@ class Loop:
     def _save(self, *, is_last: bool) -> None:
         self.whereabouts.enter("save")
         with self.progress.stopwatch.paused():
-            self.record.sync()
             state = {
                 "progress": self.progress.state(),
                 "data": self.loader.state(self.progress.step),
@@ -150,13 +155,19 @@ class Loop:
                 "best": self.best.state(),
                 "bits": self.bits,
             }
-            step = self.progress.step
-            folder = self.checkpoints.save(
-                step, self.engine, state, is_last=is_last, best_step=self.best.step
-            )
-            if folder is not None:
-                for callback in self.callbacks:
-                    callback.on_save(self.progress, folder)
+            self.checkpoints.save(
+                self.progress.step, self.engine, state, is_last=is_last, best_step=self.best.step,
+                appended=self.record.files,
+            )  # fmt: skip
+
+    def _hear_of_save(self, saved: Saved) -> None:
+        """A save ended: this one, or one that went on in the background."""
+        if saved.folder is None:
+            failed = {"ckpt_failed": 1, "in_a_row": saved.num_failures}
+            self.record.metrics(saved.step, "checkpoint", failed)
+            return
+        for callback in self.callbacks:
+            callback.on_save(self.progress, saved)
 
     def _note(self, result: HostResult | None) -> None:
         """Write the ledger line of a finished step; stop when too many in a row were skipped.

@@ -13,7 +13,7 @@ from models.hf_config import family_of
 from models.nn.backends import check_name
 from models.nn.init import SkipInit
 from models.nn.model import DecoderModel
-from trainer.checkpoint.tensor_file import plan, tensor_bytes, write_index
+from trainer.checkpoint.tensor_file import index_of, plan, tensor_bytes
 from trainer.files import read_keys, write_json
 from trainer.folder_model import FolderModel
 from trainer.parallel.materialise import materialise
@@ -129,7 +129,8 @@ def save_pretrained(
             for name, piece in pieces.items():
                 if files.entries[name].file == file:
                     stream.write(tensor_bytes(piece.local))
-    write_index(folder, files)
+    for name, text in index_of(files).items():
+        (folder / name).write_bytes(text)
     dtype = next(iter(pieces.values())).local.dtype
     write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
 

@@ -1,5 +1,6 @@
-"""The engine as the loop, the checkpoint and the callbacks see it."""
+"""The engine, and a save, as the loop, the checkpoint and the callbacks see them."""
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -31,6 +32,20 @@ class StepResult(NamedTuple):
     by_source: Tensor
     """(2, sources) fp64, the loss sum and the targets of each source; no source where there is one
     alone."""
+
+
+class Saved(NamedTuple):
+    """How the save of a step ended, equal on every rank but for the times."""
+
+    step: int
+    folder: Path | None
+    """Where it is; None: it failed."""
+    num_failures: int
+    """Saves that failed in a row, this one included."""
+    seconds_paused: float
+    """How long training waited for it."""
+    seconds_written: float
+    """How long it took in the background; known on rank 0."""
 
 
 class Engine(Protocol):

@@ -60,11 +60,10 @@ class RunRecord:
         self._ledger.write(json.dumps(line) + "\n")
         self._ledger.flush()
 
-    def sync(self) -> None:
-        """Make what was appended durable: before a checkpoint refers to it."""
-        for file in (self._metrics, self._ledger):
-            if file is not None:
-                os.fsync(file.fileno())
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What must be durable before a checkpoint refers to it."""
+        return tuple(Path(file.name) for file in (self._metrics, self._ledger) if file is not None)
 
     def close(self) -> None:
         for file in (self._metrics, self._ledger):

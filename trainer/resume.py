@@ -11,6 +11,7 @@ from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.lock import RunLock
+from trainer.checkpoint.retention import set_aside
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import check_bits
@@ -93,7 +94,7 @@ def resume(
     if ranks.placement.is_main:
         for step in commit.committed_steps(checkpoints.folder):
             if step > progress.step:
-                commit.set_aside(commit.step_folder(checkpoints.folder, step), "rewound")
+                set_aside(commit.step_folder(checkpoints.folder, step), "rewound")
         if is_rewind:
             write_text(folder / REWIND, str(run.resume_step))
     return loader, state["skipped_in_a_row"]

@@ -6,7 +6,7 @@ from models.heads import CausalLMSpec
 from trainer.adapters.protocol import AdapterSpec
 from trainer.best import BestSpec
 from trainer.callbacks.protocol import CallbackSpec
-from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.checkpoint.spec import CheckpointSpec
 from trainer.data.protocol import DataSpec
 from trainer.engines.protocol import EngineSpec
 from trainer.freeze import FreezeSpec

@@ -8,6 +8,7 @@ Run it alone with `pytest tests/faults/test_kill_sweep.py`.
 import builtins
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -24,17 +25,18 @@ from typing import Any
 import xxhash
 
 from trainer.checkpoint import commit
-from trainer.checkpoint.commit import FilePiece
 from trainer.checkpoint.lock import RunLock
+from trainer.checkpoint.retention import collect_debris
+from trainer.checkpoint.writer import Commit, Job, perform
 from trainer.errors import StorageError
-from trainer.files import write_text
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(xxhash.__file__).parents[1]
 KEEP = 2
+NUMBERS = itertools.count(1)
 MAX_WRITE = 300  # bytes per call, so that each file takes several: short writes, torn files
 KILLED, UNHARMED, GAVE_UP, DEFECT = 9, 0, 74, 70
-CHANGING = ("open", "close", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "truncate")
+CHANGING = ("open", "close", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "ftruncate")
 
 
 @dataclass
@@ -77,14 +79,15 @@ class Faults:
         if mode not in ("w", "a"):
             return self.plain_open(path, mode, **options)
         self.count("open")
-        return io.TextIOWrapper(io.BufferedWriter(ShortWrites(path, mode, self)), **options)
+        file = ShortWrites(path, mode, self, options.pop("opener", None))
+        return io.TextIOWrapper(io.BufferedWriter(file), **options)
 
 
 class ShortWrites(io.FileIO):
     """A file that takes few bytes per call."""
 
-    def __init__(self, path: Any, mode: str, faults: Faults) -> None:
-        super().__init__(path, mode)
+    def __init__(self, path: Any, mode: str, faults: Faults, opener: Any) -> None:
+        super().__init__(path, mode, opener=opener)
         self._faults = faults
 
     def write(self, data: Any) -> int:
@@ -102,30 +105,30 @@ def contents(step: int) -> dict[str, bytes]:
 
 
 def save(run: Path, step: int, lock: RunLock) -> None:
-    """Save as `Checkpoints.save` does on one rank."""
-    parent = run / "checkpoints"
-    staging = commit.stage(parent, step, lock.generation)
-    pieces: list[FilePiece] = []
-    for name, data in contents(step).items():
-        path = staging / name
-        path.parent.mkdir(exist_ok=True)
-        if path.suffix == ".json":
-            write_text(path, data.decode())
-        else:
-            pieces += commit.write_pieces(path, name, [(0, memoryview(data[:8]))])
-            os.truncate(path, len(data))
-            pieces += commit.write_pieces(path, name, [(8, memoryview(data[8:]))])
-    pieces += commit.hash_small_files(staging)
-    facts = {"step": step, "generation": lock.generation}
-    commit.commit(staging, commit.step_folder(parent, step), facts, pieces, lock.check)
-    write_text(parent / "latest", f"step_{step:08d}\n")
-    commit.retain(parent, KEEP)
+    """Save as the writer process of rank 0 does; StorageError where only tidying up failed."""
+    memory, ranges = b"", {}
+    for name, data in contents(step).items():  # two ranges of each file, the second one first
+        start, middle = len(memory), min(8, len(data))
+        memory += data
+        ranges[name] = [(middle, start + middle, len(memory)), (0, start, start + middle)]
+    lead = Commit(
+        sizes={name: len(data) for name, data in contents(step).items()},
+        facts={}, num_others=0, run=str(run), generation=lock.generation, keep=KEEP, best_step=None,
+    )  # fmt: skip
+    job = Job(
+        parent=str(run / "checkpoints"),
+        staging=f"step_{step:08d}.tmp-{lock.generation}-{next(NUMBERS)}",
+        step=step, rank=0, num_bytes=len(memory), ranges=ranges, appended=[str(run / "lock")],
+        commit=lead,
+    )  # fmt: skip
+    if warning := perform(job, memoryview(memory)):
+        raise StorageError(warning)
 
 
 def start(run: Path) -> RunLock:
     """Start as `construct.fit` does."""
     lock = RunLock(run)
-    commit.collect_debris(run / "checkpoints")
+    collect_debris(run / "checkpoints")
     return lock
 
 
@@ -200,6 +203,7 @@ def retried_save(run: Path, at: int, number: int) -> int:
         except (OSError, StorageError) as error:
             if os.strerror(number) not in str(error):
                 return DEFECT
+            collect_debris(run / "checkpoints")
             save_next(run, lock)
             return GAVE_UP
         return UNHARMED if len(faults.calls) < at else GAVE_UP

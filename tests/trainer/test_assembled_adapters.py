@@ -20,7 +20,7 @@ from trainer.adapters.merged import load_as_trained, load_merged, merged_spec
 from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.adapters.protocol import NoAdapter
 from trainer.assembled import AssembledIdefics
-from trainer.checkpoint.checkpoints import CheckpointSpec
+from trainer.checkpoint.spec import CheckpointSpec
 from trainer.export.export import export
 from trainer.export.source import Source
 from trainer.run import Run

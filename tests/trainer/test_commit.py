@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import commit
+from trainer.checkpoint import commit, writing
 from trainer.checkpoint.commit import MANIFEST, FilePiece
 from trainer.checkpoint.lock import RunLock
+from trainer.checkpoint.retention import retain, set_aside
 from trainer.errors import StorageError
 
 
@@ -26,18 +27,23 @@ def contents(step: int) -> dict[str, bytes]:
     }
 
 
+def staged(parent: Path, step: int, number: int, files: dict[str, bytes]) -> Path:
+    """Make the staging folder of save `number` with empty files."""
+    sizes = {name: len(data) for name, data in files.items()}
+    return writing.stage(parent, f"step_{step:08d}.tmp-1-{number}", sizes)
+
+
 def write_files(staging: Path, files: dict[str, bytes]) -> list[FilePiece]:
     """Write each file in three pieces of unequal length; return them in shuffled order."""
     pieces = []
     for name, data in files.items():
-        (staging / name).parent.mkdir(exist_ok=True)
         borders = sorted({0, len(data) // 3, len(data) // 2, len(data)})
         ranges = [(a, memoryview(data[a:b])) for a, b in pairwise(borders)] or [
             (0, memoryview(b""))
         ]
-        pieces += commit.write_pieces(staging / name, name, ranges)
+        pieces += writing.write_pieces(staging / name, name, ranges)
     random.Random(0).shuffle(pieces)
-    return pieces
+    return pieces + writing.collect_pieces(staging, 0)
 
 
 def nothing() -> None:
@@ -46,7 +52,7 @@ def nothing() -> None:
 
 def save(parent: Path, step: int, fence: Callable[[], None] = nothing) -> Path:
     """Commit `contents(step)`."""
-    staging, final = commit.stage(parent, step, 1), commit.step_folder(parent, step)
+    staging, final = staged(parent, step, 1, contents(step)), commit.step_folder(parent, step)
     pieces = write_files(staging, contents(step))
     commit.commit(staging, final, {"step": step}, pieces, fence)
     return final
@@ -118,8 +124,7 @@ def test_symlink_to_a_step_is_no_step(tmp_path: Path) -> None:
 def test_gap_overlap_and_missing_tail_are_refused_and_leave_no_step(
     tmp_path: Path, ranges: list[tuple[int, int]], complaint: str
 ) -> None:
-    staging = commit.stage(tmp_path, 1, 1)
-    (staging / "weights").write_bytes(bytes(10))
+    staging = staged(tmp_path, 1, 1, {"weights": bytes(10)})
     pieces = [FilePiece(file="weights", start=a, stop=b, xxh3="") for a, b in ranges]
     with pytest.raises(StorageError, match=f"^weights: {complaint}"):
         commit.commit(staging, commit.step_folder(tmp_path, 1), {"step": 1}, pieces, nothing)
@@ -201,10 +206,9 @@ def take_the_manifest_of_another_step(folder: Path) -> str:
 
 def take_the_manifest_of_another_run(folder: Path) -> str:
     other = folder.parent / "other"
-    staging, final = commit.stage(other, 7, 1), commit.step_folder(other, 7)
-    pieces = write_files(
-        staging, contents(1234) | {"state/state.json": contents(7)["state/state.json"]}
-    )
+    files = contents(1234) | {"state/state.json": contents(7)["state/state.json"]}
+    staging, final = staged(other, 7, 1, files), commit.step_folder(other, 7)
+    pieces = write_files(staging, files)
     commit.commit(staging, final, {"step": 7}, pieces, nothing)
     shutil.copyfile(final / MANIFEST, folder / MANIFEST)
     return "model.safetensors is damaged"
@@ -238,14 +242,13 @@ def test_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         commit.read_manifest(final)
 
 
-def test_staging_folder_starts_empty_and_is_never_a_step(tmp_path: Path) -> None:
-    staging = commit.stage(tmp_path, 4, 2)
+def test_staging_folder_is_never_a_step_and_never_used_twice(tmp_path: Path) -> None:
+    staging = staged(tmp_path, 4, 2, contents(4))
     write_files(staging, contents(4))
     (staging / MANIFEST).write_text("{}")
     assert commit.committed_steps(tmp_path) == []
-    again = commit.stage(tmp_path, 4, 2)
-    assert again == staging
-    assert list(again.iterdir()) == []
+    with pytest.raises(FileExistsError):
+        staged(tmp_path, 4, 2, contents(4))
 
 
 def test_commit_whose_fence_raises_leaves_nothing_visible(tmp_path: Path) -> None:
@@ -267,7 +270,7 @@ def test_commit_whose_fence_raises_leaves_nothing_visible(tmp_path: Path) -> Non
 def test_renaming_onto_an_existing_step_is_refused(tmp_path: Path) -> None:
     final = save(tmp_path, 1)
     before = {path: path.read_bytes() for path in final.rglob("*") if path.is_file()}
-    staging = commit.stage(tmp_path, 1, 2)
+    staging = staged(tmp_path, 1, 2, contents(99))
     pieces = write_files(staging, contents(99))
     with pytest.raises(OSError, match="not empty"):
         commit.commit(staging, final, {"step": 1}, pieces, nothing)
@@ -281,7 +284,7 @@ def test_existing_file_is_not_written_through_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(outside)
     ranges = [(0, memoryview(b"overwritten"))]
     with pytest.raises(OSError, match="symbolic links"):
-        commit.write_pieces(tmp_path / "weights", "weights", ranges)
+        writing.write_pieces(tmp_path / "weights", "weights", ranges)
     assert outside.read_bytes() == b"untouched"
 
 
@@ -289,7 +292,7 @@ def test_existing_file_is_not_written_through_a_symlink(tmp_path: Path) -> None:
 def test_retention_keeps_the_newest_steps(tmp_path: Path, keep: int) -> None:
     for step in (1, 2, 3, 10):
         save(tmp_path, step)
-    commit.retain(tmp_path, keep)
+    retain(tmp_path, keep)
     assert commit.committed_steps(tmp_path) == [10, 3, 2, 1][:keep]
     assert names(tmp_path) == {f"step_{step:08d}" for step in [10, 3, 2, 1][:keep]}
     for step in commit.committed_steps(tmp_path):
@@ -301,11 +304,11 @@ def test_retention_removes_half_deleted_steps_and_staging_but_nothing_else(tmp_p
         save(tmp_path, step)
     (tmp_path / "step_00000001" / MANIFEST).unlink()  # died while deleting it
     shutil.rmtree(tmp_path / "step_00000001/model")
-    write_files(commit.stage(tmp_path, 4, 7), contents(4))
+    write_files(staged(tmp_path, 4, 7, contents(4)), contents(4))
     others = {"latest", "step_00000009.bad-1", "step_00000008.rewound-2", "notes.tmp-1"}
     for name in others:
         (tmp_path / name).mkdir()
-    commit.retain(tmp_path, 2)
+    retain(tmp_path, 2)
     assert names(tmp_path) == {"step_00000002", "step_00000003", *others}
 
 
@@ -324,7 +327,7 @@ def test_retention_never_follows_symlinks(tmp_path: Path) -> None:
     for name, target in links.items():
         (parent / name).symlink_to(target)
     (parent / "step_00000007/model/link").symlink_to(outside, target_is_directory=True)
-    commit.retain(parent, 1)
+    retain(parent, 1)
     assert commit.committed_steps(parent) == [9]
     assert names(parent) == {"step_00000009", *links}
     check(outside)
@@ -333,7 +336,7 @@ def test_retention_never_follows_symlinks(tmp_path: Path) -> None:
 
 def test_setting_aside_frees_the_number_and_never_overwrites(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        aside = commit.set_aside(save(tmp_path, 5), "bad")
+        aside = set_aside(save(tmp_path, 5), "bad")
         assert aside == tmp_path / f"step_00000005.bad-{number}"
         assert commit.committed_steps(tmp_path) == []
     assert names(tmp_path) == {f"step_00000005.bad-{number}" for number in (1, 2, 3)}

@@ -60,7 +60,7 @@ def test_the_model_folder_is_complete(tmp_path: Path, cache: Path) -> None:
 def test_a_large_model_is_split_as_hugging_face_splits_it(tmp_path: Path, cache: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from trainer.checkpoint.checkpoints import CheckpointSpec
+    from trainer.checkpoint.spec import CheckpointSpec
 
     spec = CheckpointSpec(max_file_gb=6e-6)  # 6 kB a file
     run = tiny_run(cache, max_steps=1, checkpoint=spec, model=tiny_spec(tie_word_embeddings=False))

@@ -14,6 +14,7 @@ from tests.runs import DieAt, tiny_run, train
 from trainer.callbacks.protocol import Callback
 from trainer.control import HostResult
 from trainer.progress import Progress
+from trainer.protocols import Saved
 from trainer.record import METRICS, RunRecord, cut_back, read_lines
 from trainer.verify.forked import RankFailedError
 
@@ -24,7 +25,7 @@ class DieAfterSave(Callback):
     def build(self) -> "DieAfterSave":
         return self
 
-    def on_save(self, progress: Progress, folder: Path) -> None:
+    def on_save(self, progress: Progress, saved: Saved) -> None:
         os._exit(9)
 
 
@@ -68,7 +69,7 @@ def test_only_rank_0_writes_metrics_and_every_rank_a_ledger(tmp_path: Path) -> N
         record.metrics(1, "train", {"loss": 1.0})
         record.consumes(1, [(rank, rank + 1)])
         record.result(result_of(1))
-        record.sync()
+        assert all(path.is_file() for path in record.files)
         record.close()
     assert len(read_lines(tmp_path / METRICS)) == 1
     assert [ledger(tmp_path, rank)[0]["samples"] for rank in (0, 1)] == [[[0, 1]], [[1, 2]]]

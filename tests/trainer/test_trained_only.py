@@ -20,8 +20,8 @@ from tests.trainer.test_adapter_files import KINDS, changed_base, run_over
 from tests.trainer.test_model_path import saved
 from trainer.adapters.merged import load_merged, merged_spec
 from trainer.adapters.protocol import NoAdapter
-from trainer.checkpoint.checkpoints import CheckpointSpec
 from trainer.checkpoint.commit import committed_steps, step_folder
+from trainer.checkpoint.spec import CheckpointSpec
 from trainer.construct import build_engine
 from trainer.data.tokenizers import FileTokenizer
 from trainer.distributed import Placement, Ranks

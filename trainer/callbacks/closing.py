@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.generation import sample
 from trainer.progress import Progress
+from trainer.protocols import Saved
 from trainer.validation.spec import VALIDATION
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ class ClosingCallback(Callback):
     def on_start(self, view: RunView, progress: Progress) -> None:
         self.view = view
 
-    def on_save(self, progress: Progress, folder: Path) -> None:
-        self.checkpoint = folder
+    def on_save(self, progress: Progress, saved: Saved) -> None:
+        self.checkpoint = saved.folder
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         if not finished:

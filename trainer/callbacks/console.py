@@ -4,11 +4,11 @@ import logging
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.progress import Progress
+from trainer.protocols import Saved
 from trainer.validation.scores import QUESTION_ONLY
 
 if TYPE_CHECKING:
@@ -80,8 +80,14 @@ class ConsoleCallback(Callback):
         extra = " | ".join(texts.values())
         log.info("%s | loss %7.4f | %s", self._step(progress.step, "eval"), metrics["loss"], extra)
 
-    def on_save(self, progress: Progress, folder: Path) -> None:
-        log.info("%s | saved %s", self._step(progress.step, "save"), folder)
+    def on_save(self, progress: Progress, saved: Saved) -> None:
+        log.info(
+            "%s | saved %s in the background: %.2f s paused, %.1f s written",
+            self._step(saved.step, "save"),
+            saved.folder,
+            saved.seconds_paused,
+            saved.seconds_written,
+        )
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         if self.bar:

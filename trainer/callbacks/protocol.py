@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.progress import Progress
-from trainer.protocols import Engine
+from trainer.protocols import Engine, Saved
 
 if TYPE_CHECKING:
     from trainer.run import Run  # which lists callbacks itself
@@ -40,8 +40,8 @@ class Callback:
     def on_eval(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """After each evaluation, with the line that went into metrics.jsonl."""
 
-    def on_save(self, progress: Progress, folder: Path) -> None:
-        """After a checkpoint was committed to `folder`."""
+    def on_save(self, progress: Progress, saved: Saved) -> None:
+        """After a checkpoint was committed, maybe of an earlier step: it is written meanwhile."""
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         """After the last step and save; `finished` is False when a signal ended the run early."""

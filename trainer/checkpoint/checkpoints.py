@@ -1,56 +1,51 @@
 """Saving and restoring a run: every rank writes and reads its own byte ranges."""
 
 import logging
-import os
-import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.checkpoint import commit
-from trainer.checkpoint.commit import FilePiece
-from trainer.checkpoint.contents import AUTO, CHOICES, Contents
-from trainer.checkpoint.loading import STATE, load
+from trainer.checkpoint.background import Writer
+from trainer.checkpoint.composition import Composition, check_space, sizes_of
+from trainer.checkpoint.contents import Contents
+from trainer.checkpoint.loading import EngineAt, restore
 from trainer.checkpoint.lock import RunLock
-from trainer.checkpoint.tensor_file import TensorFiles, own_ranges, plan, write_index
+from trainer.checkpoint.retention import collect_debris
+from trainer.checkpoint.spec import CheckpointSpec
+from trainer.checkpoint.staging import Group, Part, copy, parts_of, ranges_of
+from trainer.checkpoint.writer import Commit, Job, Result, explain
+from trainer.checkpoint.writing import refuse_link
+from trainer.control import Word
 from trainer.distributed import Ranks
 from trainer.errors import StorageError
-from trainer.files import write_json, write_text
-from trainer.pieces import Piece
-from trainer.protocols import Engine
+from trainer.files import fsync_file
+from trainer.protocols import Engine, Saved
 
 log = logging.getLogger(__name__)
-EngineAt = Callable[[int], Engine]
 MAX_FAILURES = 3  # saves that may fail in a row before the run stops
+POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSpec:
-    """How checkpoints are kept."""
+class Flight(NamedTuple):
+    """The save that is under way."""
 
-    keep: int = 2
-    """Newest checkpoints that stay on disk."""
-    max_file_gb: float = 5.0
-    """Largest weight file, in 1e9 bytes; a larger model is split as Hugging Face splits it."""
-    contents: str = AUTO
-    """`model`, all weights; `trained`, those that train and the hash of all others; `auto`: trained
-    with freeze=new_tokens, else model. An adapter is always saved alone."""
-
-    def __post_init__(self) -> None:
-        if self.contents not in CHOICES:
-            raise ValueError(
-                f"checkpoint.contents={self.contents}: set it to {' or '.join(CHOICES)}"
-            )
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep} would keep none; set it to 1 or more")
-        if self.max_file_gb <= 0:
-            raise ValueError(f"checkpoint.max_file_gb={self.max_file_gb}: set it above 0")
+    number: int
+    """Of this start: what the ranks say of one save is never taken for the next one's."""
+    step: int
+    seconds_paused: float
+    writes: bool
+    """Whether this rank writes a part."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every method is collective: every rank must call it."""
+    """The checkpoints of one run. Every method is collective, if nothing else is said.
+
+    One save is under way at a time. Each rank copies its part into memory and goes on; its writer
+    process does the rest. Rank 0 knows when the step is committed, and any rank when its own part
+    failed: the ranks learn both from each other's control word, so all conclude at the same step.
+    """
 
     def __init__(
         self,
@@ -66,11 +61,19 @@ class Checkpoints:
         """`lock` is rank 0's; `describe_model` writes config and tokenizer files into a folder."""
         self.spec, self.folder, self.facts = spec, folder, facts
         self.ranks, self.lock = ranks, lock
-        self.describe_model, self.contents = describe_model, contents
+        self.contents = contents
+        self._composition = Composition(spec, contents, describe_model)
+        self.listener: Callable[[Saved], None] = lambda _: None
         (self.generation,) = ranks.maximum([lock.generation if lock else 0])
-        self.failures = 0
+        self.failures = self._number = 0
+        self._flight: Flight | None = None
+        self._newest: int | None = None
+        self._ended: Result | None = None
+        """Of this rank's part of the save under way; None: it goes on."""
+        self._writer = Writer([lock.descriptor] if lock else [])
         if lock:
-            commit.collect_debris(folder)
+            refuse_link(folder)
+            collect_debris(folder)
         ranks.barrier()
 
     def save(
@@ -81,170 +84,174 @@ class Checkpoints:
         *,
         is_last: bool,
         best_step: int | None = None,
-    ) -> Path | None:
-        """Commit step `step`; return its folder, or None when that failed and may be retried later.
-
-        Step `best_step` is kept however old it gets. Raises StorageError when the last save of a
-        run, or MAX_FAILURES in a row, failed.
-        """
-        final = commit.step_folder(self.folder, step)
-        # Rank 0 looks for all: ranks that disagreed would issue different collectives.
-        is_there = self.lock is not None and (final / commit.MANIFEST).exists()
-        try:
-            if not self.ranks.maximum([int(is_there)])[0]:
-                self._write(step, final, engine, state)
-        except StorageError as error:
-            self.failures += 1
-            if is_last or self.failures >= MAX_FAILURES:
-                raise
-            log.error("checkpoint of step %d failed (%d in a row): %s", step, self.failures, error)
-            return None
-        self.failures = 0
-        if self.lock:
-            self._tidy(final, best_step)
-        return final
-
-    def _tidy(self, newest: Path, best_step: int | None) -> None:
-        """Point `latest` to the newest step and `best` to the best one, and delete old ones.
-
-        A failure here loses nothing.
-        """
-        try:
-            commit.retain(self.folder, self.spec.keep, best_step)
-            write_text(self.folder / "latest", newest.name + "\n")
-            if best_step is not None:
-                write_text(
-                    self.folder / "best", commit.step_folder(self.folder, best_step).name + "\n"
-                )
-        except OSError as error:
-            log.warning("old checkpoints were not tidied: %s", _explain(error, self.folder))
-
-    def _write(self, step: int, final: Path, engine: Engine, state: dict[str, Any]) -> None:
-        staging = self.folder / f"{final.name}.tmp-{self.generation}"
-        contents, max_bytes = self.contents, int(self.spec.max_file_gb * 1e9)
-        groups = {}
-        for folder, stem, pieces in (
-            (contents.folder, contents.stem, contents.of(engine.weights())),
-            (STATE, "optimizer", engine.optimizer_state()),
-        ):
-            whole = {name: piece.with_whole_rows() for name, piece in pieces.items()}
-            groups[folder] = whole, plan(pieces, stem, max_bytes)
-        self._together(lambda: self._stage(step, groups, state), staging, main_only=True)
-        self._together(lambda: self._write_own(staging, groups, engine.writes), staging)
-        self._together(lambda: self._commit(step, staging, final), staging, main_only=True)
-
-    def _together(
-        self, work: Callable[[], None], staging: Path, *, main_only: bool = False
+        appended: tuple[Path, ...] = (),
     ) -> None:
-        """Run `work`; if it failed on any rank, clean up and raise StorageError on all of them."""
-        failure: OSError | StorageError | None = None
-        if self.lock or not main_only:
-            try:
-                work()
-            except (OSError, StorageError) as error:
-                failure = error
-                log.error("rank %d: %s", self.ranks.placement.rank, _explain(error, self.folder))
-        (failed_rank,) = self.ranks.maximum([self.ranks.placement.rank + 1 if failure else 0])
-        if failed_rank:
-            if self.lock:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise StorageError(
-                _explain(failure, self.folder)
-                if failure
-                else f"rank {failed_rank - 1} could not write to {self.folder}; its log says why"
-            )
+        """Begin to save step `step`, after the save before has ended; `listener` hears of the end.
 
-    def _stage(
+        The last save of a run is waited for, and tried again when it fails. Step `best_step` is
+        kept however old it gets; `appended` files are made durable before the commit. Raises
+        StorageError when MAX_FAILURES saves in a row failed.
+        """
+        self.finish()
+        while True:
+            self._begin(step, engine, state, best_step, appended)
+            if is_last or not self.spec.background:
+                self.finish()
+            if not is_last or self._newest == step:
+                return
+
+    def sign(self, word: Word, seconds: float = 0.0) -> Word:
+        """Add to this rank's word how the save under way is doing here. Not collective."""
+        flight = self._flight
+        if flight is None:
+            return word
+        if self._ended is None and flight.writes:
+            self._ended = self._writer.result(seconds)
+        if self._ended is None:
+            return word
+        if self._ended.error:
+            return word._replace(save_failed=flight.number)
+        return word._replace(saved=flight.number if self.lock else 0)
+
+    def heed(self, word: Word) -> None:
+        """Conclude the save under way, if the agreed word says that it ended."""
+        flight = self._flight
+        if flight and word.save_failed == flight.number:
+            self._fail(flight)
+        elif flight and word.saved == flight.number:
+            self._succeed(flight)
+
+    def finish(self) -> None:
+        """Wait until no save is under way."""
+        while self._flight:
+            own = self.sign(Word(), POLL_SECONDS)
+            saved, save_failed = self.ranks.maximum([own.saved, own.save_failed])
+            self.heed(own._replace(saved=saved, save_failed=save_failed))
+
+    def close(self) -> None:
+        """Give up what is under way, and the hold on the lock. Not collective."""
+        self._writer.kill()
+
+    def _begin(
         self,
         step: int,
-        groups: dict[str, tuple[dict[str, Piece], TensorFiles]],
+        engine: Engine,
         state: dict[str, Any],
+        best_step: int | None,
+        appended: tuple[Path, ...],
     ) -> None:
-        """Rank 0: make the folder, the small files, and full-size tensor files with headers."""
-        needed = sum(sum(files.sizes.values()) for _, files in groups.values())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if free < 1.2 * needed:
-            raise StorageError(
-                f"{self.folder} has {free / 1e9:.3f} GB free, a checkpoint needs "
-                f"{1.2 * needed / 1e9:.3f} GB; free space or lower checkpoint.keep"
-            )
-        staging = commit.stage(self.folder, step, self.generation)
-        pieces: list[FilePiece] = []
-        for name, (_, files) in groups.items():
-            (staging / name).mkdir()
-            for file, header in files.headers.items():
-                path = staging / name / file
-                ranges = [(0, memoryview(header))]
-                pieces += commit.write_pieces(path, f"{name}/{file}", ranges)
-                os.truncate(path, files.sizes[file])
-        write_json(staging / STATE / "state.json", state)
-        model = self.contents.folder
-        self.describe_model(staging / model)
-        write_index(staging / model, groups[model][1])
-        pieces += commit.hash_small_files(staging)
-        commit.publish_pieces(staging, "headers", pieces)
+        """Copy this rank's part, and hand it to the writer; all ranks agree not to, if need be."""
+        started = time.monotonic()
+        groups = self._composition.groups(engine)
+        files: dict[str, bytes] = {}
+        is_there, refusal = False, ""
+        if self.lock:
+            is_there = (commit.step_folder(self.folder, step) / commit.MANIFEST).exists()
+            try:
+                files = self._composition.files(groups, state)
+                check_space(self.folder, sizes_of(groups, files))
+            except (OSError, StorageError) as error:
+                refusal = explain(error, self.folder)
+        parts = parts_of(groups if engine.writes else [], files)
+        # Rank 0 looks for all: ranks that disagreed would issue different collectives.
+        num_there, num_refused, num_writers = self.ranks.total(
+            [int(is_there), int(bool(refusal)), int(bool(parts))]
+        )
+        self._number += 1
+        flight = Flight(self._number, step, 0.0, bool(parts))
+        self._ended = Result(error=refusal) if refusal else None
+        if num_there:
+            self._succeed(flight)
+        elif num_refused:
+            self._fail(flight)
+        else:
+            lead = self._commit(groups, files, num_writers - 1, best_step) if self.lock else None
+            self._hand_over(step, parts, lead, appended)
+            self._flight = flight._replace(seconds_paused=time.monotonic() - started)
 
-    def _write_own(
-        self,
-        staging: Path,
-        groups: dict[str, tuple[dict[str, Piece], TensorFiles]],
-        writes: bool,
-    ) -> None:
-        """Write the ranges that this rank answers for, if its copy of the model `writes`."""
-        written: list[FilePiece] = []
-        for folder, (pieces, files) in groups.items():
-            for file in files.headers if writes else ():
-                ranges = chain.from_iterable(
-                    own_ranges(piece, files.entries[name])
-                    for name, piece in pieces.items()
-                    if files.entries[name].file == file
-                )
-                name = f"{folder}/{file}"
-                written += commit.write_pieces(staging / name, name, ranges)
-        commit.publish_pieces(staging, f"rank{self.ranks.placement.rank:05d}", written)
-
-    def _commit(self, step: int, staging: Path, final: Path) -> None:
+    def _commit(
+        self, groups: list[Group], files: dict[str, bytes], num_others: int, best_step: int | None
+    ) -> Commit:
         assert self.lock is not None
-        pieces = commit.collected_pieces(staging)
-        facts = {"step": step, "generation": self.generation, **self.facts}
-        commit.commit(staging, final, facts, pieces, self.lock.check)
+        return Commit(
+            sizes=sizes_of(groups, files), facts=self.facts, num_others=num_others,
+            run=str(self.lock.folder), generation=self.generation, keep=self.spec.keep,
+            best_step=best_step,
+        )  # fmt: skip
 
-    def restore(self, engine_at: EngineAt, steps: list[int]) -> dict[str, Any] | None:
+    def _hand_over(
+        self, step: int, parts: list[Part], lead: Commit | None, appended: tuple[Path, ...]
+    ) -> None:
+        """Let the writer begin; without a part there is only something to make durable."""
+        try:
+            if not parts:
+                for path in appended:
+                    fsync_file(path)
+                return
+            num_bytes = parts[-1].stop
+            copy(parts, self._writer.memory(num_bytes))
+            self._writer.submit(
+                Job(
+                    parent=str(self.folder),
+                    staging=f"step_{step:08d}.tmp-{self.generation}-{self._number}",
+                    step=step, rank=self.ranks.placement.rank, num_bytes=num_bytes,
+                    ranges=ranges_of(parts), appended=[str(path) for path in appended],
+                    commit=lead,
+                )
+            )  # fmt: skip
+        except OSError as error:
+            self._ended = Result(error=explain(error, self.folder))
+
+    def _succeed(self, flight: Flight) -> None:
+        self._flight, self.failures, self._newest = None, 0, flight.step
+        ended = self._ended or Result()
+        if ended.warning:
+            log.warning("old checkpoints were not tidied: %s", ended.warning)
+        self._tell(flight, commit.step_folder(self.folder, flight.step), ended.seconds)
+
+    def _fail(self, flight: Flight) -> None:
+        """Give up the save on all ranks, and the run after MAX_FAILURES of them."""
+        self._writer.kill()
+        own = self._ended.error if self._ended else ""
+        rank = self.ranks.placement.rank
+        (failed,) = self.ranks.maximum([rank + 1 if own else 0])
+        if own:
+            log.error("rank %d: %s", rank, own)
+        if self.lock:  # all writers are dead by now
+            self._clear()
+        self._flight = None
+        self.failures += 1
+        self._tell(flight, None, 0.0)
+        reason = own or f"rank {failed - 1} could not write to {self.folder}; its log says why"
+        if self.failures >= MAX_FAILURES:
+            raise StorageError(f"{self.failures} saves in a row failed, the last one: {reason}")
+        log.error(
+            "checkpoint of step %d failed (%d in a row): %s", flight.step, self.failures, reason
+        )
+
+    def _clear(self) -> None:
+        try:
+            collect_debris(self.folder)
+        except OSError as error:
+            log.warning("the failed save left files behind: %s", explain(error, self.folder))
+
+    def _tell(self, flight: Flight, folder: Path | None, seconds: float) -> None:
+        self.listener(
+            Saved(
+                step=flight.step, folder=folder, num_failures=self.failures,
+                seconds_paused=flight.seconds_paused, seconds_written=seconds,
+            )
+        )  # fmt: skip
+
+    def restore(
+        self, engine_at: EngineAt, steps: list[int], *, strict: bool = False
+    ) -> dict[str, Any] | None:
         """Load the first of `steps` that verifies into its engine; return its state, or None.
 
-        A damaged step is set aside with a loud line, on the way to the next older one.
+        A damaged step is set aside with a loud line, on the way to the next older one; `strict`: it
+        is left, and StorageError raised.
         """
-        for step in steps:
-            folder = commit.step_folder(self.folder, step)
-            if self._verifies(folder):
-                return load(engine_at(step), folder, self.contents)
-            if self.lock:
-                aside = commit.set_aside(folder, "bad")
-                log.error("step %d is damaged and was renamed to %s", step, aside.name)
-            self.ranks.barrier()
-        if steps:
-            raise StorageError(
-                f"none of the {len(steps)} checkpoints in {self.folder} is intact; "
-                "start anew with resume=never"
-            )
-        return None
-
-    def _verifies(self, folder: Path) -> bool:
-        placement = self.ranks.placement
-        failure = None
-        try:
-            body = commit.read_manifest(folder)
-            commit.verify(folder, body, placement.rank, placement.world_size)
-        except (OSError, StorageError) as error:
-            failure = error
-            log.error("%s", error)
-        (failed,) = self.ranks.maximum([1 if failure else 0])
-        return not failed
-
-
-def _explain(error: OSError | StorageError, folder: Path) -> str:
-    if isinstance(error, StorageError):
-        return str(error)
-    free = shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0
-    return f"{error.filename or folder}: {error.strerror} ({free:.3f} GB free)"
+        return restore(
+            self.folder, engine_at, steps, self.contents, self.ranks,
+            is_main=self.lock is not None, strict=strict,
+        )  # fmt: skip

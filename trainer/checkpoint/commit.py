@@ -1,19 +1,19 @@
-"""A checkpoint is either complete or invisible: staging, manifest, rename, retention.
+"""A checkpoint is either complete or invisible: the manifest, the rename, and what is verified.
 
 Standard library and xxhash only, so that fault sweeps can kill it at every system call.
 
 A step exists if and only if its folder `step_NNNNNNNN` holds a MANIFEST.json that verifies. What is
-being written lies in `step_NNNNNNNN.tmp-G` (G: generation of the run lock) and is never read.
+being written lies in `step_NNNNNNNN.tmp-G-N` (G: generation of the run lock, N: number of the save)
+and is never read.
 """
 
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -22,12 +22,11 @@ from trainer.files import fsync_folder, write_text
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
-_STEP = re.compile(r"^step_(\d{8})\Z", re.ASCII)
-_CHUNK = 1 << 22
+STEP = re.compile(r"^step_(\d{8})\Z", re.ASCII)
+CHUNK = 1 << 22  # bytes per read or write
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilePiece:
+class FilePiece(NamedTuple):
     """Bytes [start, stop) of one file of a checkpoint, with their hash."""
 
     file: str
@@ -51,59 +50,7 @@ def committed_steps(parent: Path) -> list[int]:
 def _is_step(entry: os.DirEntry[str]) -> re.Match[str] | None:
     if not entry.is_dir(follow_symlinks=False) or not Path(entry.path, MANIFEST).is_file():
         return None
-    return _STEP.match(entry.name)
-
-
-def stage(parent: Path, step: int, generation: int) -> Path:
-    """Make and return an empty staging folder for `step`."""
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = parent / f"step_{step:08d}.tmp-{generation}"
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir()
-    return staging
-
-
-def write_pieces(
-    path: Path, name: str, ranges: Iterable[tuple[int, memoryview]]
-) -> list[FilePiece]:
-    """Write (offset, bytes) ranges of a new or preallocated file; return them with their hashes.
-
-    `name` is the file's name within the checkpoint. One fsync at the end covers all ranges.
-    """
-    pieces = []
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        for start, data in ranges:
-            digest = _write_range(descriptor, start, data)
-            pieces.append(FilePiece(file=name, start=start, stop=start + len(data), xxh3=digest))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return pieces
-
-
-def _write_range(descriptor: int, start: int, data: memoryview) -> str:
-    hasher = xxhash.xxh3_128()
-    done = 0
-    while done < len(data):
-        chunk = data[done : done + _CHUNK]
-        written = os.pwrite(descriptor, chunk, start + done)  # may be short
-        hasher.update(chunk[:written])
-        done += written
-    return hasher.hexdigest()
-
-
-def hash_small_files(staging: Path) -> list[FilePiece]:
-    """Return every file of `staging` but the tensor files as one piece each."""
-    pieces = []
-    for path in sorted(staging.rglob("*")):
-        if path.is_file() and path.suffix != ".safetensors":
-            size = path.stat().st_size
-            name = str(path.relative_to(staging))
-            digest = hash_range(path, 0, size)
-            pieces.append(FilePiece(file=name, start=0, stop=size, xxh3=digest))
-    return pieces
+    return STEP.match(entry.name)
 
 
 def commit(
@@ -175,10 +122,7 @@ def verify(folder: Path, body: dict[str, Any], part: int, parts: int) -> None:
     number = 0
     for name, entry in body["files"].items():
         path = folder / name
-        try:
-            size = path.stat(follow_symlinks=False).st_size
-        except OSError as error:
-            raise StorageError(f"{path} is missing: {error.strerror}") from error
+        size = _size_inside(folder, name)
         if size != entry["bytes"]:
             raise StorageError(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
         for start, stop, stated in entry["pieces"]:
@@ -187,62 +131,33 @@ def verify(folder: Path, body: dict[str, Any], part: int, parts: int) -> None:
             number += 1
 
 
+def _size_inside(folder: Path, name: str) -> int:
+    """Return the size of a file that lies in `folder` itself: a manifest may name any path."""
+    path, parts = folder, Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise StorageError(f"{folder / MANIFEST} names {name!r}, which is no file of a checkpoint")
+    for part in parts:
+        path = path / part
+        try:
+            found = path.lstat()
+        except OSError as error:
+            raise StorageError(f"{path} is missing: {error.strerror}") from error
+        wanted = stat.S_ISREG if path == folder / name else stat.S_ISDIR
+        if not wanted(found.st_mode):
+            raise StorageError(
+                f"{path} is a link, or no {'file' if path == folder / name else 'folder'}: "
+                "nothing outside a checkpoint is read"
+            )
+    return found.st_size
+
+
 def hash_range(path: Path, start: int, stop: int) -> str:
     """Return the hash of bytes [start, stop) of a file."""
     hasher = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    buffer = memoryview(bytearray(min(CHUNK, stop - start)))
+    with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while start < stop and (chunk := file.read(min(_CHUNK, stop - start))):
-            hasher.update(chunk)
-            start += len(chunk)
+        while start < stop and (count := file.readinto(buffer[: stop - start])):
+            hasher.update(buffer[:count])
+            start += count
     return hasher.hexdigest()
-
-
-def set_aside(folder: Path, why: str) -> Path:
-    """Rename a step that must not be read any more to `step_N.<why>-k`, which frees its number."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{why}-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    fsync_folder(folder.parent)
-    return aside
-
-
-def publish_pieces(staging: Path, who: str, pieces: list[FilePiece]) -> None:
-    """Leave the hashes of what was written for rank 0: by file, for no object is ever pickled."""
-    (staging / f"{who}.pieces").write_text(json.dumps([asdict(piece) for piece in pieces]))
-
-
-def collected_pieces(staging: Path) -> list[FilePiece]:
-    """Take what all ranks published."""
-    pieces = []
-    for path in sorted(staging.glob("*.pieces")):
-        pieces += [FilePiece(**fields) for fields in json.loads(path.read_text())]
-        path.unlink()
-    return pieces
-
-
-def retain(parent: Path, keep: int, best_step: int | None = None) -> None:
-    """Delete all but the newest `keep` steps and the best one, and staging folders of the dead.
-
-    Only the holder of the run lock may call this, after a commit.
-    """
-    old = (step for step in committed_steps(parent)[keep:] if step != best_step)
-    for step in old:
-        folder = step_folder(parent, step)
-        # Without a manifest the step no longer exists: a crash from here on leaves only debris.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        fsync_folder(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-    collect_debris(parent)
-
-
-def collect_debris(parent: Path) -> None:
-    """Delete staging folders and half-deleted steps. Only the run lock's holder may call this."""
-    if not parent.is_dir():
-        return
-    for entry in os.scandir(parent):
-        is_staging = re.match(r"^step_\d{8}\.tmp-\d+$", entry.name)
-        is_half_deleted = _STEP.match(entry.name) and not Path(entry.path, MANIFEST).exists()
-        if entry.is_dir(follow_symlinks=False) and (is_staging or is_half_deleted):
-            shutil.rmtree(entry.path, ignore_errors=True)

@@ -1,24 +1,79 @@
-"""Filling a model and an optimizer from the safetensors files of a checkpoint."""
+"""The newest checkpoint that is intact, and filling a model and an optimizer from its files."""
 
 import json
+import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from trainer.checkpoint import commit
 from trainer.checkpoint.contents import Contents
+from trainer.checkpoint.retention import set_aside
 from trainer.checkpoint.tensor_file import (
     Entry,
     missing_and_unexpected,
     read_elements,
     read_entries,
 )
+from trainer.distributed import Ranks
 from trainer.errors import StorageError
 from trainer.pieces import Piece
 from trainer.protocols import Engine
 
+log = logging.getLogger(__name__)
+EngineAt = Callable[[int], Engine]
 STATE = "state"
+
+
+def restore(
+    parent: Path,
+    engine_at: EngineAt,
+    steps: list[int],
+    contents: Contents,
+    ranks: Ranks,
+    *,
+    is_main: bool,
+    strict: bool,
+) -> dict[str, Any] | None:
+    """Load the first of `steps` that verifies into its engine; return its state, or None.
+
+    A damaged step is set aside with a loud line, on the way to the next older one; `strict`: it is
+    left as it is. StorageError where no step is used. Collective.
+    """
+    for step in steps:
+        folder = commit.step_folder(parent, step)
+        if _verifies(folder, ranks):
+            return load(engine_at(step), folder, contents)
+        if strict:
+            raise StorageError(
+                f"{folder} is damaged, and resume_strict=true uses no older step; bring its files "
+                "back, or set resume_strict=false"
+            )
+        if is_main:
+            aside = set_aside(folder, "bad")
+            log.error("step %d is damaged and was renamed to %s", step, aside.name)
+        ranks.barrier()
+    if steps:
+        raise StorageError(
+            f"none of the {len(steps)} checkpoints in {parent} is intact; "
+            "start anew with resume=never"
+        )
+    return None
+
+
+def _verifies(folder: Path, ranks: Ranks) -> bool:
+    placement, failure = ranks.placement, None
+    try:
+        body = commit.read_manifest(folder)
+        commit.verify(folder, body, placement.rank, placement.world_size)
+    except (OSError, StorageError) as error:
+        failure = error
+        log.error("%s", error)
+    (failed,) = ranks.maximum([1 if failure else 0])
+    return not failed
 
 
 def load(engine: Engine, folder: Path, contents: Contents) -> dict[str, Any]:

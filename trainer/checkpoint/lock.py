@@ -77,13 +77,13 @@ class RunLock:
                 self._beat()
 
     def check(self) -> None:
-        """Raise StorageError unless this lock is still the newest: the fence before a commit."""
-        found = read_lease(self.folder).get("generation")
-        if found != self.generation:
-            raise StorageError(
-                f"{self.folder} was taken over by generation {found} (this is {self.generation}); "
-                "nothing was committed"
-            )
+        """Raise StorageError unless this lock is still the newest."""
+        check_generation(self.folder, self.generation)
+
+    @property
+    def descriptor(self) -> int:
+        """The locked file: a process that inherits it keeps the lock alive as long as it lives."""
+        return self._file.fileno()
 
     def release(self) -> None:
         self._stopped.set()
@@ -91,6 +91,16 @@ class RunLock:
         if read_lease(self.folder).get("generation") == self.generation:
             write_json(self._lease, {"generation": self.generation})
         self._file.close()
+
+
+def check_generation(folder: Path, generation: int) -> None:
+    """Raise StorageError where another process took the lock over: the fence before a commit."""
+    found = read_lease(folder).get("generation")
+    if found != generation:
+        raise StorageError(
+            f"{folder} was taken over by generation {found} (this is {generation}); "
+            "nothing was committed"
+        )
 
 
 def refuse_if_locked(folder: Path) -> None:

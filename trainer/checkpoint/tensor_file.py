@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import StorageError
-from trainer.files import write_json
+from trainer.files import json_text
 from trainer.pieces import Piece
 
 _NAMES = {
@@ -138,13 +138,13 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def own_ranges(piece: Piece, entry: Entry) -> Iterator[tuple[int, memoryview]]:
-    """Yield (offset in the file, bytes) of the rows that this rank answers for."""
+def own_ranges(piece: Piece, entry: Entry) -> Iterator[tuple[int, Tensor]]:
+    """Yield (offset in the file, elements) of the rows that this rank answers for."""
     assert piece.has_whole_rows
     own = [rows for rows in piece.rows if rows.is_own]
     for rows, values in zip(own, piece.split_own(piece.local), strict=True):
         if len(rows):
-            yield entry.offset(rows.start * piece.width), tensor_bytes(values)
+            yield entry.offset(rows.start * piece.width), values
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -163,13 +163,14 @@ def read_elements(folder: Path, entry: Entry, start: int, stop: int, name: str) 
     return torch.from_numpy(data).view(entry.dtype) if count else torch.empty(0, dtype=entry.dtype)
 
 
-def write_index(folder: Path, files: TensorFiles) -> None:
-    """Write Hugging Face's index where the weights are in several files."""
-    if len(files.headers) > 1:
-        total = sum(entry.stop - entry.start for entry in files.entries.values())
-        weight_map = {name: entry.file for name, entry in files.entries.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+def index_of(files: TensorFiles) -> dict[str, bytes]:
+    """Return Hugging Face's index by its name, where the weights are in several files."""
+    if len(files.headers) == 1:
+        return {}
+    total = sum(entry.stop - entry.start for entry in files.entries.values())
+    weight_map = {name: entry.file for name, entry in files.entries.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {"model.safetensors.index.json": json_text(index).encode()}
 
 
 def missing_and_unexpected(entries: dict[str, Entry], wanted: dict[str, Piece]) -> Iterator[str]:

@@ -1,0 +1,77 @@
+"""This rank's writer process, and the memory through which it gets what it writes."""
+
+import json
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import xxhash
+
+from trainer.checkpoint import writer
+from trainer.checkpoint.writer import Job, Result
+
+_PATHS = [str(Path(writer.__file__).parents[2]), str(Path(xxhash.__file__).parents[1])]
+_START = (
+    f"import sys; sys.path[:0] = {_PATHS!r}; from trainer.checkpoint.writer import main; main()"
+)
+# The writer ends with its rank, and not by itself when a whole group of processes is signalled.
+_LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Writer:
+    """Starts the process with the first job, keeps it, and starts another one after a failure."""
+
+    def __init__(self, kept_open: list[int]) -> None:
+        """`kept_open`: descriptors that the process holds as long as it lives, such as a lock."""
+        self._kept_open = kept_open
+        self._descriptor = os.memfd_create("checkpoint")  # has no name that could survive us
+        self._map = mmap.mmap(-1, 1)
+        self._process: subprocess.Popen[str] | None = None
+
+    def memory(self, num_bytes: int) -> mmap.mmap:
+        """Return shared memory of at least that size: the same each time, unless it must grow."""
+        if num_bytes > os.fstat(self._descriptor).st_size:
+            os.ftruncate(self._descriptor, num_bytes)
+            self._map = mmap.mmap(self._descriptor, num_bytes)
+        return self._map
+
+    def submit(self, job: Job) -> None:
+        """Hand a job over; OSError where no process can be started."""
+        if self._process is None:
+            self._process = self._start()
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RANK)  # is inherited
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-S", "-I", "-c", _START, str(self._descriptor), str(os.getpid())],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                pass_fds=[self._descriptor, *self._kept_open],
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def result(self, seconds: float) -> Result | None:
+        """Return how the job ended, after waiting so long; None: it goes on."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            return None
+        if line := self._process.stdout.readline():
+            return Result(*json.loads(line))
+        code = self._process.wait()
+        return Result(error=f"the process that writes checkpoints ended with code {code}")
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does; what it wrote is debris."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None

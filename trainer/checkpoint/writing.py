@@ -1,0 +1,113 @@
+"""What ranks write into a staging folder, and how rank 0 learns of it: through files alone.
+
+Standard library and xxhash only.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from trainer.checkpoint.commit import CHUNK, FilePiece
+from trainer.errors import StorageError
+
+READY = "ready"  # in a staging folder: every file has been made
+_PIECES = ".pieces"
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
+def stage(parent: Path, name: str, sizes: dict[str, int]) -> Path:
+    """Make staging folder `name` with empty files of `sizes`; OSError where it exists already."""
+    parent.mkdir(exist_ok=True)
+    refuse_link(parent)
+    staging = parent / name
+    staging.mkdir()
+    for folder in sorted({Path(file).parent for file in sizes} - {Path()}):
+        (staging / folder).mkdir()
+    for file, size in sizes.items():
+        with _opened(staging / file, _NEW_FILE) as descriptor:
+            os.ftruncate(descriptor, size)
+    with _opened(staging / READY, _NEW_FILE):
+        return staging
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """Open a file, no link; an error in the block or at the end names it."""
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def refuse_link(folder: Path) -> None:
+    """Raise StorageError where a link stands in for the folder: what it leads to is not ours."""
+    if folder.is_symlink():
+        raise StorageError(
+            f"{folder} is a symbolic link to {os.readlink(folder)}, which is not followed; put the "
+            "folder itself there, or give runs=DIR on the disk that it should be on"
+        )
+
+
+def write_pieces(
+    path: Path, name: str, ranges: Iterable[tuple[int, memoryview]]
+) -> list[FilePiece]:
+    """Write (offset, bytes) ranges of a file that `stage` made; return them with their hashes.
+
+    `name` is the file's name within the checkpoint. One fsync at the end covers all ranges.
+    """
+    pieces = []
+    with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
+        for start, data in ranges:
+            digest = _write_range(descriptor, start, data)
+            pieces.append(FilePiece(file=name, start=start, stop=start + len(data), xxh3=digest))
+        os.fsync(descriptor)
+    return pieces
+
+
+def _write_range(descriptor: int, start: int, data: memoryview) -> str:
+    hasher = xxhash.xxh3_128()
+    done = 0
+    while done < len(data):
+        chunk = data[done : done + CHUNK]
+        written = os.pwrite(descriptor, chunk, start + done)  # may be short
+        hasher.update(chunk[:written])
+        done += written
+    return hasher.hexdigest()
+
+
+def publish_pieces(staging: Path, rank: int, pieces: list[FilePiece]) -> None:
+    """Leave the hashes of what was written for rank 0: by file, for no object is ever pickled."""
+    path = staging / f"rank{rank:05d}{_PIECES}"
+    text = json.dumps([piece._asdict() for piece in pieces]).encode()
+    with _opened(path.with_suffix(".part"), _NEW_FILE) as descriptor:
+        _write_range(descriptor, 0, memoryview(text))
+    path.with_suffix(".part").rename(path)  # rank 0 looks at any moment: whole or absent
+
+
+def collect_pieces(staging: Path, num_ranks: int) -> list[FilePiece]:
+    """Take what that many ranks publish, and leave only what belongs to the checkpoint."""
+    wait_until(lambda: len(list(staging.glob(f"*{_PIECES}"))) >= num_ranks)
+    pieces = []
+    for path in sorted(staging.glob(f"*{_PIECES}")):
+        pieces += [FilePiece(**fields) for fields in json.loads(path.read_text())]
+        path.unlink()
+    (staging / READY).unlink()
+    return pieces
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Look until it is so: this process is killed when another rank's part fails."""
+    seconds = 0.001
+    while not is_so():
+        time.sleep(seconds)
+        seconds = min(2 * seconds, 0.1)
