@@ -24,7 +24,7 @@ import numpy as np
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.loader import StepLoader
 from trainer.data.packing import best_fit
-from trainer.data.prefetch import ahead
+from trainer.data.prefetch import Ahead
 from trainer.data.rows import PackedRows
 from trainer.data.shard_writer import seal
 from trainer.data.shards import BLOCK_BYTES, HEADER, Section, Shard, Vocabulary
@@ -136,7 +136,7 @@ def _throughput(folder: Path) -> list[Figure]:
 
 def _waiting(loader: StepLoader, step_seconds: float, num_steps: int = 8) -> float:
     """Return how many percent of some steps, after the first, go by until the next is there."""
-    steps, waited = ahead(map(loader.step, count())), 0.0
+    steps, waited = Ahead(map(loader.step, count())), 0.0
     next(steps)
     time.sleep(step_seconds)
     started = time.perf_counter()

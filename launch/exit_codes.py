@@ -8,6 +8,7 @@ DATA = 65
 INTERNAL = 70
 STORAGE = 74
 PREEMPTED = 75
+NO_PROGRESS = 93  # NVIDIA's resiliency extension has it, too
 
 MEANINGS = {
     FINISHED: "finished; the last step is committed",
@@ -17,7 +18,8 @@ MEANINGS = {
     DATA: "the data cannot be read or used",
     INTERNAL: "internal error, out of memory, or too many non-finite steps",
     STORAGE: "no good checkpoint could be written or read",
-    PREEMPTED: "stopped by a signal; saved; start the same command again",
+    PREEMPTED: "stopped by a signal or its time limit; saved; start the same command again",
+    NO_PROGRESS: "restarted again and again without a new checkpoint; look at the first failure",
 }
 
 

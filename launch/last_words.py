@@ -24,6 +24,8 @@ def describe(
     error: Exception, whereabouts: "Whereabouts", placement: "Placement"
 ) -> dict[str, Any]:
     """Return the exit record of a failure: what, when, where, on which samples."""
+    from trainer.errors import NonFiniteError
+
     is_consequence = placement.world_size > 1 and lost_the_others(error)
     return {
         "code": code_of(error),
@@ -32,8 +34,18 @@ def describe(
         **whereabouts.place,
         "provenance": whereabouts.provenance,
         "is_consequence": is_consequence,
-        "collective": _last_collective() if is_consequence else None,
+        "is_final": code_of(error) != INTERNAL or isinstance(error, NonFiniteError),
+        "is_oom": is_oom(error),
+        "collective": last_collective() if is_consequence else None,
     }
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether memory ran out: torch has a class of its own for GPUs, and none for the host."""
+    import torch
+
+    is_host = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allo" in str(error)
+    return is_host or isinstance(error, torch.OutOfMemoryError)
 
 
 def lost_the_others(error: BaseException | None) -> bool:
@@ -54,7 +66,7 @@ def lost_the_others(error: BaseException | None) -> bool:
     )
 
 
-def _last_collective() -> dict[str, Any] | None:
+def last_collective() -> dict[str, Any] | None:
     """Return the collective that this rank waits in: the oldest unfinished, else the last one.
 
     From torch's flight recorder, which is on by default (TORCH_FR_BUFFER_SIZE) for gloo and NCCL.
@@ -72,6 +84,7 @@ def _last_collective() -> dict[str, Any] | None:
         "group": entry["process_group"][1],
         "number": entry["collective_seq_id"],
         "since": entry["time_created_ns"] / 1e9,
+        "is_done": entry["retired"],
     }
 
 
@@ -114,9 +127,13 @@ def judge_here(attempt: Path, num_ranks: int) -> str:
 
 def leave_record(attempt: Path, rank: int, record: dict[str, Any]) -> None:
     """Write a rank's exit record, whole or not at all."""
-    path = attempt / f"exit.{rank:05d}.json"
+    write_whole(attempt / f"exit.{rank:05d}.json", record)
+
+
+def write_whole(path: Path, values: dict[str, Any]) -> None:
+    """Write one object, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record))
+    temporary.write_text(json.dumps(values))
     os.replace(temporary, path)
 
 

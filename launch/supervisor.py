@@ -1,169 +1,205 @@
-"""Starts N workers on this machine, forwards signals, and leaves nobody behind.
+"""Starts N workers on this machine, forwards signals, starts them again, and leaves nobody behind.
 
 Standard library only. Stands in for torchrun, which turns every exit code into 1, dies on SIGUSR1
 with its workers running on, and leaves orphans when it is killed.
 """
 
-import os
+import json
+import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
-from launch.verdict import Witness, judge, read_places, read_records
+from launch.group import Group
+from launch.restarts import Failure, Restarts, failure_of, last_step
+from launch.signals import STOP_SIGNALS
+from launch.verdict import read_records
+from launch.watchdog import Hang, Watchdog, WatchdogSpec
 
 GRACE_SECONDS = 5.0  # for the other ranks, once one has failed
 POLL_SECONDS = 0.05
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# What a worker is told beside torchrun's variables.
-ATTEMPT, PARENT = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID"
+LOOK_SECONDS = 0.25  # between two looks at all places
 WORKER = "launch.worker"
 
 
 class Supervisor:
-    """One start of N workers: processes that run the module `worker`."""
+    """A run of N processes, over all of its starts; they run the module `worker`."""
 
-    def __init__(self, processes: int, attempt: Path, worker: str = WORKER) -> None:
-        self.attempt, self.processes, self.worker = attempt, processes, worker
-        self.workers: list[subprocess.Popen[bytes]] = []
+    def __init__(
+        self,
+        processes: int,
+        attempt: Path,
+        worker: str = WORKER,
+        *,
+        restarts: int = 0,
+        watchdog: WatchdogSpec | None = None,
+    ) -> None:
+        """`attempt` is the folder of the first start, with its config.yaml."""
+        self.processes, self.attempt, self.worker = processes, attempt, worker
+        self.watchdog = watchdog
         self.signals: list[int] = []
+        self.restarts = Restarts(restarts, self._committed())
         self.failed_at: float | None = None
-        self.places: list[dict[str, Any]] = [{}] * processes
-        """Where each rank was when the first failure was seen."""
-        self.ended: list[int | None] = []
-        """Return codes; None where we had to kill."""
+        """When the failure was seen from which the run has not yet come back."""
+        self.recoveries: list[float] = []
 
     def run(self) -> int:
         """Start the workers, wait for all of them, and return the exit code of the run."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
-        try:
-            self._start()  # with signals blocked, as they were on the way here: workers inherit it
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            self._wait()
-        finally:
-            self._kill()
-        return self._verdict()
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited, until workers can write stacks
+        while True:
+            outcome = self._start_once()
+            if isinstance(outcome, int):
+                return outcome
+            end = self.restarts.end(outcome)
+            if end is None and self.signals:
+                end = outcome.code, f"{outcome}; not started again, since a stop was asked for"
+            if end is not None:
+                self._say(end[1])
+                return end[0]
+            self._say(f"{outcome}; starting again ({self.restarts.counted})")
+            self.attempt = self._next_attempt()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signals.append(number)
 
-    def _start(self) -> None:
-        from trainer.ports import free_port  # here: the help needs nothing of the trainer
+    def _start_once(self) -> int | Failure:
+        """Return the exit code of the run, or the failure of this start."""
+        group = Group(self.processes, self.attempt, self.worker)
+        hang = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            group.start()  # with signals blocked, as they were on the way here: workers inherit it
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            hang = self._wait(group)
+        finally:
+            group.kill()
+        return self._judge(group, hang)
 
-        port = free_port()
-        for rank in range(self.processes):
-            self.workers.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", self.worker],
-                    env=self._environment(rank, port),
-                    start_new_session=True,  # the terminal's Ctrl-C reaches us alone: we forward it
-                )
-            )
-
-    def _environment(self, rank: int, port: int) -> dict[str, str]:
-        environment = dict(os.environ)
-        environment.setdefault(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes))
-        )
-        return environment | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.processes),
-            "LOCAL_WORLD_SIZE": str(self.processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            ATTEMPT: str(self.attempt),
-            PARENT: str(os.getpid()),
-            **safe_paths(os.environ),
-        }
-
-    def _wait(self) -> None:
-        forwarded = 0
-        while any(worker.poll() is None for worker in self.workers):
+    def _wait(self, group: Group) -> Hang | None:
+        """Return when all workers have ended, or when those that are left are to be killed."""
+        watchdog = Watchdog(self.watchdog, self.processes) if self.watchdog else None
+        forwarded, looked_at, failed_at = 0, time.monotonic(), None
+        while group.is_running:
             time.sleep(POLL_SECONDS)
-            while forwarded < len(self.signals):
-                self._send(self.signals[forwarded])
+            for number in self.signals[forwarded:]:
+                self._forward(group, number)
                 forwarded += 1
             if forwarded > 1:
-                return  # a second signal: leave at once
-            has_failed = any(w.poll() not in (None, FINISHED, PREEMPTED) for w in self.workers)
-            if has_failed and self.failed_at is None:
-                self.failed_at = time.monotonic()
-                self.places = read_places(self.attempt, self.processes)
-            if self.failed_at and time.monotonic() - self.failed_at > GRACE_SECONDS:
-                return
+                return None
+            now = time.monotonic()
+            if failed_at is None and group.has_failed:
+                failed_at = now
+                group.note_failure()
+                self.failed_at = self.failed_at or now
+            if failed_at is not None and now - failed_at > GRACE_SECONDS:
+                return None
+            if failed_at is None and now - looked_at > LOOK_SECONDS:
+                hang = self._look(group, watchdog, now - looked_at)
+                looked_at = now
+                if hang:
+                    self.failed_at = self.failed_at or now
+                    group.interrogate()
+                    return hang
+        return None
 
-    def _send(self, number: int) -> None:
-        for worker in self.workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+    def _forward(self, group: Group, number: int) -> None:
+        name = signal.Signals(number).name
+        self._say(
+            f"{name}: the run ends after this step, with a save; a second signal ends it at once"
+            if len(self.signals) == 1
+            else f"{name}: stopped at once by a second signal"
+        )
+        group.send(number)
 
-    def _kill(self) -> None:
-        """Kill what is left, with its children."""
-        self.ended = [worker.poll() for worker in self.workers]
-        for worker in self.workers:
-            if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
-        for worker in self.workers:
-            worker.wait()
+    def _look(self, group: Group, watchdog: Watchdog | None, gap: float) -> Hang | None:
+        places = group.places()
+        if self.failed_at is not None:
+            done = max(map(last_step, places))
+            if done > self.restarts.failures[-1].committed:
+                self.recoveries.append(time.monotonic() - self.failed_at)
+                self.failed_at = None
+                self._say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
+        return watchdog.look(places, gap) if watchdog else None
 
-    def _verdict(self) -> int:
-        records = read_records(self.attempt, self.processes)
-        codes = {
-            rank: self._code(worker, records[rank]) for rank, worker in enumerate(self.workers)
-        }
-        if len(set(codes.values())) == 1 and codes[0] in (FINISHED, PREEMPTED):
-            return codes[0]
+    def _judge(self, group: Group, hang: Hang | None) -> int | Failure:
         if len(self.signals) > 1:
-            print("tessera: stopped at once by a second signal", file=sys.stderr)
             return 128 + self.signals[-1]
-        blamed, sentence = judge(
-            [
-                Witness(rank=rank, place=place, record=record, return_code=code)
-                for rank, (place, record, code) in enumerate(
-                    zip(self.places, records, self.ended, strict=True)
-                )
-            ]
-        )
-        code = codes[blamed] if codes[blamed] not in (FINISHED, PREEMPTED) else INTERNAL
-        print(
-            f"tessera: {sentence}; last committed step: {self._last_step()}; "
-            f"exit code {code} ({MEANINGS.get(code, '')})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return code
+        records = read_records(self.attempt, self.processes)
+        codes = [
+            worker.returncode
+            if worker.returncode in MEANINGS and record.get("code") == worker.returncode
+            else INTERNAL  # leaving without a record is a failure, with 0 too
+            for worker, record in zip(group.workers, records, strict=True)
+        ]
+        if set(codes) == {FINISHED}:
+            self._say_how_it_went()
+            return FINISHED
+        left_early = [record for record in records if record.get("has_begun") is False]
+        if set(codes) == {PREEMPTED} or (self.signals and left_early):
+            reason = (left_early or records)[0]["reason"]
+            step = self._committed() or "none"
+            self._say(
+                f"{reason}; last committed step: {step}; the same command goes on from there "
+                f"(exit code {PREEMPTED})"
+            )
+            return PREEMPTED
+        failure = failure_of(group.witnesses(), codes, self._committed())
+        return failure if hang is None else _with_hang(failure, hang, self.attempt)
+
+    def _say_how_it_went(self) -> None:
+        failures = self.restarts.failures
+        if failures:
+            seconds = ", ".join(f"{each:.1f}" for each in self.recoveries)
+            self._say(
+                f"finished after {len(failures)} restart(s), the first since {failures[0]}; steps "
+                f"lost in all: {sum(each.num_lost for each in failures)}; seconds to recover: "
+                f"{seconds}"
+            )
+
+    def _committed(self) -> int:
+        from trainer.checkpoint.commit import committed_steps
+        from trainer.directory import CHECKPOINTS
+
+        return max(committed_steps(self.attempt.parent.parent / CHECKPOINTS), default=0)
+
+    def _next_attempt(self) -> Path:
+        from trainer.directory import CONFIG, new_attempt
+
+        attempt = new_attempt(self.attempt.parent.parent)
+        shutil.copyfile(self.attempt / CONFIG, attempt / CONFIG)
+        return attempt
 
     @staticmethod
-    def _code(worker: "subprocess.Popen[bytes]", record: dict[str, Any]) -> int:
-        """Return a worker's code; leaving with 0 but without a record is a failure."""
-        code = worker.returncode
-        return code if code in MEANINGS and record.get("code") == code else INTERNAL
-
-    def _last_step(self) -> str:
-        folder = self.attempt.parent.parent / "checkpoints"
-        steps = sorted(folder.glob("step_????????/MANIFEST.json"))
-        return steps[-1].parent.name.removeprefix("step_").lstrip("0") if steps else "none"
+    def _say(text: str) -> None:
+        print(f"tessera: {text}", file=sys.stderr, flush=True)
 
 
-def safe_paths(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return variables under which Python finds our packages, and none in the user's directory.
-
-    A `models/` folder there must not shadow ours.
-    """
-    ours, known = str(Path(__file__).resolve().parent.parent), environ.get("PYTHONPATH")
-    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ours}:{known}" if known else ours}
+def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
+    """Say how long nothing was heard, and where the stacks of all ranks are."""
+    return replace(
+        failure,
+        is_final=False,
+        sentence=f"{failure.sentence}; no sign of life for {hang.seconds:.0f} s (limit of "
+        f"{hang.section}: {hang.limit:.0f} s), stacks of all ranks in {attempt}/stacks.*.txt",
+    )
 
 
 def main() -> int:
-    return Supervisor(int(sys.argv[1]), Path(sys.argv[2])).run()
+    processes, attempt, restarts, watchdog = sys.argv[1:]
+    limits = json.loads(watchdog)
+    return Supervisor(
+        int(processes),
+        Path(attempt),
+        restarts=int(restarts),
+        watchdog=WatchdogSpec(**limits) if limits else None,
+    ).run()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`tessera train`: compose, check, then train: here, under our supervisor or as a torchrun rank."""
 
+import json
 import os
 import signal
 import sys
@@ -9,9 +10,12 @@ from typing import Any
 
 from launch.binding import bind, convert
 from launch.compose import compose
+from launch.deadline import end_time, note_end
 from launch.determinism import hold
+from launch.group import safe_paths
+from launch.local import LocalLaunch
 from launch.menu import lines
-from launch.supervisor import STOP_SIGNALS, safe_paths
+from launch.signals import STOP_SIGNALS, leaving_on_signals
 
 USAGE = """usage: tessera train [experiment=NAME] [group=choice] [key=value] ...
 
@@ -30,6 +34,7 @@ _NEEDED_FIRST: dict[str, Any] = {
     "max_epochs": float | None,
     "resume_step": int | None,
     "resume_allow": list[str],
+    "stop_at": str | None,
 }
 
 
@@ -89,36 +94,42 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE + "\n".join(lines()))
         return 0
-    request = _request(arguments)
+    with leaving_on_signals():
+        return _train(_request(arguments))
+
+
+def _train(request: Request) -> int:
     hold(request.tree.get("deterministic"), os.environ)
+    end = end_time(request.tree["stop_at"], os.environ)
     if "RANK" in os.environ and not request.is_dry:
         return _train_as_rank(request)
     max_steps = request.tree["max_steps"]
     # Before torch is imported, where that is possible: a refusal is fast.
     folder = None if max_steps is None else request.choose(max_steps)
-    run, processes = bind_run(request.tree)
-    run.check(processes)
+    run, local = bind_run(request.tree)
+    run.check(local.processes)
     run = _settled(run)
     folder = folder or request.choose(run.num_steps)
     if request.is_dry:
         import yaml
 
         print(yaml.safe_dump(request.tree, sort_keys=False), end="")
-        _print_shards(run, processes)
+        _print_shards(run, local.processes)
         print(
-            f"# checked for {processes} process(es); would train {run.num_steps} steps in "
+            f"# checked for {local.processes} process(es); would train {run.num_steps} steps in "
             f"{folder}; nothing was started"
         )
         return 0
     # From here on a signal means: stop with 75. It waits until a handler can say so.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     attempt = request.write(folder)
-    if processes == 1:
-        from launch.worker import execute
-        from trainer.distributed import Placement
+    note_end(end)
+    if local.is_supervised:
+        return _become_supervisor(local, attempt)
+    from launch.worker import execute
+    from trainer.distributed import Placement
 
-        return execute(run, Placement(), lambda _: attempt)
-    return _become_supervisor(processes, attempt)
+    return execute(run, Placement(), lambda _: attempt)
 
 
 def _settled(run: Any) -> Any:
@@ -160,31 +171,32 @@ def _request(arguments: list[str]) -> Request:
     return Request(tree=tree, is_dry=is_dry == "true")
 
 
-def bind_run(tree: dict[str, Any]) -> tuple[Any, int]:
-    """Return the Run of a composed config, and how many processes to start."""
+def bind_run(tree: dict[str, Any]) -> tuple[Any, LocalLaunch]:
+    """Return the Run of a composed config, and how it is started."""
     run = bind({key: value for key, value in tree.items() if key != "launch"})
     local = bind(tree["launch"], "launch")
     local.check()
-    return run, local.processes
+    return run, local
 
 
 def _train_as_rank(request: Request) -> int:
     """Train as one rank of torchrun: rank 0 chooses the folder for all."""
     from launch.worker import execute, leave, placement_from
 
-    run, processes = bind_run(request.tree)
+    run, local = bind_run(request.tree)
     placement = placement_from(os.environ)
-    if processes not in (1, placement.world_size):
+    if local.processes not in (1, placement.world_size):
         raise ValueError(
-            f"launch.processes={processes} has no effect under torchrun, which started "
+            f"launch.processes={local.processes} has no effect under torchrun, which started "
             f"{placement.world_size}; leave it out"
         )
     leave(execute(run, placement, request.locate))
 
 
-def _become_supervisor(processes: int, attempt: Path) -> int:
+def _become_supervisor(local: LocalLaunch, attempt: Path) -> int:
     """Replace this process, which has torch in memory, by a small one that watches the workers."""
     os.environ |= safe_paths(os.environ)
     sys.stdout.flush()
-    arguments = [sys.executable, "-m", "launch.supervisor", str(processes), str(attempt)]
-    os.execv(sys.executable, arguments)
+    limits = json.dumps(local.watchdog and vars(local.watchdog))
+    words = [str(local.processes), str(attempt), str(local.max_restarts), limits]
+    os.execv(sys.executable, [sys.executable, "-m", "launch.supervisor", *words])

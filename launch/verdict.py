@@ -32,6 +32,8 @@ class Witness:
     """What it left when it ended; empty: nothing."""
     return_code: int | None = None
     """Of a process that ended by itself; None: it goes on, had to be killed, or cannot be seen."""
+    was_out_of_memory: bool | None = None
+    """Whether the kernel killed a process of this job for its memory; None: nobody knows."""
 
     @property
     def has_ended_well(self) -> bool:
@@ -74,8 +76,26 @@ class Witness:
 
     @property
     def reason(self) -> str:
-        reason = str(self.record["reason"] if self._is_as_recorded else _ending(self.return_code))
+        reason = str(self.record["reason"] if self._is_as_recorded else self._ending)
         return " ".join(reason.split())[:MAX_REASON]
+
+    @property
+    def is_oom(self) -> bool:
+        """Whether memory ran out, of the machine or of the GPU, as far as that is known."""
+        if self.record and self._is_as_recorded:
+            return bool(self.record.get("is_oom"))
+        return self.return_code == -signal.SIGKILL and bool(self.was_out_of_memory)
+
+    @property
+    def _ending(self) -> str:
+        code = self.return_code
+        if code is None:
+            return "no record"
+        if code >= 0:
+            return f"exit code {code}, and no record of it"
+        hints = {True: " (the kernel ran out of memory for it)", None: " (out of memory?)"}
+        hint = hints.get(self.was_out_of_memory, "") if -code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}"
 
     @property
     def spot(self) -> dict[str, Any]:
@@ -121,12 +141,17 @@ def read_records(attempt: Path, num_ranks: int) -> list[dict[str, Any]]:
     return [_read(attempt / f"exit.{rank:05d}.json") for rank in range(num_ranks)]
 
 
+def read_waits(attempt: Path, num_ranks: int) -> list[dict[str, Any]]:
+    """Return what each hanging rank said that it waits in: a record of one that has not ended."""
+    return [_read(attempt / f"wait.{rank:05d}.json") for rank in range(num_ranks)]
+
+
 def read_places(attempt: Path, num_ranks: int) -> list[dict[str, Any]]:
     """Return where each rank is now, and as its `state` whether it is stopped or gone."""
     places = [_read(attempt / f"place.{rank:05d}.json") for rank in range(num_ranks)]
     here = socket.gethostname()
     return [
-        place | {"state": _state_of(place["pid"]) if place.get("host") == here else ""}
+        place | {"state": state_of(place["pid"]) if place.get("host") == here else ""}
         for place in places
     ]
 
@@ -224,19 +249,11 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _state_of(pid: int) -> str:
+def state_of(pid: int) -> str:
+    """Return whether a process of this machine is stopped or gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return GONE
     letter = status.partition("State:\t")[2][:1]
     return {"T": STOPPED, "Z": GONE, "X": GONE}.get(letter, "")
-
-
-def _ending(code: int | None) -> str:
-    if code is None:
-        return "no record"
-    if code >= 0:
-        return f"exit code {code}, and no record of it"
-    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"

@@ -1,25 +1,23 @@
 """One rank: from a config tree to an exit code and an exit record."""
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED
+from launch.deadline import seconds_left
+from launch.exit_codes import FINISHED, PREEMPTED
+from launch.group import ATTEMPT, PARENT, PIPE
 from launch.last_words import describe, judge_here, leave_record, report, say
-from launch.supervisor import ATTEMPT, PARENT, STOP_SIGNALS
+from launch.parent import Stacks, die_with, obey
+from launch.signals import handle_signals
 
 if TYPE_CHECKING:
-    from trainer.control import StopRequest
+    from trainer.construct import Start
     from trainer.distributed import Placement
     from trainer.run import Run
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def placement_from(environ: Mapping[str, str]) -> "Placement":
@@ -45,45 +43,61 @@ def placement_from(environ: Mapping[str, str]) -> "Placement":
 def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -> int:
     """Train as one rank; return the exit code, after leaving a record beside the config."""
     from launch.terminal import configure_logging, show_cursor
-    from trainer.construct import Start, fit
+    from trainer.construct import Start
     from trainer.control import StopRequest
+    from trainer.time_limit import TimeLimit
 
     configure_logging(placement.rank)
-    request, failure = StopRequest(), None
-    _handle_signals(request)
-    start = Start(placement=placement, locate=locate, request=request)
-    try:
-        is_finished = fit(run, start)
-        code, reason = (FINISHED, "finished") if is_finished else (PREEMPTED, "stopped by a signal")
-        record: dict[str, Any] = {"code": code, "reason": reason, "time": time.time()}
-    except Exception as error:  # the one place where every failure becomes an exit code
-        failure, record = error, describe(error, start.whereabouts, placement)
+    request = StopRequest()
+    limit = TimeLimit(seconds_left(os.environ, run.stop_at))
+    start = Start(placement=placement, locate=locate, request=request, limit=limit)
     is_supervised = ATTEMPT in os.environ
+    stacks = _report_to_supervisor(start) if is_supervised else None
+    failure, record = _outcome(run, start)
+    request.is_polled = True  # from here on a signal changes nothing
     attempt = Path(os.environ[ATTEMPT]) if is_supervised else start.whereabouts.attempt
     if attempt:  # first of all: a supervisor or another rank may look for it
         leave_record(attempt, placement.rank, record)
+    if stacks:
+        stacks.close()
     show_cursor()
     if failure:
         report(failure, record, placement)
         if attempt and record["is_consequence"] and not is_supervised:
             say(judge_here(attempt, placement.world_size))
+    elif record["code"] == PREEMPTED and placement.is_main and not is_supervised:
+        say(f"{record['reason']}; the same command goes on from there (exit code {PREEMPTED})")
     return int(record["code"])
 
 
-def _handle_signals(request: "StopRequest") -> None:
-    """First signal: stop after the step, with a save. Second: leave at once."""
-    from launch.terminal import show_cursor
+def _report_to_supervisor(start: "Start") -> Stacks:
+    """Be ready to say where this rank is, whatever it does."""
+    attempt, rank = Path(os.environ[ATTEMPT]), start.placement.rank
+    obey(int(os.environ[PIPE]), attempt, rank, start.whereabouts)
+    return Stacks(attempt, rank)
 
-    def handle(number: int, _: FrameType | None) -> None:
-        if request.is_set:
-            show_cursor()
-            os._exit(128 + number)
-        request.is_set = True
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, handle)
-    # Blocked since before torch was imported, so that none came too early to be handled.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+def _outcome(run: "Run", start: "Start") -> tuple[Exception | None, dict[str, Any]]:
+    """Train; return what failed, if anything did, and the exit record."""
+    from trainer.construct import fit
+    from trainer.control import StoppedEarlyError
+
+    request, failure = start.request, None
+    try:
+        try:
+            handle_signals(request)
+            if fit(run, start):
+                code, reason = FINISHED, "finished"
+            else:
+                code, reason = PREEMPTED, f"stopped by {request.reason}"
+            record: dict[str, Any] = {"code": code, "reason": reason, "time": time.time()}
+        except Exception as error:  # the one place where every failure becomes an exit code
+            failure, record = error, describe(error, start.whereabouts, start.placement)
+    except StoppedEarlyError:  # here, since it may come while a failure is described
+        reason = f"stopped by {request.reason} before the first step of this start"
+        record = {"code": PREEMPTED, "reason": reason, "time": time.time(), "has_begun": False}
+        failure = None
+    return failure, record | {"step": start.whereabouts.place["step"]}
 
 
 def leave(code: int) -> NoReturn:
@@ -91,13 +105,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies; leave if it is dead already."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(INTERNAL)
 
 
 def main() -> None:

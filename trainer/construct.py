@@ -30,6 +30,8 @@ from trainer.resume import checkpoints_of, open_record, resume
 from trainer.run import Run
 from trainer.run_data import build_data
 from trainer.settle import settle
+from trainer.stopping import Stopping
+from trainer.time_limit import TimeLimit
 from trainer.validation.spec import VALIDATION
 from trainer.whereabouts import Whereabouts
 
@@ -44,6 +46,7 @@ class Start:
     config.yaml; called on rank 0 only."""
     request: StopRequest
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    limit: TimeLimit = field(default_factory=TimeLimit)
 
 
 def fit(run: Run, start: Start) -> bool:
@@ -108,6 +111,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
             run, model, engine.trained, mesh, reason, ranks, loader, eval_loader, meter
         ),
     )  # fmt: skip
+    control = ControlWord(ranks)
     loop = Loop(
         engine=engine, loader=loader, progress=progress, plan=run.plan,
         evaluator=evaluator_of(run, eval_loader, mesh, ranks.device),
@@ -115,7 +119,10 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
             run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
             page=folder / VALIDATION if start.placement.is_main else None,
         ),
-        checkpoints=checkpoints, control=ControlWord(ranks), request=start.request, record=record,
+        checkpoints=checkpoints, control=control, record=record,
+        stopping=Stopping(
+            control=control, request=start.request, limit=start.limit, whereabouts=start.whereabouts
+        ),
         meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best,
         skipped_in_a_row=skipped_in_a_row, bits=bits,
         replicas=Replicas(run.check_replicas_every, ranks, mesh),

@@ -11,11 +11,23 @@ from trainer.distributed import Ranks
 from trainer.protocols import StepResult
 
 
+class StoppedEarlyError(BaseException):
+    """A stop was requested before the first step of this start was done: there is nothing to save.
+
+    No Exception: whoever handles failures on the way has no part in it.
+    """
+
+
 @dataclass
 class StopRequest:
     """Set by a signal handler of this process; nothing else may be done there."""
 
     is_set: bool = False
+    is_polled: bool = False
+    """Whether the loop looks here: from the end of the first step on. Before, the handler raises
+    StoppedEarlyError."""
+    reason: str = ""
+    """What asked for it, in words: a signal, or the limit of time."""
 
 
 class Word(NamedTuple):
@@ -23,6 +35,10 @@ class Word(NamedTuple):
 
     stop: bool = False
     """Save, and end."""
+    too_late: bool = False
+    """A save would not end before the limit of time: end without."""
+    scarce: bool = False
+    """The data of the next two steps is not all there: ranks ask each other before they begin."""
     saved: int = 0
     """Number of the save that rank 0's writer has committed; 0: none is new."""
     save_failed: int = 0
@@ -50,18 +66,28 @@ class ControlWord:
         self._sent = word, dist.all_reduce(word, dist.ReduceOp.MAX, group=group, async_op=True)
         return agreed
 
+    def agree(self, own: Word) -> Word:
+        """Return what the ranks say now, after waiting for all of them. Collective."""
+        if self.ranks.placement.world_size == 1:
+            return own
+        return _word(self.ranks.maximum([int(each) for each in own]))
+
     def _finish(self) -> Word:
         if self._sent is None:
-            return Word()
+            return Word(scarce=True)  # nothing is known of the others
         word, work = self._sent
         work.wait()
         self._sent = None
-        stop, saved, save_failed = word.tolist()
-        return Word(bool(stop), saved, save_failed)
+        return _word(word.tolist())
 
     def drain(self) -> None:
         """Complete the exchange in flight, so that none is left when the ranks part. Collective."""
         self._finish()
+
+
+def _word(numbers: list[int]) -> Word:
+    stop, too_late, scarce, saved, save_failed = numbers
+    return Word(bool(stop), bool(too_late), bool(scarce), saved, save_failed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from trainer.checkpoint.commit import committed_steps
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 REWIND = "rewound_to"
+EVALUATION_DUE = "evaluation_due"
 AUTO, NEVER = "auto", "never"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
@@ -49,15 +50,24 @@ def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:
 
 def read_rewind(folder: Path) -> int | None:
     """Return the step that this run was last taken back to by `resume_step`, if any."""
+    return _read_step(folder / REWIND)
+
+
+def read_due(folder: Path) -> int | None:
+    """Return the step whose evaluation a stop has cut off, if any."""
+    return _read_step(folder / EVALUATION_DUE)
+
+
+def _read_step(path: Path) -> int | None:
     try:
-        return int((folder / REWIND).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):
         return None
 
 
 def is_unfinished(folder: Path, max_steps: int) -> bool:
     steps = committed_steps(folder / CHECKPOINTS)
-    return not steps or steps[0] < max_steps
+    return not steps or steps[0] < max_steps or steps[0] == read_due(folder)
 
 
 def new_attempt(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Evaluation: the sum of losses over the sum of targets, whatever the batches and ranks."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,16 @@ class Evaluator:
     mesh: Mesh
     device: torch.device
 
-    def evaluate(self, engine: Engine) -> dict[str, Any]:
+    def evaluate(
+        self, engine: Engine, on_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """Return loss and the task's metrics, and the loss of each source where there are several.
 
+        `on_batch` is called before each batch, as often on every rank, and may raise.
         Collective: every rank must call this.
         """
         sums = {source: [(0.0, 0.0)] for source in range(len(self.loader.rows.counts))}
-        numbers, answers = self._judged(engine)
+        numbers, answers = self._judged(engine, on_batch)
         for source, nll_sum, count in numbers:
             sums[int(source)].append((nll_sum, count))
         # Rounded once, whatever the order: the number of ranks leaves no trace.
@@ -49,12 +53,15 @@ class Evaluator:
             **self._by_source(list(sums.values())),
         }
 
-    def _judged(self, engine: Engine) -> tuple[list[list[float]], np.ndarray | None]:
+    def _judged(
+        self, engine: Engine, on_batch: Callable[[], None]
+    ) -> tuple[list[list[float]], np.ndarray | None]:
         """Return source, sum of losses and number of targets of every batch of all ranks, and all
         answers."""
         numbers = [torch.zeros(3, dtype=torch.float64, device=self.device)]
         answers: list[Tensor] = []
         for place, (source, batch) in enumerate(self.loader.batches()):
+            on_batch()
             number = place * self.mesh.dp_size + self.mesh.dp_rank
             judged = self.task.judge(engine, batch, number, self.labels)
             one = torch.stack(

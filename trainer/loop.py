@@ -1,13 +1,16 @@
 """The loop: train, log, evaluate, save, in this order. It knows protocols only."""
 
+import logging
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.best import Best
 from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.control import ControlWord, HostResult, Readback, StopRequest, Word
-from trainer.data.loader import StepLoader
+from trainer.control import ControlWord, HostResult, Readback
+from trainer.data.loader import Step, StepLoader
+from trainer.data.prefetch import Ahead
 from trainer.errors import NonFiniteError
 from trainer.evaluate import Evaluator
 from trainer.meter import Meter
@@ -15,8 +18,11 @@ from trainer.progress import Progress
 from trainer.protocols import Engine, Saved
 from trainer.record import RunRecord
 from trainer.replicas import Replicas
+from trainer.stopping import EvaluationStoppedError, Stopping
 from trainer.validation.validator import Validator
 from trainer.whereabouts import Whereabouts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class Loop:
     validator: Validator | None
     checkpoints: Checkpoints
     control: ControlWord
-    request: StopRequest
+    stopping: Stopping
     record: RunRecord
     meter: Meter
     callbacks: list[Callback]
@@ -77,20 +83,30 @@ class Loop:
         self.checkpoints.listener = self._hear_of_save
 
     def fit(self) -> bool:
-        """Train to plan.max_steps or until no evaluation gets better; return False when a signal
-        ended it early, after a save.
+        """Train to plan.max_steps or until no evaluation gets better; return False when it ended
+        early, after a save.
 
         Collective: every rank must call this.
         """
+        self.progress.stopwatch.start()
+        if self.progress.evaluation_due:
+            self._evaluate()
+        with closing(self.loader.steps(self.progress.step)) as steps:
+            self._train(steps)
+        if self.progress.step:
+            self._save(is_last=True)
+        self.control.drain()
+        return not self.stopping.is_agreed or (self._has_all and not self.progress.evaluation_due)
+
+    def _train(self, steps: Ahead[Step]) -> None:
         progress, plan, readback = self.progress, self.plan, Readback()
-        steps = self.loader.steps(progress.step)
-        is_stopping = False
-        progress.stopwatch.start()
-        while progress.step < plan.max_steps and not is_stopping and not self.best.is_over:
+        while not self._is_over:
             number = progress.step + 1
             self.whereabouts.enter("data", number, self.loader.ranges(progress.step))
             with progress.stopwatch.waiting_for_data():
-                step = next(steps)
+                step = self.stopping.next(steps)
+            if step is None:
+                break
             self.record.consumes(number, step.ranges)
             self.whereabouts.enter("train_step", number, step.ranges, step.provenance)
             result = self.engine.train_step(number, step.micro_batches, step.num_tokens)
@@ -98,22 +114,24 @@ class Loop:
             self.replicas.check(progress.step, self.engine)
             self._note(readback.push(number, result))
             self.whereabouts.enter("control")
-            own = self.checkpoints.sign(Word(stop=self.request.is_set))
-            agreed = self.control.exchange(own)
-            is_stopping = agreed.stop
+            agreed = self.control.exchange(self.checkpoints.sign(self.stopping.word(steps)))
+            self.stopping.hear(agreed)
             self.checkpoints.heed(agreed)
             if plan.logs(progress.step):
                 self._log()
-            is_best = False
-            if plan.evaluates(progress.step) and self.evaluator:
-                is_best = self._evaluate(self.evaluator)
-            is_last = is_stopping or self.best.is_over or progress.step == plan.max_steps
-            if plan.saves(progress.step) or is_best or is_last:
+            is_best = plan.evaluates(progress.step) and self._evaluate()
+            if (plan.saves(progress.step) or is_best) and not self._is_over:
                 self._note(readback.flush())
-                self._save(is_last=is_last)
+                self._save(is_last=False)
         self._note(readback.flush())
-        self.control.drain()
-        return progress.step >= plan.max_steps or self.best.is_over
+
+    @property
+    def _has_all(self) -> bool:
+        return self.progress.step >= self.plan.max_steps or self.best.is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self.stopping.is_agreed or self._has_all
 
     def _log(self) -> None:
         self.whereabouts.enter("log")
@@ -123,30 +141,59 @@ class Loop:
         for callback in self.callbacks:
             callback.on_step(self.progress, metrics)
 
-    def _evaluate(self, evaluator: Evaluator) -> bool:
-        """Return whether this evaluation is the best so far."""
+    def _evaluate(self) -> bool:
+        """Return whether this evaluation is the best so far; one that a stop cuts off stays due."""
+        if self.evaluator is None:
+            return False
+        best = self.best.state()
         self.whereabouts.enter("evaluate")
         with self.progress.stopwatch.paused():
-            metrics: dict[str, Any] = evaluator.evaluate(self.engine)
-            is_due = self.plan.validates(self.progress.step)
-            if is_due:
-                metrics |= self._answers()
-            is_best = self.best.judge(self.progress.step, metrics)
-            if self.best.is_over and not is_due:  # the last evaluation has answers
-                metrics |= self._answers()
+            try:
+                metrics, is_best = self._judged(self.evaluator)
+            except EvaluationStoppedError:
+                self.best.load(best)
+                self.progress.evaluation_due = True
+                self.record.owes_evaluation(self.progress.step)
+                return False
+            self.progress.evaluation_due = False
             self.record.metrics(self.progress.step, "eval", metrics)
+            self.record.owes_evaluation(None)
             for callback in self.callbacks:
                 callback.on_eval(self.progress, metrics)
         return is_best
+
+    def _judged(self, evaluator: Evaluator) -> tuple[dict[str, Any], bool]:
+        """Return the numbers of an evaluation, and whether it is the best so far.
+
+        Raises EvaluationStoppedError, before the first batch too.
+        """
+        if self.stopping.is_agreed:
+            raise EvaluationStoppedError
+        metrics: dict[str, Any] = evaluator.evaluate(self.engine, self.stopping.poll)
+        is_due = self.plan.validates(self.progress.step)
+        if is_due:
+            metrics |= self._answers()
+        is_best = self.best.judge(self.progress.step, metrics)
+        if self.best.is_over and not is_due:  # the last evaluation has answers
+            metrics |= self._answers()
+        return metrics, is_best
 
     def _answers(self) -> dict[str, float]:
         if self.validator is None:
             return {}
         self.whereabouts.enter("validate")
-        return self.validator.validate(self.engine, f"step {self.progress.step}")
+        title = f"step {self.progress.step}"
+        return self.validator.validate(self.engine, title, self.stopping.poll)
 
     def _save(self, *, is_last: bool) -> None:
         self.whereabouts.enter("save")
+        if self.stopping.is_too_late:
+            log.error(
+                "step %d is not saved: a save takes longer than is left before the limit of time",
+                self.progress.step,
+            )
+            self.checkpoints.finish()  # the one under way may still come in time
+            return
         with self.progress.stopwatch.paused():
             state = {
                 "progress": self.progress.state(),
@@ -166,6 +213,7 @@ class Loop:
             failed = {"ckpt_failed": 1, "in_a_row": saved.num_failures}
             self.record.metrics(saved.step, "checkpoint", failed)
             return
+        self.stopping.limit.took(save=saved.seconds_paused + saved.seconds_written)
         for callback in self.callbacks:
             callback.on_save(self.progress, saved)
 

@@ -30,6 +30,9 @@ class Progress:
         """`sources`: the names of the sources of the data; one alone is not told apart."""
         self.sources = sources if len(sources) > 1 else ()
         self.step = 0
+        self.evaluation_due = False
+        """Whether a stop came before the evaluation of this step was done: the run's folder says so
+        in a file, since a checkpoint stays as it is."""
         self.device = device
         self.total_tokens = self._zero()
         self.total_images = self._zero()

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.control import HostResult
+from trainer.directory import EVALUATION_DUE, read_due
 from trainer.files import write_text
 
 METRICS = "metrics.jsonl"
+EVAL = "eval"
 
 
 class RunRecord:
@@ -21,10 +23,10 @@ class RunRecord:
     """
 
     def __init__(self, folder: Path, *, rank: int, attempt: int, resumed_step: int) -> None:
-        self.attempt = attempt
+        self.folder, self.attempt = folder, attempt
         self._metrics: IO[str] | None = None
         if rank == 0:
-            cut_back(folder / METRICS, resumed_step)
+            cut_back(folder / METRICS, resumed_step, owes=read_due(folder) == resumed_step)
             self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         (folder / "ledger").mkdir(parents=True, exist_ok=True)
         ledger = folder / "ledger" / f"rank{rank:05d}.jsonl"
@@ -40,6 +42,16 @@ class RunRecord:
             line = {"step": step, "split": split, **values, "time": round(time.time(), 3)}
             self._metrics.write(json.dumps({k: plain(v) for k, v in line.items()}) + "\n")
             self._metrics.flush()
+
+    def owes_evaluation(self, step: int | None) -> None:
+        """Note that the evaluation of `step` was cut off and is to be repeated; None: of none."""
+        due = self.folder / EVALUATION_DUE
+        if self._metrics is None:
+            return
+        if step is not None:
+            write_text(due, f"{step}\n")
+        elif due.exists():
+            due.unlink()
 
     def consumes(self, step: int, ranges: list[tuple[int, int]]) -> None:
         """Note which global samples this rank's step holds, until its result is known."""
@@ -100,8 +112,13 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop the objects after `step`, and a torn tail."""
+def cut_back(path: Path, step: int, *, owes: bool = False) -> None:
+    """Drop the objects after `step`, and a torn tail; if its evaluation is owed, that too."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        kept = [
+            line
+            for line in read_lines(path)
+            if line["step"] <= step
+            and not (owes and line["step"] == step and line["split"] == EVAL)
+        ]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -15,7 +15,7 @@ from trainer.checkpoint.retention import set_aside
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import check_bits
-from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
+from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_due, read_rewind
 from trainer.distributed import Ranks
 from trainer.environment import environment
 from trainer.files import write_json, write_text
@@ -68,11 +68,8 @@ def resume(
     """
     # Rank 0 looks once for all: a shared file system need not show every rank the same.
     folder = checkpoints.folder.parent
-    steps, rewound_to = json.loads(
-        ranks.broadcast_text(
-            json.dumps([commit.committed_steps(checkpoints.folder), read_rewind(folder)])
-        )
-    )
+    found = commit.committed_steps(checkpoints.folder), read_rewind(folder), read_due(folder)
+    steps, rewound_to, due = json.loads(ranks.broadcast_text(json.dumps(found)))
     # The same command may be started again, by a scheduler too: it goes back once, not each time.
     is_rewind = run.resume_step is not None and run.resume_step != rewound_to
     if is_rewind:
@@ -87,6 +84,7 @@ def resume(
         engine.at(1)
         return loader, 0
     progress.load(state["progress"])
+    progress.evaluation_due = progress.step == due
     check_bits(run, progress.step, state.get("bits"), bits)
     if "best" in state:  # checkpoints of version 0.1 had none
         best.load(state["best"])

@@ -1,6 +1,7 @@
 """The settings of a run, one field each, and the checks that need no other setting."""
 
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from models.heads import CausalLMSpec
 from trainer.adapters.protocol import AdapterSpec
@@ -16,6 +17,7 @@ from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
 from trainer.tasks.protocol import Task
+from trainer.time_limit import end_of
 from trainer.validation.spec import ValidationSpec
 
 AUTO, RANDOM = "auto", "random"
@@ -77,6 +79,9 @@ class Settings:
     """Steps between comparisons of the copies of the weights, bit for bit; null: none."""
     validation: ValidationSpec = field(default_factory=ValidationSpec)
     """When the model answers held-out questions, and by what its answers are judged."""
+    stop_at: str | None = None
+    """When the run is to have stopped, with its last step saved: `+90s`, `+12h` or `+2d` from the
+    start of the command, or a time like 2030-12-31T08:00; null: at no time of its own."""
     timeout_seconds: float
     """How long a rank waits for the others in one collective."""
 
@@ -87,6 +92,8 @@ class Settings:
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
         check_length(self.max_steps, self.max_epochs)
+        if self.stop_at is not None:
+            end_of(self.stop_at, datetime.now().astimezone())
         for name, known in (("deterministic", DETERMINISTIC), ("precision", tuple(PRECISIONS))):
             value = getattr(self, name)
             if value not in known:

@@ -19,7 +19,7 @@ class Whereabouts:
 
     def __init__(self) -> None:
         who = {"pid": os.getpid(), "host": socket.gethostname()}
-        self.place: dict[str, Any] = {"phase": "start", "step": 0, "samples": [], **who}
+        self.place: dict[str, Any] = {"phase": "start", "step": 0, "samples": [], "beats": 0, **who}
         self.provenance: list[str] = []
         """Where the rows of the step come from; empty until the data is there."""
         self.attempt: Path | None = None
@@ -42,7 +42,13 @@ class Whereabouts:
         """Say that this rank begins `phase` of a step, None: of the same one."""
         self.place |= {"phase": phase, "samples": list(samples), "since": time.time()}
         self.place["step"] = self.place["step"] if step is None else step
+        self.place["beats"] += 1
         self.provenance = list(provenance)
+        self._write()
+
+    def beat(self) -> None:
+        """Say that this rank is still at work where it is."""
+        self.place["beats"] += 1
         self._write()
 
     def close(self) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.supervisor import ATTEMPT, PARENT, Supervisor
+from launch.group import ATTEMPT, PARENT
+from launch.supervisor import Supervisor
 from tests.runs import tiny_run
 from trainer.callbacks.protocol import Callback
 from trainer.data.loader import EvalLoader, Step, StepLoader
@@ -152,7 +153,8 @@ def execute_fault(placement: Placement, attempt: Path) -> int:
 def main() -> None:
     if len(sys.argv) > 1:
         sys.exit(Supervisor(int(sys.argv[1]), Path(sys.argv[2]), worker=WORKER).run())
-    from launch.worker import die_with, leave, placement_from
+    from launch.parent import die_with
+    from launch.worker import leave, placement_from
 
     die_with(int(os.environ[PARENT]))
     leave(execute_fault(placement_from(os.environ), Path(os.environ[ATTEMPT])))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.token_folders import store_of
 from trainer.data.loader import StepLoader
-from trainer.data.prefetch import ahead
+from trainer.data.prefetch import Ahead
 from trainer.data.rows import PackedRows
 
 
@@ -17,7 +17,7 @@ def threads() -> int:
 
 
 def test_items_come_in_order_and_the_thread_ends_with_them() -> None:
-    assert list(ahead(iter(range(50)))) == list(range(50))
+    assert list(Ahead(iter(range(50)))) == list(range(50))
     assert threads() == 0
 
 
@@ -27,7 +27,7 @@ def test_an_error_is_raised_in_its_place() -> None:
         yield 2
         raise ValueError("the third")
 
-    reader = ahead(items())
+    reader = Ahead(items())
     assert [next(reader), next(reader)] == [1, 2]
     with pytest.raises(ValueError, match="the third"):
         next(reader)
@@ -42,7 +42,7 @@ def test_whoever_stops_early_leaves_no_thread() -> None:
             made.append(number)
             yield number
 
-    reader = ahead(items(), depth=2)
+    reader = Ahead(items(), depth=2)
     assert next(reader) == 0
     time.sleep(0.1)
     assert len(made) <= 4  # one taken, two ready, one in the hand
@@ -60,4 +60,37 @@ def test_steps_read_ahead_are_the_steps_by_number(tmp_path_factory: pytest.TempP
         for mine, other in zip(found.micro_batches, expected.micro_batches, strict=True):
             assert mine.input_ids.equal(other.input_ids)
             assert mine.provenance == other.provenance
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
+
+
+def test_whoever_waits_for_an_item_learns_whether_it_is_there_and_whether_another_is() -> None:
+    may_go_on = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        may_go_on.wait(20.0)
+        yield from (1, 2)
+
+    reader = Ahead(items())
+    assert reader.wait(20.0)
+    assert not reader.has_spare
+    assert next(reader) == 0
+    assert not reader.wait(0.05)
+    may_go_on.set()
+    assert reader.wait(20.0)
+    assert next(reader) == 1
+    reader.close()
+
+
+def test_reader_of_a_source_that_hangs_is_closed_without_waiting_for_it() -> None:
+    may_end = threading.Event()
+
+    def items() -> Iterator[int]:
+        may_end.wait(20.0)
+        yield 0
+
+    reader = Ahead(items())
+    start = time.monotonic()
+    reader.close()
+    assert time.monotonic() - start < 10.0
+    may_end.set()

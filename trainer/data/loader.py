@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from trainer.batch import Batch
-from trainer.data.prefetch import ahead
+from trainer.data.prefetch import Ahead
 from trainer.data.sample_order import SampleOrder
 from trainer.data.tokens import TokenStore
 
@@ -89,9 +89,9 @@ class StepLoader:
     anchor: tuple[int, int] = (0, 0)
     """A step, and the global sample that it begins with."""
 
-    def steps(self, first: int) -> Iterator[Step]:
+    def steps(self, first: int) -> Ahead[Step]:
         """Yield the steps from number `first` (0 is the run's first) without end, read ahead."""
-        return ahead(self.step(number) for number in count(first))
+        return Ahead(self.step(number) for number in count(first))
 
     def samples(self, number: int) -> range:
         """Return the samples of step `number` (from 0), over all ranks."""

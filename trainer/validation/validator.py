@@ -1,6 +1,7 @@
 """Answers of the model in training to held-out questions: the same on any number of ranks."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,9 +42,14 @@ class Validator:
     page: Path | None
     """The HTML file, written anew each time; None: this rank writes none."""
 
-    def validate(self, engine: Engine, title: str) -> dict[str, float]:
-        """Return the metrics, the same on every rank. Collective: every rank must call this."""
-        answers = [self.tokenizer.decode(ids) for ids in self.answers(engine)]
+    def validate(
+        self, engine: Engine, title: str, on_token: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Return the metrics, the same on every rank. Collective: every rank must call this.
+
+        `on_token` is called after each token of a batch, as often on every rank, and may raise.
+        """
+        answers = [self.tokenizer.decode(ids) for ids in self.answers(engine, on_token)]
         references = [self.tokenizer.decode(each.reference) for each in self.questions]
         found = scores(self.spec.metrics, answers, references) | self.baseline
         found[COUNT] = len(answers)
@@ -51,7 +57,9 @@ class Validator:
             write_text(self.page, self._page(title, found, answers, references))
         return found
 
-    def answers(self, engine: Engine) -> list[list[int]]:
+    def answers(
+        self, engine: Engine, on_token: Callable[[], None] = lambda: None
+    ) -> list[list[int]]:
         """Return the answer to each question in tokens, of all ranks. Collective.
 
         Which questions are answered together does not depend on the number of ranks. Where the last
@@ -64,7 +72,7 @@ class Validator:
             rest = batches[first : first + self.mesh.dp_size]
             own = rest[min(self.mesh.dp_rank, len(rest) - 1)]
             together = [self.questions[number].document for batch in rest for number in batch]
-            found.append(self._packed(own, self._continued(engine, own, together)))
+            found.append(self._packed(own, self._continued(engine, own, together, on_token)))
         of_ranks = self.mesh.of_any_length(torch.cat(found).to(self.device))
         of_all = {row[0]: row[2 : 2 + row[1]] for own in of_ranks for row in own.tolist()}
         return [of_all[number] for number in range(len(self.questions))]
@@ -79,7 +87,11 @@ class Validator:
         return sorted(range(len(self.questions)), key=size)
 
     def _continued(
-        self, engine: Engine, numbers: list[int], together: list[int]
+        self,
+        engine: Engine,
+        numbers: list[int],
+        together: list[int],
+        on_token: Callable[[], None],
     ) -> list[list[int]]:
         """Answer some questions; `together` are the documents of all ranks at the same time."""
         questions = [self.questions[number] for number in numbers]
@@ -94,7 +106,12 @@ class Validator:
         spec = GenerationSpec(
             max_new_tokens=self.spec.max_new_tokens, stop_token_ids=self.stop_token_ids
         )
-        return continued(decoder, spec, is_over=self._is_over)
+
+        def is_over(mine: bool) -> bool:
+            on_token()
+            return self._is_over(mine)
+
+        return continued(decoder, spec, is_over=is_over)
 
     def _is_over(self, mine: bool) -> bool:
         """Return whether all ranks are done. Collective."""

@@ -1,0 +1,178 @@
+"""The N workers of one start: processes that are started, told of signals, looked at, and killed.
+
+Standard library only.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.exit_codes import FINISHED, PREEMPTED
+from launch.verdict import STOPPED, Witness, read_places, read_records, read_waits, state_of
+
+# What a worker is told beside torchrun's variables.
+ATTEMPT, PARENT, PIPE = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID", "TESSERA_SUPERVISOR_PIPE"
+ASK = b"?"
+STACKS_SECONDS = 1.0  # for ranks to write their stacks, and what they wait for
+
+
+class Group:
+    """Processes that run the module `worker`, with the folder of their start in common."""
+
+    def __init__(self, processes: int, attempt: Path, worker: str) -> None:
+        self.processes, self.attempt, self.worker = processes, attempt, worker
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.pipes: list[int] = []
+        """Write ends, one per worker: a worker ends when the other end does."""
+        self.ended: list[int | None] = []
+        """Return codes; None where we had to kill."""
+        self.places_then: list[dict[str, Any]] = [{}] * processes
+        """Where each rank was when the first failure was seen."""
+        self._oom_kills = oom_kills()
+
+    def start(self) -> None:
+        from trainer.ports import free_port  # here: the help needs nothing of the trainer
+
+        port = free_port()
+        for rank in range(self.processes):
+            theirs, mine = os.pipe()
+            self.workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", self.worker],
+                    env=self._environment(rank, port) | {PIPE: str(theirs)},
+                    pass_fds=(theirs,),
+                    start_new_session=True,  # the terminal's Ctrl-C reaches us alone: we forward it
+                )
+            )
+            os.close(theirs)
+            self.pipes.append(mine)
+
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes))
+        )
+        return environment | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.processes),
+            "LOCAL_WORLD_SIZE": str(self.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            ATTEMPT: str(self.attempt),
+            PARENT: str(os.getpid()),
+            **safe_paths(os.environ),
+        }
+
+    @property
+    def is_running(self) -> bool:
+        return any(worker.poll() is None for worker in self.workers)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank has ended that should not have; 0 without a record is no good end."""
+        codes = [worker.poll() for worker in self.workers]
+        if any(code not in (None, FINISHED, PREEMPTED) for code in codes):
+            return True
+        if codes.count(None) == len(codes):
+            return False
+        records = read_records(self.attempt, self.processes)
+        return any(
+            code is not None and record.get("code") != code
+            for code, record in zip(codes, records, strict=True)
+        )
+
+    def send(self, number: int) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    def places(self) -> list[dict[str, Any]]:
+        """Return where each rank is now; its process can be seen before it has said anything."""
+        places = read_places(self.attempt, self.processes)
+        return [
+            place | {"pid": worker.pid, "state": state_of(worker.pid)}
+            for place, worker in zip(places, self.workers, strict=True)
+        ]
+
+    def note_failure(self) -> None:
+        """Keep where all ranks are now: afterwards they leave."""
+        self.places_then = self.places()
+
+    def interrogate(self) -> None:
+        """Let hanging ranks leave their stacks, and what they wait for; wake stopped ones for it.
+
+        A signal that was sent to a stopped process is the first thing that it meets.
+        """
+        self.note_failure()
+        for worker, pipe, place in zip(self.workers, self.pipes, self.places_then, strict=True):
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGUSR2)
+                if place["state"] == STOPPED:
+                    worker.send_signal(signal.SIGCONT)
+                else:
+                    os.write(pipe, ASK)
+        time.sleep(STACKS_SECONDS)
+
+    def kill(self) -> None:
+        """Kill what is left, with its children."""
+        self.ended = [worker.poll() for worker in self.workers]
+        for worker in self.workers:
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)
+        for worker in self.workers:
+            worker.wait()
+        for pipe in self.pipes:
+            os.close(pipe)
+        self.pipes = []
+
+    def witnesses(self) -> list[Witness]:
+        """Return what is known of every rank.
+
+        One that waits in a collective has left no record, but noticed the others' absence."""
+        records = read_records(self.attempt, self.processes)
+        waits = read_waits(self.attempt, self.processes)
+        was_oom = None if self._oom_kills is None else (oom_kills() or 0) > self._oom_kills
+        return [
+            Witness(
+                rank=rank, place=place, record=record or wait, return_code=code,
+                was_out_of_memory=was_oom,
+            )
+            for rank, (place, record, wait, code) in enumerate(
+                zip(self.places_then, records, waits, self.ended, strict=True)
+            )
+        ]  # fmt: skip
+
+
+def safe_paths(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables under which Python finds our packages, and none in the user's directory.
+
+    A `models/` folder there must not shadow ours.
+    """
+    ours, known = str(Path(__file__).resolve().parent.parent), environ.get("PYTHONPATH")
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ours}:{known}" if known else ours}
+
+
+def oom_kills() -> int | None:
+    """Return how many processes of our cgroup the kernel has killed for memory; None: unknown."""
+    try:
+        own = dict(
+            line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()
+        )
+    except (OSError, ValueError):
+        return None
+    root = Path("/sys/fs/cgroup")
+    files = (
+        Path(f"{root}{own.get('', '/')}", "memory.events"),  # version 2
+        Path(f"{root}/memory{own.get('memory', '/')}", "memory.oom_control"),  # version 1
+    )
+    for file in files:
+        if file.exists():
+            lines = dict(line.split() for line in file.read_text().splitlines())
+            return int(lines["oom_kill"]) if "oom_kill" in lines else None
+    return None

@@ -1,0 +1,62 @@
+"""What a signal to a process of a run means: the first one to save and end, the second to leave."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from launch.exit_codes import PREEMPTED
+
+if TYPE_CHECKING:
+    from trainer.control import StopRequest
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """Until training is prepared for them: end at once with the code for a stop."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        name = signal.Signals(number).name
+        for each in STOP_SIGNALS:  # the way out is short, and not to be left
+            signal.signal(each, signal.SIG_IGN)
+        print(
+            f"tessera: stopped by {name} before anything was started; "
+            f"the same command starts anew (exit code {PREEMPTED})",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(PREEMPTED)
+
+    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def handle_signals(request: "StopRequest") -> None:
+    """Turn signals into a request to stop, which the loop takes up.
+
+    Before the first step there is nothing to save: StoppedEarlyError is raised where the process
+    is. They were blocked since before torch was imported: none came too early to be handled.
+    """
+    from launch.terminal import show_cursor
+    from trainer.control import StoppedEarlyError
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if request.is_set:
+            show_cursor()
+            os._exit(128 + number)
+        request.is_set, request.reason = True, signal.Signals(number).name
+        if not request.is_polled:
+            raise StoppedEarlyError
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,0 +1,145 @@
+"""Which ranks have shown no sign of life for too long. Standard library only.
+
+A rank's place file (trainer/whereabouts.py) changes at each phase of a step and at each batch of an
+evaluation. How long it may stay the same is learnt from the run itself, for each kind of work.
+"""
+
+import math
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.verdict import STOPPED
+
+SETUP, STEP, EVALUATE, SAVE = "setup", "step", "evaluate", "save"
+_SECTIONS = {
+    "data": STEP, "train_step": STEP, "control": STEP, "log": STEP, "save": SAVE,
+    "evaluate": EVALUATE, "validate": EVALUATE,
+}  # fmt: skip
+FACTOR = 5.0  # times the slowest hundredth that was seen
+ENOUGH = 20  # durations, before the floor takes the place of the start value
+_KEPT = 1000  # durations of each section
+_MAX_GAP = 1.0  # seconds between two looks that count: whoever did not look has seen no hang
+_IDLE = 0.01  # share of a core below which a process that is set up counts as idle
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchdogSpec:
+    """How long a rank may show no sign of life before the group is ended, in seconds."""
+
+    setup_seconds: float = 600.0
+    """Until the first step is done, with all processes idle; and for the first evaluation."""
+    step_seconds: float = 180.0
+    """In a step, until enough of them are known."""
+    save_seconds: float = 420.0
+    """In a save, until enough of them are known."""
+    floor_seconds: float = 60.0
+    """No limit that was learnt is below; a stopped process has no more than this."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"launch.watchdog.{name}={value} is not positive; raise it")
+
+
+@dataclass
+class _Rank:
+    """What the last looks at a rank have shown."""
+
+    beats: Any = None
+    section: str = SETUP
+    seconds: float = 0.0
+    """Since the last sign of life."""
+    first_step: int | None = None
+    stopped_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """What was found."""
+
+    rank: int
+    seconds: float
+    limit: float
+    section: str
+
+
+@dataclass
+class Watchdog:
+    """Looks at the places of all ranks, again and again."""
+
+    spec: WatchdogSpec
+    num_ranks: int
+    ranks: list[_Rank] = field(init=False)
+    known: dict[str, "deque[float]"] = field(init=False)
+    _idle_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.ranks = [_Rank() for _ in range(self.num_ranks)]
+        self.known = {name: deque(maxlen=_KEPT) for name in (STEP, EVALUATE, SAVE)}
+
+    def look(self, places: list[dict[str, Any]], gap: float) -> Hang | None:
+        """Take in what the places say `gap` seconds after the last look; return a hang, if any."""
+        gap = min(gap, _MAX_GAP)
+        hangs = [self._look_at(number, place, gap) for number, place in enumerate(places)]
+        is_idle = not any([self._has_worked(rank, places[n]) for n, rank in enumerate(self.ranks)])
+        self._idle_seconds = self._idle_seconds + gap if is_idle else 0.0
+        return next((hang for hang in hangs if hang is not None), None)
+
+    def _look_at(self, number: int, place: dict[str, Any], gap: float) -> Hang | None:
+        rank, section = self.ranks[number], self._section(number, place)
+        is_stopped = place.get("state") == STOPPED
+        rank.stopped_seconds = rank.stopped_seconds + gap if is_stopped else 0.0
+        if rank.stopped_seconds > self.spec.floor_seconds:
+            seconds, limit = rank.stopped_seconds, self.spec.floor_seconds
+            return Hang(rank=number, seconds=seconds, limit=limit, section=section)
+        beats = place.get("beats")
+        if beats != rank.beats:
+            if rank.section in self.known:
+                self.known[rank.section].append(rank.seconds)
+            rank.beats, rank.section, rank.seconds = beats, section, 0.0
+            return None
+        rank.seconds += gap
+        seconds = min(rank.seconds, self._idle_seconds) if section == SETUP else rank.seconds
+        limit = self.limit(section)
+        if seconds <= limit:
+            return None
+        return Hang(rank=number, seconds=seconds, limit=limit, section=section)
+
+    def _section(self, number: int, place: dict[str, Any]) -> str:
+        """Return the kind of work; the first step of a start belongs to its setup: it compiles."""
+        section, rank, step = _SECTIONS.get(str(place.get("phase")), SETUP), self.ranks[number], 0
+        if section == STEP:
+            step = int(place["step"])
+            rank.first_step = step if rank.first_step is None else rank.first_step
+        return SETUP if section == STEP and step == rank.first_step else section
+
+    def limit(self, section: str) -> float:
+        """Return the seconds that a rank may show no sign of life."""
+        spec = self.spec
+        start = {STEP: spec.step_seconds, SAVE: spec.save_seconds}.get(section, spec.setup_seconds)
+        known = sorted(self.known.get(section, ()))
+        slowest = known[math.ceil(0.99 * len(known)) - 1] if known else 0.0
+        least = spec.floor_seconds if len(known) >= ENOUGH else start
+        return max(least, FACTOR * slowest)
+
+    def _has_worked(self, rank: _Rank, place: dict[str, Any]) -> bool:
+        """Whether a process has shown a sign of life, or has used its core since the last look that
+        found it busy: making data or loading weights, it has no phases."""
+        used = _cpu_seconds(place.get("pid"))
+        is_busy = used - rank.cpu_seconds > _IDLE * (self._idle_seconds + _MAX_GAP)
+        if is_busy:
+            rank.cpu_seconds = used
+        return is_busy or rank.seconds == 0.0
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    """Return what a process of this machine and the children that it waited for have used."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
