@@ -1,6 +1,6 @@
 """The loop: train, log, evaluate, save, in this order. It knows protocols only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.best import Best
@@ -8,9 +8,10 @@ from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.control import ControlWord, HostResult, Readback, StopRequest, Word
 from trainer.data.loader import StepLoader
-from trainer.errors import NonFiniteError
 from trainer.evaluate import Evaluator
 from trainer.meter import Meter
+from trainer.numerics.guard import Guard
+from trainer.numerics.watch import Watch
 from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.record import RunRecord
@@ -28,7 +29,6 @@ class Plan:
     validate_every: int | None
     """Evaluations, not steps."""
     save_every: int | None
-    max_skipped_in_a_row: int
 
     def logs(self, step: int) -> bool:
         return step == 1 or step % self.log_every == 0 or step == self.max_steps
@@ -67,15 +67,18 @@ class Loop:
     callbacks: list[Callback]
     whereabouts: Whereabouts
     best: Best
-    skipped_in_a_row: int = 0
+    guard: Guard
+    watch: Watch
+    readback: Readback = field(default_factory=Readback)
 
     def fit(self) -> bool:
         """Train to plan.max_steps or until no evaluation gets better; return False when a signal
         ended it early, after a save.
 
-        Collective: every rank must call this.
+        Raises RewindError where it has to go on from an older step. Collective: every rank must
+        call this.
         """
-        progress, plan, readback = self.progress, self.plan, Readback()
+        progress, plan, readback = self.progress, self.plan, self.readback
         steps = self.loader.steps(progress.step)
         is_stopping = False
         progress.stopwatch.start()
@@ -84,7 +87,7 @@ class Loop:
             self.whereabouts.enter("data", number, self.loader.ranges(progress.step))
             with progress.stopwatch.waiting_for_data():
                 step = next(steps)
-            self.record.consumes(number, step.ranges)
+            self.record.consumes(number, step.ranges, step.passed_over)
             self.whereabouts.enter("train_step", number, step.ranges, step.provenance)
             result = self.engine.train_step(number, step.micro_batches, step.num_tokens)
             progress.advance(result)
@@ -141,7 +144,8 @@ class Loop:
             state = {
                 "progress": self.progress.state(),
                 "data": self.loader.state(self.progress.step),
-                "skipped_in_a_row": self.skipped_in_a_row,
+                "skipped_in_a_row": self.watch.skipped_in_a_row,
+                "spike": self.guard.state(),
                 "best": self.best.state(),
             }
             step = self.progress.step
@@ -153,17 +157,11 @@ class Loop:
                     callback.on_save(self.progress, folder)
 
     def _note(self, result: HostResult | None) -> None:
-        """Write the ledger line of a finished step; stop when too many in a row were skipped.
+        """Write the ledger line of a finished step, and see what follows from its numbers.
 
-        The numbers are equal on every rank, so all ranks stop at the same step.
+        They are equal on every rank, so all ranks stop, or go back, at the same step.
         """
         if result is None:
             return
         self.record.result(result)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if self.skipped_in_a_row >= self.plan.max_skipped_in_a_row:
-            raise NonFiniteError(
-                f"step {result.step}: {self.skipped_in_a_row} steps in a row had a non-finite "
-                f"gradient (loss sum {result.loss_sum}, norm {result.grad_norm}); "
-                "lower optim.lr or look at the samples that the ledger names"
-            )
+        self.watch.note(result, self.loader)

@@ -12,6 +12,7 @@ from trainer.engines.protocol import EngineSpec
 from trainer.freeze import FreezeSpec
 from trainer.length import check_length
 from trainer.mesh import MeshSpec
+from trainer.numerics.spike import SpikeSpec
 from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
@@ -72,7 +73,9 @@ class Settings:
     resume_allow: list[str]
     """Config keys that may differ from the run that is resumed."""
     max_skipped_in_a_row: int
-    """Steps with a non-finite gradient in a row before the run stops."""
+    """Steps in a row without an update before the run stops, or rewinds."""
+    spike: SpikeSpec = field(default_factory=SpikeSpec)
+    """What is done about a loss or a gradient norm far above the usual one."""
     validation: ValidationSpec = field(default_factory=ValidationSpec)
     """When the model answers held-out questions, and by what its answers are judged."""
     timeout_seconds: float
