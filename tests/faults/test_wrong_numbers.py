@@ -4,7 +4,6 @@ The quick ones are part of every run of tests; `pytest tests/faults/test_wrong_n
 runs the long ones.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,16 @@ from tests.ledgers import committed, ledger, ledgers, samples_of
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder
-from trainer.directory import new_attempt
 from trainer.distributed import Placement
 from trainer.mesh import MeshSpec
 from trainer.numerics.spike import SpikeSpec
+from trainer.optim import AdamW
 from trainer.record import METRICS, read_lines
 from trainer.run import Run
 from trainer.verify.forked import RankFailedError
 
 NAN = ["gradient_not_finite"]
-FOUND = {"z": 6.0, "alpha": 0.95, "warmup_steps": 10}
+FOUND: dict[str, Any] = {"z": 3.0, "alpha": 0.9, "warmup_steps": 10}
 
 
 def execute(placement: Placement, folder: Path, run: Run) -> int:
@@ -86,11 +85,9 @@ def test_too_many_in_a_row_end_the_run_with_samples_and_documents(
     assert run_ranks(2, execute, tmp_path, run) == [70, 70]
     said = capfd.readouterr().err
     assert "Traceback" not in said
-    assert (
-        "steps 4 to 6: gradient not finite (3 in a row; loss sum " in said
-        and ", nothing was updated; samples 24-31, 32-39, 40-47, from train[" in said
-        and f"tessera replay run={tmp_path} step=4" in said
-    )
+    assert "steps 4 to 6: gradient not finite (3 in a row; loss sum " in said
+    assert ", nothing was updated; samples 24-31, 32-39, 40-47, from train[" in said
+    assert f"tessera replay run={tmp_path} step=4" in said
     assert committed_steps(tmp_path / "checkpoints") == [3]
 
 
@@ -157,6 +154,29 @@ def test_a_run_killed_after_a_rewind_comes_to_the_same_on_another_number_of_rank
 def test_a_run_that_only_rewinds_ends(
     tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = nonsense_run(cache, range(27 * 8, 10**6), **BACK)
+    # Behind each rewind, five steps of sense and one of none: too near for a newer checkpoint.
+    nonsense = {*range(216, 224), *range(264, 272), *range(312, 320)}
+    run = nonsense_run(cache, nonsense, **BACK)
     assert run_ranks(1, execute, tmp_path, run) == [70]
-    assert "went back to step 20 2 times already (from steps 28, 21" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "step 26: loss spike and gradient spike (1 in a row; loss sum " in said
+    assert "The run went back to step 20 2 times already (from steps 28, 26; spike." in said
+
+
+@pytest.mark.slow
+def test_a_run_with_a_rewind_gets_as_good_as_one_without_a_spike(
+    tmp_path: Path, cache: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "spike": replace(REWIND, steps_back=20), "save_every": 20, "max_steps": 400,
+        "eval_every": 400, "optim": AdamW(lr=3e-3), "data_eval_fraction": 0.2,
+    }  # fmt: skip
+    run_ranks(2, train, tmp_path / "run", nonsense_run(cache, range(199 * 8, 200 * 8), **changes))
+    run_ranks(2, train, tmp_path / "plain", tiny_run(cache, **changes))
+    assert flags_of(tmp_path / "run") == {200: ["loss_spike", "gradient_spike"]}
+    assert flags_of(tmp_path / "plain") == {}
+    found, expected = (
+        next(line["loss"] for line in read_lines(folder / METRICS) if line["split"] == "eval")
+        for folder in (tmp_path / "run", tmp_path / "plain")
+    )
+    assert found == pytest.approx(expected, rel=5e-3)

@@ -5,6 +5,7 @@ Gradients and losses go wrong on one rank at one step; batches of nonsense where
 
 import hashlib
 import os
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ class WrongEngine(NativeEngine):
 
 @dataclass(frozen=True, kw_only=True)
 class NonsenseLoader(StepLoader):
-    """Some samples are answered by random tokens."""
+    """Some samples are answered by random bytes that no text has."""
 
-    nonsense: range
+    nonsense: Container[int]
 
     def step(self, number: int) -> Step:
         step = super().step(number)
@@ -75,7 +76,7 @@ class NonsenseLoader(StepLoader):
             for row, sample in enumerate(range(first, last)):
                 if sample in self.nonsense:
                     generator = torch.Generator().manual_seed(sample)
-                    random = torch.randint(0, 256, batch.labels[row].shape, generator=generator)
+                    random = torch.randint(128, 256, batch.labels[row].shape, generator=generator)
                     is_target = batch.labels[row] != IGNORED
                     batch.labels[row] = torch.where(is_target, random, IGNORED)
         return step
@@ -85,7 +86,7 @@ class NonsenseLoader(StepLoader):
 class NonsenseData(PretrainingData):
     """Builds that loader."""
 
-    nonsense: range
+    nonsense: Container[int]
 
     def build(self, **settings: Any) -> tuple[StepLoader, EvalLoader | None]:
         loader, eval_loader = super().build(**settings)
@@ -115,7 +116,7 @@ class ShiftedData(PretrainingData):
         return ShiftedLoader(**vars(loader), after=self.after, by=self.by), eval_loader
 
 
-def nonsense_run(cache: Path, nonsense: range, **changes: Any) -> Run:
+def nonsense_run(cache: Path, nonsense: Container[int], **changes: Any) -> Run:
     """Return a tiny run in which those samples are nonsense."""
     run = tiny_run(cache, data_micro_rows=1, **changes)
     return replace(run, data=NonsenseData(**vars(run.data), nonsense=nonsense))
