@@ -24,7 +24,7 @@ def describe(
     error: Exception, whereabouts: "Whereabouts", placement: "Placement"
 ) -> dict[str, Any]:
     """Return the exit record of a failure: what, when, where, on which samples."""
-    from trainer.errors import NonFiniteError
+    from trainer.errors import NumericError
 
     is_consequence = placement.world_size > 1 and lost_the_others(error)
     return {
@@ -34,7 +34,7 @@ def describe(
         **whereabouts.place,
         "provenance": whereabouts.provenance,
         "is_consequence": is_consequence,
-        "is_final": code_of(error) != INTERNAL or isinstance(error, NonFiniteError),
+        "is_final": code_of(error) != INTERNAL or isinstance(error, NumericError),
         "is_oom": is_oom(error),
         "collective": last_collective() if is_consequence else None,
     }

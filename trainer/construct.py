@@ -1,7 +1,7 @@
 """From a checked run to training, in the one order that works."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,17 @@ from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter
 from trainer.new_tokens import starting_at_mean
+from trainer.numerics.guard import Guard
+from trainer.numerics.watch import RewindError, Watch
+from trainer.out_of_memory import in_words
 from trainer.parallel.materialise import Values, random_values
 from trainer.phases import PhasedEngine
 from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.replicas import Replicas
-from trainer.resume import checkpoints_of, open_record, resume
+from trainer.resume import Place, checkpoints_of, open_record, resume
+from trainer.rewind import go_back
 from trainer.run import Run
 from trainer.run_data import build_data
 from trainer.settle import settle
@@ -71,6 +75,10 @@ def fit(run: Run, start: Start) -> bool:
     lock = RunLock(folder) if start.placement.is_main else None
     try:
         return _train(run, start, ranks, attempt, lock)
+    except (RuntimeError, MemoryError) as error:
+        if (exhausted := in_words(error, run, ranks, start.whereabouts.place)) is not None:
+            raise exhausted from error
+        raise
     finally:  # no collectives here: the others may have failed
         if lock:
             lock.release()
@@ -84,8 +92,11 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
     progress = Progress(ranks.device, tuple(run.data.named_sources))
+    guard = Guard(run.spike)
     engine = PhasedEngine(
-        run, lambda model, values: build_engine(run, model, ranks, mesh, values), progress.stopwatch
+        run,
+        lambda model, values: build_engine(run, model, ranks, mesh, values, guard),
+        progress.stopwatch,
     )
     model = run.trained_model()
     meter = Meter(
@@ -100,9 +111,10 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     start.whereabouts.enter("resume")
     best = Best(run.best)
     bits = bits_of(ranks, mesh)
-    loader, skipped_in_a_row = resume(run, checkpoints, ranks, engine, loader, progress, best, bits)
+    place = Place(progress=progress, best=best, guard=guard, loader=loader, bits=bits)
+    place = resume(run, checkpoints, ranks, engine, place)
+    loader = place.loader
     record = open_record(folder, attempt, ranks, progress)
-    engine.on_change = lambda trained: record.metrics(trained.step, "phase", trained.metrics())
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
@@ -123,25 +135,37 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         stopping=Stopping(
             control=control, request=start.request, limit=start.limit, whereabouts=start.whereabouts
         ),
-        meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best,
-        skipped_in_a_row=skipped_in_a_row, bits=bits,
-        replicas=Replicas(run.check_replicas_every, ranks, mesh),
+        meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best, guard=guard,
+        watch=Watch(
+            spike=run.spike, max_skipped_in_a_row=run.max_skipped_in_a_row, ranks=ranks,
+            checkpoints=checkpoints.folder, skipped_in_a_row=place.skipped_in_a_row,
+            settle=checkpoints.finish,
+        ),
+        bits=bits, replicas=Replicas(run.check_replicas_every, ranks, mesh),
     )  # fmt: skip
-    is_finished = _fit(loop, view)
+    # The loop's, which is another one after a rewind.
+    engine.on_change = lambda trained: loop.record.metrics(trained.step, "phase", trained.metrics())
+    is_finished = _fit(loop, view, engine, ranks)
     ranks.barrier()  # rank 0 may still print: nobody leaves before the work is done
     ranks.close()
     return is_finished
 
 
 def build_engine(
-    run: Run, model: nn.Module, ranks: Ranks, mesh: Mesh, values: Values | None = None
+    run: Run,
+    model: nn.Module,
+    ranks: Ranks,
+    mesh: Mesh,
+    values: Values | None = None,
+    guard: Guard | None = None,
 ) -> Engine:
     """Lay the meta model out, give it weights, and put the optimizer on the pieces.
 
-    `values` are those to start from; None: what the run's settings say.
+    `values` are those to start from; None: what the run's settings say. `guard` judges its steps;
+    None: one of its own.
     """
     values = values or _initial_values(run, model)
-    around = run.surroundings(model, mesh, ranks.device)
+    around = run.surroundings(model, mesh, ranks.device, guard)
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
     return run.engine.build(laid_out, around)
@@ -155,11 +179,11 @@ def _initial_values(run: Run, model: nn.Module) -> Values:
     return run.adapter.values(model, starting_at_mean(model, values, given))
 
 
-def _fit(loop: Loop, view: RunView) -> bool:
+def _fit(loop: Loop, view: RunView, engine: PhasedEngine, ranks: Ranks) -> bool:
     for callback in loop.callbacks:
         callback.on_start(view, loop.progress)
     try:
-        is_finished = loop.fit()
+        is_finished = _fit_with_rewinds(loop, view, engine, ranks)
     except ValueError as error:  # past the checks, a wrong value is a defect and no bad config
         raise RuntimeError(f"after step {loop.progress.step}: {error}") from error
     finally:
@@ -169,3 +193,14 @@ def _fit(loop: Loop, view: RunView) -> bool:
         callback.on_end(loop.progress, finished=is_finished)
     loop.record.close()
     return is_finished
+
+
+def _fit_with_rewinds(loop: Loop, view: RunView, engine: PhasedEngine, ranks: Ranks) -> bool:
+    while True:
+        try:
+            return loop.fit()
+        except RewindError as error:
+            go_back(loop, view.run, engine, ranks, error)
+            view = replace(view, loader=loop.loader)
+            for callback in loop.callbacks:
+                callback.on_rewind(view, loop.progress)

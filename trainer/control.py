@@ -99,6 +99,8 @@ class HostResult:
     num_targets: int
     grad_norm: float
     skipped: bool
+    flags: int = 0
+    """What was wrong, as `numerics.spike.Flag`."""
 
 
 class Readback:
@@ -116,6 +118,7 @@ class Readback:
                 result.num_targets.double(),
                 result.grad_norm.double(),
                 result.skipped.double(),
+                result.flags.double(),
             ]
         )
         event = None
@@ -135,11 +138,12 @@ class Readback:
         self._pending = None
         if event is not None:
             event.synchronize()  # of the step before: it has long passed
-        loss_sum, num_targets, grad_norm, skipped = values.tolist()
+        loss_sum, num_targets, grad_norm, skipped, flags = values.tolist()
         return HostResult(
             step=step,
             loss_sum=loss_sum,
             num_targets=int(num_targets),
             grad_norm=grad_norm,
             skipped=bool(skipped),
+            flags=int(flags),
         )

@@ -16,8 +16,12 @@ class CorruptionError(Exception):
     """Copies that must be equal differ: memory or a chip is at fault."""
 
 
-class NonFiniteError(Exception):
-    """Too many optimizer steps in a row had a non-finite gradient norm."""
+class NumericError(Exception):
+    """Steps whose loss or gradient was not finite, or a spike, and the run may not go on."""
+
+
+class MemoryExhaustedError(Exception):
+    """There was not enough memory on the device or on the host."""
 
 
 class LockedError(ValueError):

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.best import Best
@@ -11,9 +11,10 @@ from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.control import ControlWord, HostResult, Readback
 from trainer.data.loader import Step, StepLoader
 from trainer.data.prefetch import Ahead
-from trainer.errors import NonFiniteError
 from trainer.evaluate import Evaluator
 from trainer.meter import Meter
+from trainer.numerics.guard import Guard
+from trainer.numerics.watch import Watch
 from trainer.progress import Progress
 from trainer.protocols import Engine, Saved
 from trainer.record import RunRecord
@@ -35,7 +36,6 @@ class Plan:
     validate_every: int | None
     """Evaluations, not steps."""
     save_every: int | None
-    max_skipped_in_a_row: int
 
     def logs(self, step: int) -> bool:
         return step == 1 or step % self.log_every == 0 or step == self.max_steps
@@ -77,7 +77,9 @@ class Loop:
     bits: dict[str, Any]
     """What decides the run's bits beside its config."""
     replicas: Replicas
-    skipped_in_a_row: int = 0
+    guard: Guard
+    watch: Watch
+    readback: Readback = field(default_factory=Readback)
 
     def __post_init__(self) -> None:
         self.checkpoints.listener = self._hear_of_save
@@ -86,7 +88,8 @@ class Loop:
         """Train to plan.max_steps or until no evaluation gets better; return False when it ended
         early, after a save.
 
-        Collective: every rank must call this.
+        Raises RewindError where it has to go on from an older step. Collective: every rank must
+        call this.
         """
         self.progress.stopwatch.start()
         if self.progress.evaluation_due:
@@ -99,7 +102,7 @@ class Loop:
         return not self.stopping.is_agreed or (self._has_all and not self.progress.evaluation_due)
 
     def _train(self, steps: Ahead[Step]) -> None:
-        progress, plan, readback = self.progress, self.plan, Readback()
+        progress, plan, readback = self.progress, self.plan, self.readback
         while not self._is_over:
             number = progress.step + 1
             self.whereabouts.enter("data", number, self.loader.ranges(progress.step))
@@ -107,7 +110,7 @@ class Loop:
                 step = self.stopping.next(steps)
             if step is None:
                 break
-            self.record.consumes(number, step.ranges)
+            self.record.consumes(number, step.ranges, step.passed_over)
             self.whereabouts.enter("train_step", number, step.ranges, step.provenance)
             result = self.engine.train_step(number, step.micro_batches, step.num_tokens)
             progress.advance(result)
@@ -198,7 +201,8 @@ class Loop:
             state = {
                 "progress": self.progress.state(),
                 "data": self.loader.state(self.progress.step),
-                "skipped_in_a_row": self.skipped_in_a_row,
+                "skipped_in_a_row": self.watch.skipped_in_a_row,
+                "spike": self.guard.state(),
                 "best": self.best.state(),
                 "bits": self.bits,
             }
@@ -218,17 +222,11 @@ class Loop:
             callback.on_save(self.progress, saved)
 
     def _note(self, result: HostResult | None) -> None:
-        """Write the ledger line of a finished step; stop when too many in a row were skipped.
+        """Write the ledger line of a finished step, and see what follows from its numbers.
 
-        The numbers are equal on every rank, so all ranks stop at the same step.
+        They are equal on every rank, so all ranks stop, or go back, at the same step.
         """
         if result is None:
             return
         self.record.result(result)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if self.skipped_in_a_row >= self.plan.max_skipped_in_a_row:
-            raise NonFiniteError(
-                f"step {result.step}: {self.skipped_in_a_row} steps in a row had a non-finite "
-                f"gradient (loss sum {result.loss_sum}, norm {result.grad_norm}); "
-                "lower optim.lr or look at the samples that the ledger names"
-            )
+        self.watch.note(result, self.loader)

@@ -35,7 +35,7 @@ class Meter:
 
         `metrics` say how much was done per second.
         """
-        return {"mfu": self._mfu(metrics), "memory_gib": self._memory_gib()}
+        return {"mfu": self._mfu(metrics), "memory_gib": peak_memory_gib(self.device)}
 
     def _mfu(self, metrics: Mapping[str, Any]) -> float | None:
         if self.device.type != "cuda" or not self.has_peak:
@@ -48,9 +48,11 @@ class Meter:
         )
         return flops / (peak * self.world_size) if peak else None
 
-    def _memory_gib(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        # Not getrusage: its peak survives fork and exec, so a large parent's would be reported.
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20  # Linux counts KiB
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most that this process ever held on the device, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Not getrusage: its peak survives fork and exec, so a large parent's would be reported.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20  # Linux counts KiB

@@ -44,8 +44,10 @@ class PhasedEngine:
         phase = bisect_left(self.borders, step)
         if self._engine is None:
             self._engine = self._build(step, None)
-        elif phase != self.phase:
-            assert phase > self.phase, "a phase has no way back"
+        elif phase < self.phase:  # a rewind: a checkpoint is loaded next
+            self._let_go()
+            self._engine = self._build(step, None)
+        elif phase > self.phase:
             with self.stopwatch.paused():
                 self._change(step)
             log.info("step %d on | trains %s", step, self.trained.describe())
@@ -69,9 +71,8 @@ class PhasedEngine:
         old = self._now
         # On the host: old and new engine at once may not fit a GPU.
         kept = {n: p.local.cpu() for n, p in (old.weights() | old.optimizer_state()).items()}
-        old.close()
-        self._engine = old = None  # type: ignore[assignment]
-        gc.collect()  # wrapped modules are cycles: their memory is free before it is needed again
+        del old
+        self._let_go()
         engine = self._build(step, _zeros)
         # Of the same mesh: new pieces lie as the old ones did.
         pieces = engine.weights() | engine.optimizer_state()
@@ -79,6 +80,11 @@ class PhasedEngine:
             pieces[name].local.copy_(values)
         engine.loaded()
         self._engine = engine
+
+    def _let_go(self) -> None:
+        self._now.close()
+        self._engine = None
+        gc.collect()  # wrapped modules are cycles: their memory is free before it is needed again
 
     @property
     def _now(self) -> Engine:

@@ -98,12 +98,13 @@ class Progress:
 
     def load(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.total_tokens += float.fromhex(state["total_tokens"])
+        """Be as far as a checkpoint, whatever was before."""
+        self.total_tokens = self._zero() + float.fromhex(state["total_tokens"])
         # Checkpoints of version 0.1 counted no images.
-        self.total_images += float.fromhex(state.get("total_images", NONE))
+        self.total_images = self._zero() + float.fromhex(state.get("total_images", NONE))
         saved = {name: float.fromhex(state["window"].get(name, NONE)) for name in _SUMS}
-        for name, value in saved.items():
-            self.window[name] += value
+        self.window = {name: self._zero() + value for name, value in saved.items()}
+        self.by_source = self._no_source()
         self._before = {name: saved[name] for name in _RATES.values()}
         # Checkpoints of version 0.1 told no sources apart: those of a window that is open are lost.
         lost = UNKNOWN if saved["num_targets"] else NONE

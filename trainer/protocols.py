@@ -27,8 +27,10 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     """Global norm before clipping."""
     skipped: Tensor
-    """True when the gradient was not finite and nothing was updated."""
+    """True when loss or gradient was not finite or a spike, and nothing was updated."""
     lr: float
+    flags: Tensor
+    """What was wrong with the numbers, as `numerics.spike.Flag`; 0: nothing."""
     by_source: Tensor
     """(2, sources) fp64, the loss sum and the targets of each source; no source where there is one
     alone."""

@@ -10,6 +10,7 @@ from typing import IO, Any
 from trainer.control import HostResult
 from trainer.directory import EVALUATION_DUE, read_due
 from trainer.files import write_text
+from trainer.numerics.spike import names_of
 
 METRICS = "metrics.jsonl"
 EVAL = "eval"
@@ -34,7 +35,7 @@ class RunRecord:
         self._ledger = open(ledger, "a", encoding="utf-8")  # noqa: SIM115
         if is_torn:
             self._ledger.write("\n")  # else the first new line would be lost with the torn one
-        self._ranges: dict[int, list[tuple[int, int]]] = {}
+        self._samples: dict[int, dict[str, Any]] = {}
 
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Append one object; NaN and infinities become strings."""
@@ -53,9 +54,16 @@ class RunRecord:
         elif due.exists():
             due.unlink()
 
-    def consumes(self, step: int, ranges: list[tuple[int, int]]) -> None:
-        """Note which global samples this rank's step holds, until its result is known."""
-        self._ranges[step] = ranges
+    def consumes(
+        self,
+        step: int,
+        ranges: list[tuple[int, int]],
+        passed_over: tuple[int, int] | None = None,
+    ) -> None:
+        """Note which global samples this rank's step holds, until its result is known; and which
+        ones, between the step before and this one, no rank trains on."""
+        gap = {"passed_over": [passed_over]} if passed_over else {}
+        self._samples[step] = {"samples": ranges, **gap}
 
     def result(self, result: HostResult | None) -> None:
         """Append the ledger line of an executed step."""
@@ -64,10 +72,11 @@ class RunRecord:
         line = {
             "attempt": self.attempt,
             "step": result.step,
-            "samples": self._ranges.pop(result.step),
+            **self._samples.pop(result.step),
             "loss_sum": result.loss_sum.hex(),
             "num_targets": result.num_targets,
             "skipped": result.skipped,
+            **({"flags": names_of(result.flags)} if result.flags else {}),
         }
         self._ledger.write(json.dumps(line) + "\n")
         self._ledger.flush()

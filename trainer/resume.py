@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from trainer.environment import environment
 from trainer.files import write_json, write_text
 from trainer.mesh import Mesh
 from trainer.model_files import write_model_files
+from trainer.numerics.guard import Guard
+from trainer.numerics.rewinds import Rewinds, kept, rewinds_of, write_rewinds
 from trainer.phases import PhasedEngine
 from trainer.progress import Progress
 from trainer.record import RunRecord
@@ -52,20 +55,36 @@ def checkpoints_of(
     )
 
 
-def resume(
-    run: Run,
-    checkpoints: Checkpoints,
-    ranks: Ranks,
-    engine: PhasedEngine,
-    loader: StepLoader,
-    progress: Progress,
-    best: Best,
-    bits: dict[str, Any],
-) -> tuple[StepLoader, int]:
-    """Load the newest intact checkpoint; return the loader going on there, and the skip count.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run stands: what a checkpoint fills beside weights and optimizer state."""
 
-    Collective.
-    """
+    progress: Progress
+    best: Best
+    guard: Guard
+    loader: StepLoader
+    bits: dict[str, Any]
+    """What decides the bits of this start beside its config."""
+    skipped_in_a_row: int = 0
+
+    def at(self, state: dict[str, Any], rewinds: Rewinds) -> "Place":
+        """Return the place after the step of a checkpoint's state.json."""
+        progress = self.progress
+        progress.load(state["progress"])
+        if "best" in state:  # checkpoints of version 0.1 had none
+            self.best.load(state["best"])
+        if "spike" in state:  # nor this
+            self.guard.load(state["spike"])
+        loader = self.loader.resumed(progress.step, state["data"])
+        if progress.step in rewinds:
+            loader = loader.passing_over(rewinds[progress.step].last)
+        return replace(self, loader=loader, skipped_in_a_row=state["skipped_in_a_row"])
+
+
+def resume(
+    run: Run, checkpoints: Checkpoints, ranks: Ranks, engine: PhasedEngine, place: Place
+) -> Place:
+    """Load the newest intact checkpoint; return the place after its step. Collective."""
     # Rank 0 looks once for all: a shared file system need not show every rank the same.
     folder = checkpoints.folder.parent
     found = commit.committed_steps(checkpoints.folder), read_rewind(folder), read_due(folder)
@@ -79,23 +98,41 @@ def resume(
                 f"set it to one of {steps}"
             )
         steps = [run.resume_step]
+    place = restore(run, checkpoints, ranks, engine, place, steps)
+    place.progress.evaluation_due = place.progress.step == due
+    if ranks.placement.is_main and is_rewind:
+        write_text(folder / REWIND, str(run.resume_step))
+    return place
+
+
+def restore(
+    run: Run,
+    checkpoints: Checkpoints,
+    ranks: Ranks,
+    engine: PhasedEngine,
+    place: Place,
+    steps: list[int],
+) -> Place:
+    """Load the first of `steps` that is intact, and leave nothing of what came after it.
+
+    Collective.
+    """
+    folder = checkpoints.folder.parent
     state = checkpoints.restore(engine.at, steps)
     if state is None:
         engine.at(1)
-        return loader, 0
-    progress.load(state["progress"])
-    progress.evaluation_due = progress.step == due
-    check_bits(run, progress.step, state.get("bits"), bits)
-    if "best" in state:  # checkpoints of version 0.1 had none
-        best.load(state["best"])
-    loader = loader.resumed(progress.step, state["data"])
+        return place
+    rewinds = rewinds_of(folder, ranks)
+    check_bits(run, state["progress"]["step"], state.get("bits"), place.bits)
+    place = place.at(state, kept(rewinds, state["progress"]["step"]))
     if ranks.placement.is_main:
+        # Newest first: whatever is interrupted here, the newest that is left belongs to the rest.
         for step in commit.committed_steps(checkpoints.folder):
-            if step > progress.step:
+            if step > place.progress.step:
                 set_aside(commit.step_folder(checkpoints.folder, step), "rewound")
-        if is_rewind:
-            write_text(folder / REWIND, str(run.resume_step))
-    return loader, state["skipped_in_a_row"]
+        if rewinds != kept(rewinds, place.progress.step):
+            write_rewinds(folder, kept(rewinds, place.progress.step))
+    return place
 
 
 def open_record(folder: Path, attempt: Path, ranks: Ranks, progress: Progress) -> RunRecord:

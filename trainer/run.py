@@ -17,6 +17,7 @@ from trainer.engines.topology_free import check_topology_free
 from trainer.length import check_epochs
 from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
+from trainer.numerics.guard import Guard
 from trainer.optim import Rules
 from trainer.precision import PRECISIONS
 from trainer.replicas import check_copies
@@ -43,6 +44,7 @@ class Run(Settings):
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
         self.validation.check(self.data, self.eval_every)
+        self.spike.check(self.save_every, self.checkpoint.keep)
         self.best.check(self._metric_names(), self.eval_every)
         if self.max_steps is not None:  # of max_epochs they are counted later
             self.freeze.check(self.max_steps)
@@ -92,13 +94,17 @@ class Run(Settings):
             shards_itself=not self.engine.can_shard,
         )
 
-    def surroundings(self, model: nn.Module, mesh: Mesh, device: torch.device) -> Surroundings:
-        """Return what the engine of a planned model is built from on a built mesh."""
+    def surroundings(
+        self, model: nn.Module, mesh: Mesh, device: torch.device, guard: Guard | None = None
+    ) -> Surroundings:
+        """Return what the engine of a planned model is built from on a built mesh; a `guard` that
+        other engines of the run share goes on."""
         return Surroundings(
             layout=self.model.layout, mesh=mesh, precision=PRECISIONS[self.precision],
             device=device, optim=self.optim, schedule=self.schedule, seed=self.seed,
             max_steps=self.num_steps, rules=self.rules(model),
             is_topology_free=self.is_topology_free, is_repeatable=self.is_repeatable,
+            guard=guard or Guard(self.spike),
         )  # fmt: skip
 
     def rules(self, model: nn.Module) -> Rules:
@@ -178,5 +184,4 @@ class Run(Settings):
         return Plan(
             max_steps=self.num_steps, log_every=self.log_every, eval_every=self.eval_every,
             validate_every=self.validation.every, save_every=self.save_every,
-            max_skipped_in_a_row=self.max_skipped_in_a_row,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from trainer.engines.protocol import EngineSpec
 from trainer.freeze import FreezeSpec
 from trainer.length import check_length
 from trainer.mesh import MeshSpec
+from trainer.numerics.spike import SpikeSpec
 from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
@@ -74,9 +75,11 @@ class Settings:
     resume_allow: list[str]
     """Config keys that may differ from the run that is resumed."""
     max_skipped_in_a_row: int
-    """Steps with a non-finite gradient in a row before the run stops."""
+    """Steps in a row without an update before the run stops, or rewinds."""
     check_replicas_every: int | None = None
     """Steps between comparisons of the copies of the weights, bit for bit; null: none."""
+    spike: SpikeSpec = field(default_factory=SpikeSpec)
+    """What is done about a loss or a gradient norm far above the usual one."""
     validation: ValidationSpec = field(default_factory=ValidationSpec)
     """When the model answers held-out questions, and by what its answers are judged."""
     stop_at: str | None = None

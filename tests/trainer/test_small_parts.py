@@ -179,6 +179,7 @@ def result(loss_sum: float, num_targets: int, onlookers: int = 0, images: int = 
         torch.tensor(2.0),
         torch.tensor(False),
         lr=0.1,
+        flags=torch.tensor(0),
         by_source=torch.zeros(2, 0, dtype=torch.float64),
     )
 

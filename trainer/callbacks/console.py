@@ -62,7 +62,7 @@ class ConsoleCallback(Callback):
             metrics["memory_gib"],
             self.view.loader.position(progress.step),
             self._eta(progress.step),
-            f" | {skipped} steps skipped: gradient not finite" if skipped else "",
+            f" | {skipped} steps skipped: the ledger says why" if skipped else "",
         )
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=progress.step)
@@ -88,6 +88,12 @@ class ConsoleCallback(Callback):
             saved.seconds_paused,
             saved.seconds_written,
         )
+
+    def on_rewind(self, view: RunView, progress: Progress) -> None:
+        self.view = view
+        self.started, self.first_step = time.monotonic(), progress.step
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=progress.step)
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         if self.bar:

@@ -43,6 +43,9 @@ class Callback:
     def on_save(self, progress: Progress, saved: Saved) -> None:
         """After a checkpoint was committed, maybe of an earlier step: it is written meanwhile."""
 
+    def on_rewind(self, view: RunView, progress: Progress) -> None:
+        """After the run went back to an older step; `view` has the loader that it goes on with."""
+
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         """After the last step and save; `finished` is False when a signal ended the run early."""
 

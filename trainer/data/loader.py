@@ -28,6 +28,8 @@ class Step:
     """Global sample numbers [first, last) that this rank trains on: what the ledger records."""
     num_tokens: int
     """Tokens of this rank's rows, without padding and virtual ones."""
+    passed_over: tuple[int, int] | None = None
+    """Global samples [first, last) between the step before and this one: nobody trains on them."""
 
     @property
     def provenance(self) -> list[str]:
@@ -88,6 +90,8 @@ class StepLoader:
     num_ranks: int
     anchor: tuple[int, int] = (0, 0)
     """A step, and the global sample that it begins with."""
+    passed_over: tuple[tuple[int, int], ...] = ()
+    """Global samples [first, last) that the run left out on the way to the anchor."""
 
     def steps(self, first: int) -> Ahead[Step]:
         """Yield the steps from number `first` (0 is the run's first) without end, read ahead."""
@@ -117,7 +121,16 @@ class StepLoader:
             micro_batches=[batch for batch, _ in dealt],
             ranges=[one for _, ranges in dealt for one in ranges],
             num_tokens=sum(self._num_tokens(batch) for batch, _ in dealt),
+            passed_over=self._gap_before(number),
         )
+
+    def _gap_before(self, number: int) -> tuple[int, int] | None:
+        first = self.first_sample(number)
+        return next((gap for gap in self.passed_over if gap[1] == first), None)
+
+    def provenance(self, number: int) -> list[str]:
+        """Return where the rows of step `number` (from 0) come from, over all ranks."""
+        return replace(self, rank=0, num_ranks=1).step(number).provenance
 
     def _num_tokens(self, batch: Batch) -> int:
         is_text = (batch.segment_ids > 0) & (batch.position_ids >= self.rows.num_virtual)
@@ -149,6 +162,7 @@ class StepLoader:
                 **mix,
             },
             "global_sample": sample,
+            **({"passed_over": list(map(list, self.passed_over))} if self.passed_over else {}),
             "epoch": min(done),
         }
 
@@ -182,7 +196,19 @@ class StepLoader:
                 "is another one; bring the old ones back, or start anew with name=... or "
                 "resume=never"
             )
-        return replace(self, anchor=(step, state["global_sample"]))
+        gaps = tuple((first, last) for first, last in state.get("passed_over", ()))
+        return replace(self, anchor=(step, state["global_sample"]), passed_over=gaps)
+
+    def passing_over(self, last: int) -> "StepLoader":
+        """Return the loader that goes on at its anchor with global sample `last`.
+
+        The order of all others stays what it was.
+        """
+        step, first = self.anchor
+        gaps = self.passed_over
+        if gaps and gaps[-1][1] == first:  # once more from the same step
+            gaps, first = gaps[:-1], gaps[-1][0]
+        return replace(self, anchor=(step, last), passed_over=(*gaps, (first, last)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
-"""Gradients in a DeepSpeed engine where tensors are split: summed over ranks, and their norm."""
+"""Gradients in a DeepSpeed engine: summed where tensors are split, their norm, and the verdict."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.engines.deepspeed_state import ShardedState
+from trainer.numerics.guard import Verdict
 from trainer.parallel.pieces import sum_shared
 from trainer.pieces import Piece
 
@@ -16,9 +18,16 @@ _NORMS = {1: "scaled_global_norm", 2: "scaled_global_norm", 3: "_get_norm_groups
 
 
 class Gradients:
-    """Makes gradients those of whole tensors, and tells their norm."""
+    """Makes gradients those of whole tensors, tells their norm, and has the step judged by it."""
 
-    def __init__(self, state: ShardedState) -> None:
+    norm: Tensor
+    """Of the last step, before clipping."""
+    verdict: Verdict
+    judge: Callable[[Tensor], Verdict]
+    """Says what is to be done with the step of this norm; set before each."""
+
+    def __init__(self, state: ShardedState, max_grad_norm: float | None) -> None:
+        self.max_grad_norm = max_grad_norm
         self.stage, self.mesh, self.device = state.stage, state.mesh, state.engine.device
         self.trained = [
             (parameter, state.pieces[name]) for name, parameter in state.trained.items()
@@ -31,18 +40,35 @@ class Gradients:
             self._set_norm(state.engine.optimizer, _NORMS[self.stage])
 
     def _set_norm(self, optimizer: Any, method: str) -> None:
-        """Let DeepSpeed clip by our norm.
+        """Let DeepSpeed clip by our norm, and skip what our verdict skips.
 
-        Its own counts a parameter on every tensor-parallel rank or on the first alone. Key heads
-        that some ranks repeat, and c_attn whose last rows are on all of them, are neither.
+        A norm that is not finite is its sign for that, and its own look at each gradient, which
+        sees no loss and no spike, is left out. Its own norm counts a
+        parameter on every tensor-parallel rank or on the first alone. Key heads that some ranks
+        repeat, and c_attn whose last rows are on all of them, are neither.
         """
         assert hasattr(optimizer, method), method
 
         def norm() -> Any:
-            found = self.square_sum().sqrt().to(optimizer.device)
+            limit = self.judged()
+            optimizer.clip_grad = limit or 0.0
+            found = self.norm.to(optimizer.device)
+            # sync: DeepSpeed decides on the host whether to step.
+            found = found.new_tensor(torch.inf) if bool(self.verdict.skipped) else found
             return [found] if self.stage == 3 else found
 
         setattr(optimizer, method, norm)
+        optimizer.check_grad_overflow = True  # else stages 1 and 2 use any norm in bf16
+        optimizer.check_overflow = lambda **_: None
+
+    def judged(self) -> float | None:
+        """Find norm and verdict of the step; return what to clip to, None: nothing. Collective."""
+        self.norm = self.square_sum().sqrt()
+        self.verdict = self.judge(self.norm)
+        limits = [self.max_grad_norm] if self.max_grad_norm is not None else []
+        if self.verdict.limit is not None:
+            limits.append(float(self.verdict.limit))  # sync: DeepSpeed takes a number
+        return min(limits, default=None)
 
     def square_sum(self) -> Tensor:
         """Return the sum of squares over the whole tensors, each element once. Collective."""

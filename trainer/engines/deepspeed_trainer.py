@@ -1,5 +1,6 @@
 """One step through a DeepSpeed engine."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class DeepSpeedTrainer:
         self.passes = _DeepSpeedPasses(self.engine, self.mesh, Keys(around.seed, self.mesh))
         self.optim, self.schedule = around.optim, around.schedule
         self.max_steps = around.max_steps
-        self.gradients = Gradients(state)
+        self.gradients = Gradients(state, around.optim.max_grad_norm)
+        self.guard = around.guard
         # Stage 3 and offload start to sum in the first backward pass: what has no gradient there is
         # added to that of the step before. What has none in the last one may not be taken over.
         self.with_image = (0, -1) if trains_on_images(self.engine.module) else ()
@@ -47,30 +49,29 @@ class DeepSpeedTrainer:
         factor = self.schedule.factor(step, self.max_steps)
         for group, lr in zip(self.state.base.param_groups, self.lrs, strict=True):
             group["lr"] = lr * factor
-        norm, skipped = self._step_plain() if self.stage == 0 else self._step_sharded()
-        lr = self.optim.lr * factor
-        return StepResult(sums[0], *counts, norm, torch.tensor(skipped), lr, by_source)
+        self.gradients.judge = partial(self.guard.judge, sums[0], counts[0])
+        if self.stage == 0:
+            self._step_plain()
+        else:
+            self.engine.step()
+        lr, verdict = self.optim.lr * factor, self.gradients.verdict
+        return StepResult(
+            sums[0], *counts, self.gradients.norm, verdict.skipped, lr, verdict.flags, by_source
+        )
 
-    def _step_plain(self) -> tuple[Tensor, bool]:
-        """Take the step of stage 0, where DeepSpeed reports no norm; return it, and if skipped."""
+    def _step_plain(self) -> None:
+        """Take the step of stage 0, where DeepSpeed knows no norm."""
         self.engine.buffered_allreduce_fallback()
-        norm = self.gradients.square_sum().sqrt()
-        if not bool(norm.isfinite()):
+        limit = self.gradients.judged()
+        if bool(self.gradients.verdict.skipped):  # sync: as DeepSpeed does for the other stages
             self.engine.zero_grad()
-            return norm, True
-        if self.optim.max_grad_norm is not None:
-            coefficient = (self.optim.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            return
+        if limit is not None:
+            coefficient = (limit / (self.gradients.norm + 1e-6)).clamp(max=1.0)
             for parameter in self.state.trained.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(coefficient)
         self.engine.step()
-        return norm, False
-
-    def _step_sharded(self) -> tuple[Tensor, bool]:
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        overflow = bool(self.engine.optimizer.overflow)
-        return torch.as_tensor(norm, dtype=torch.float64, device=self.device), overflow
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Loss:

@@ -185,9 +185,11 @@ class NativeTrainer:
         sums = self.passes.train(step, micro_batches, scale)
         loss_sum, by_source = sums[0], torch.stack((sums[1:], of_sources))
         grad_norm = self.update.grad_norm()
-        skipped = ~(grad_norm.isfinite() & loss_sum.isfinite())
-        lr = self.update.apply(step, grad_norm, skipped)
-        return StepResult(loss_sum, *counts, grad_norm, skipped, lr, by_source)
+        verdict = self.update.guard.judge(loss_sum, counts[0], grad_norm)
+        lr = self.update.apply(step, grad_norm, verdict)
+        return StepResult(
+            loss_sum, *counts, grad_norm, verdict.skipped, lr, verdict.flags, by_source
+        )
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Loss:

@@ -9,6 +9,8 @@ from torch import nn
 from models.layout import Layout
 from trainer.engines.update import FAST, TOPOLOGY_FREE, Update
 from trainer.mesh import Mesh
+from trainer.numerics.guard import Guard
+from trainer.numerics.spike import SpikeSpec
 from trainer.optim import OptimSpec, Rules
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.laid_out import LaidOut
@@ -35,6 +37,8 @@ class Surroundings:
     """Whether sums are taken in an order that no number of data ranks changes."""
     is_repeatable: bool = False
     """Whether sums over ranks are taken in the same order at every step of every start."""
+    guard: Guard = field(default_factory=lambda: Guard(SpikeSpec()))
+    """Judges each step before its update."""
 
     def update(self, laid_out: LaidOut, *, is_offloaded: bool = False) -> Update:
         """Return the end of a step over materialised weights."""
@@ -43,6 +47,7 @@ class Surroundings:
             optim=self.optim, rules=self.rules,
             schedule=self.schedule, max_steps=self.max_steps, device=self.device,
             sums=TOPOLOGY_FREE if self.is_topology_free else FAST, is_offloaded=is_offloaded,
+            guard=self.guard,
         )  # fmt: skip
 
 

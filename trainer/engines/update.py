@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.engines.host_copies import HostCopies
 from trainer.mesh import Mesh
+from trainer.numerics.guard import Guard, Verdict
 from trainer.optim import OptimSpec, Rules
 from trainer.parallel.pieces import global_square_sum, local_tensor, sum_shared
 from trainer.parallel.pipeline import absent
@@ -62,9 +63,11 @@ class Update:
         device: torch.device,
         sums: Sums,
         is_offloaded: bool,
+        guard: Guard,
     ) -> None:
         """`sums`: in which order to add up. `is_offloaded`: the optimizer works on the host."""
         self.parameters, self.pieces, self.device, self.sums = parameters, pieces, device, sums
+        self.guard = guard
         self.is_first_holder, self.group = mesh.is_first_holder, mesh.copy_group()
         self.is_later_stage = mesh.rank("pp") > 0
         self.optim, self.schedule, self.max_steps = optim, schedule, max_steps
@@ -97,7 +100,7 @@ class Update:
         """Add up gradients of what several ranks hold and each saw a part of. Collective."""
         sum_shared(gradients)
 
-    def apply(self, step: int, grad_norm: Tensor, skipped: Tensor) -> float:
+    def apply(self, step: int, grad_norm: Tensor, verdict: Verdict) -> float:
         """Clip and update on the device; a skipped step changes no weight and no state.
 
         Return the learning rate.
@@ -107,22 +110,26 @@ class Update:
             for name, parameter in self.parameters.items()
             if parameter.grad is not None and name in self.trained
         }
-        self._clip(list(gradients.values()), grad_norm)
+        self._clip(list(gradients.values()), grad_norm, verdict.limit)
         self._give(gradients)
         factor = self.schedule.factor(step, self.max_steps)
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             group["lr"] = lr * factor
-        self._step(skipped)
+        self._step(verdict.skipped)
         for name, parameter in self.parameters.items():
             parameter.grad = None
             if name in self.updated:
                 self.updated[name].local.grad = None
         return self.optim.lr * factor
 
-    def _clip(self, gradients: list[Tensor], grad_norm: Tensor) -> None:
-        """Scale gradients down to max_grad_norm, by the formula of torch's clip_grad_norm_."""
-        if self.optim.max_grad_norm is not None and gradients:
-            coefficient = (self.optim.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    def _clip(self, gradients: list[Tensor], grad_norm: Tensor, limit: Tensor | None) -> None:
+        """Scale gradients down to max_grad_norm and `limit`, by the formula of torch's
+        clip_grad_norm_."""
+        most: float | Tensor | None = self.optim.max_grad_norm
+        if limit is not None:
+            most = limit if most is None else limit.clamp(max=most)
+        if most is not None and gradients:
+            coefficient = (most / (grad_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, coefficient)
 
     def _give(self, gradients: dict[str, Tensor]) -> None:
