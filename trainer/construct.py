@@ -97,7 +97,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     start.whereabouts.enter("resume")
     best = Best(run.best)
     loader, skipped_in_a_row = resume(run, checkpoints, ranks, engine, loader, progress, best)
-    record = open_record(folder, attempt, ranks, progress)
+    record = open_record(folder, attempt, ranks, progress, loader.rank)
     engine.on_change = lambda trained: record.metrics(trained.step, "phase", trained.metrics())
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
     view = RunView(

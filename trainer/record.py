@@ -5,10 +5,12 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from trainer.control import HostResult
 from trainer.files import write_text
+
+if TYPE_CHECKING:
+    from trainer.control import HostResult
 
 METRICS = "metrics.jsonl"
 
@@ -17,11 +19,14 @@ class RunRecord:
     """Appends to metrics.jsonl (None on other ranks) and to this rank's ledger.
 
     The ledger says what this rank really consumed, one line per executed step, and is never cut
-    back; metrics are cut back to the resumed step, so that curves have no double points.
+    back; ranks that share a data rank consume the same. Metrics are cut back to the resumed
+    step, so that curves have no double points.
     """
 
-    def __init__(self, folder: Path, *, rank: int, attempt: int, resumed_step: int) -> None:
-        self.attempt = attempt
+    def __init__(
+        self, folder: Path, *, rank: int, data_rank: int, attempt: int, resumed_step: int
+    ) -> None:
+        self.attempt, self.data_rank = attempt, data_rank
         self._metrics: IO[str] | None = None
         if rank == 0:
             cut_back(folder / METRICS, resumed_step)
@@ -45,13 +50,14 @@ class RunRecord:
         """Note which global samples this rank's step holds, until its result is known."""
         self._ranges[step] = ranges
 
-    def result(self, result: HostResult | None) -> None:
+    def result(self, result: "HostResult | None") -> None:
         """Append the ledger line of an executed step."""
         if result is None:
             return
         line = {
             "attempt": self.attempt,
             "step": result.step,
+            "data_rank": self.data_rank,
             "samples": self._ranges.pop(result.step),
             "loss_sum": result.loss_sum.hex(),
             "num_targets": result.num_targets,
