@@ -35,6 +35,10 @@ COMMANDS = {
         "launch.tokenize",
         "texts to shards of tokens: tessera tokenize data.path=DIR output=DIR tokenizer=...",
     ),
+    "ledger": (
+        "launch.ledger",
+        "prove that every sample was trained on exactly once: tessera ledger run=DIR",
+    ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }

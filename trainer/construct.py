@@ -114,7 +114,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     place = Place(progress=progress, best=best, guard=guard, loader=loader, bits=bits)
     place = resume(run, checkpoints, ranks, engine, place)
     loader = place.loader
-    record = open_record(folder, attempt, ranks, progress)
+    record = open_record(folder, attempt, ranks, progress, loader.rank)
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,

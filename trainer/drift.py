@@ -44,9 +44,9 @@ def check_drift(
     """Return the changes that a resumed run may carry; ValueError on the first that it may not."""
     changes = difference(old, new)
     for key, (was, wanted) in changes.items():
-        if _fits(key, _RECORDED):
+        if fits(key, _RECORDED):
             continue
-        if not _fits(key, _EXPLICIT):
+        if not fits(key, _EXPLICIT):
             raise ValueError(
                 f"{key} was {was} when this run was saved and is {wanted} now, which would make "
                 f"another run of it; set it back, or start anew with name=... or resume=never"
@@ -59,5 +59,6 @@ def check_drift(
     return changes
 
 
-def _fits(key: str, patterns: tuple[str, ...]) -> bool:
+def fits(key: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether one of the patterns is this key, or ends in "." and lies above it."""
     return any(key == p.rstrip(".") or (p.endswith(".") and key.startswith(p)) for p in patterns)

@@ -5,12 +5,14 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from trainer.control import HostResult
 from trainer.directory import EVALUATION_DUE, read_due
 from trainer.files import write_text
 from trainer.numerics.spike import names_of
+
+if TYPE_CHECKING:
+    from trainer.control import HostResult
 
 METRICS = "metrics.jsonl"
 EVAL = "eval"
@@ -20,11 +22,14 @@ class RunRecord:
     """Appends to metrics.jsonl (None on other ranks) and to this rank's ledger.
 
     The ledger says what this rank really consumed, one line per executed step, and is never cut
-    back; metrics are cut back to the resumed step, so that curves have no double points.
+    back; ranks that share a data rank consume the same. Metrics are cut back to the resumed
+    step, so that curves have no double points.
     """
 
-    def __init__(self, folder: Path, *, rank: int, attempt: int, resumed_step: int) -> None:
-        self.folder, self.attempt = folder, attempt
+    def __init__(
+        self, folder: Path, *, rank: int, data_rank: int, attempt: int, resumed_step: int
+    ) -> None:
+        self.folder, self.attempt, self.data_rank = folder, attempt, data_rank
         self._metrics: IO[str] | None = None
         if rank == 0:
             cut_back(folder / METRICS, resumed_step, owes=read_due(folder) == resumed_step)
@@ -65,13 +70,14 @@ class RunRecord:
         gap = {"passed_over": [passed_over]} if passed_over else {}
         self._samples[step] = {"samples": ranges, **gap}
 
-    def result(self, result: HostResult | None) -> None:
+    def result(self, result: "HostResult | None") -> None:
         """Append the ledger line of an executed step."""
         if result is None:
             return
         line = {
             "attempt": self.attempt,
             "step": result.step,
+            "data_rank": self.data_rank,
             **self._samples.pop(result.step),
             "loss_sum": result.loss_sum.hex(),
             "num_targets": result.num_targets,

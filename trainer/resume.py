@@ -135,12 +135,15 @@ def restore(
     return place
 
 
-def open_record(folder: Path, attempt: Path, ranks: Ranks, progress: Progress) -> RunRecord:
+def open_record(
+    folder: Path, attempt: Path, ranks: Ranks, progress: Progress, data_rank: int
+) -> RunRecord:
     """Open the run's files; rank 0 makes this start's config and environment the newest ones."""
     if ranks.placement.is_main:
         write_json(attempt / ENVIRONMENT, environment(ranks.placement.world_size))
         for name in (CONFIG, ENVIRONMENT):
             shutil.copyfile(attempt / name, folder / name)
     return RunRecord(
-        folder, rank=ranks.placement.rank, attempt=int(attempt.name), resumed_step=progress.step
-    )
+        folder, rank=ranks.placement.rank, data_rank=data_rank, attempt=int(attempt.name),
+        resumed_step=progress.step,
+    )  # fmt: skip

@@ -39,7 +39,9 @@ def go_back(loop: Loop, run: Run, engine: PhasedEngine, ranks: Ranks, error: Rew
     rewinds = with_another(rewinds_of(folder, ranks), step, rewound)
     if ranks.placement.is_main:
         write_rewinds(folder, rewinds)
-    loop.record = open_record(folder, _another_attempt(folder, ranks), ranks, loop.progress)
+    loop.record = open_record(
+        folder, _another_attempt(folder, ranks), ranks, loop.progress, loop.loader.rank
+    )
     loop.record.metrics(
         step, "rewind", {"from_step": error.spike, "passed_over": [first, last], "why": error.why}
     )

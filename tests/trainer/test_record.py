@@ -43,7 +43,7 @@ def strict(line: str) -> Any:
 
 
 def test_numbers_that_json_lacks_are_written_as_strings(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, rank=0, attempt=1, resumed_step=0)
+    record = RunRecord(tmp_path, rank=0, data_rank=0, attempt=1, resumed_step=0)
     values = {"loss": float("nan"), "grad_norm": float("inf"), "low": float("-inf"), "lr": 0.1}
     record.metrics(3, "train", values)
     record.close()
@@ -54,7 +54,7 @@ def test_numbers_that_json_lacks_are_written_as_strings(tmp_path: Path) -> None:
 
 
 def test_metrics_come_back_bit_by_bit_and_keep_none(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, rank=0, attempt=1, resumed_step=0)
+    record = RunRecord(tmp_path, rank=0, data_rank=0, attempt=1, resumed_step=0)
     record.metrics(1, "train", {"loss": 0.1 + 0.2, "mfu": None, "tokens": 2**53})
     record.close()
     (line,) = read_lines(tmp_path / METRICS)
@@ -65,7 +65,7 @@ def test_metrics_come_back_bit_by_bit_and_keep_none(tmp_path: Path) -> None:
 
 def test_only_rank_0_writes_metrics_and_every_rank_a_ledger(tmp_path: Path) -> None:
     for rank in (0, 1):
-        record = RunRecord(tmp_path, rank=rank, attempt=1, resumed_step=0)
+        record = RunRecord(tmp_path, rank=rank, data_rank=rank, attempt=1, resumed_step=0)
         record.metrics(1, "train", {"loss": 1.0})
         record.consumes(1, [(rank, rank + 1)])
         record.result(result_of(1))
@@ -76,13 +76,13 @@ def test_only_rank_0_writes_metrics_and_every_rank_a_ledger(tmp_path: Path) -> N
 
 
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, rank=0, attempt=1, resumed_step=0)
+    record = RunRecord(tmp_path, rank=0, data_rank=0, attempt=1, resumed_step=0)
     for step in range(1, 7):
         record.metrics(step, "train", {"loss": float(step)})
         record.metrics(step, "eval", {"loss": float("nan")})
     record.close()
     kept = (tmp_path / METRICS).read_text().splitlines()[:8]
-    record = RunRecord(tmp_path, rank=0, attempt=2, resumed_step=4)
+    record = RunRecord(tmp_path, rank=0, data_rank=0, attempt=2, resumed_step=4)
     record.metrics(5, "train", {"loss": 5.0})
     record.close()
     lines = (tmp_path / METRICS).read_text().splitlines()
@@ -92,7 +92,7 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
 
 def test_metrics_of_a_run_that_begins_anew_are_emptied(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}\n')
-    RunRecord(tmp_path, rank=0, attempt=2, resumed_step=0).close()
+    RunRecord(tmp_path, rank=0, data_rank=0, attempt=2, resumed_step=0).close()
     assert (tmp_path / METRICS).read_text() == ""
 
 
@@ -111,7 +111,7 @@ def test_absent_file_has_no_lines_and_is_not_made(tmp_path: Path) -> None:
 
 
 def test_ledger_line_says_what_was_consumed_and_what_came_out(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, rank=2, attempt=5, resumed_step=0)
+    record = RunRecord(tmp_path, rank=2, data_rank=1, attempt=5, resumed_step=0)
     record.consumes(8, [(64, 66), (70, 72)])
     record.consumes(9, [(72, 74), (78, 80)])  # under way while step 8 is read back
     record.result(None)
@@ -120,13 +120,14 @@ def test_ledger_line_says_what_was_consumed_and_what_came_out(tmp_path: Path) ->
     (line,) = ledger(tmp_path, 2)
     assert float.fromhex(line.pop("loss_sum")) == 1 / 3
     assert line == {
-        "attempt": 5, "step": 8, "samples": [[64, 66], [70, 72]], "num_targets": 7, "skipped": True,
+        "attempt": 5, "step": 8, "data_rank": 1, "samples": [[64, 66], [70, 72]], "num_targets": 7,
+        "skipped": True,
     }  # fmt: skip
 
 
 def test_ledger_is_never_cut_back(tmp_path: Path) -> None:
     for attempt in (1, 2):
-        record = RunRecord(tmp_path, rank=0, attempt=attempt, resumed_step=0)
+        record = RunRecord(tmp_path, rank=0, data_rank=0, attempt=attempt, resumed_step=0)
         for step in (1, 2):
             record.consumes(step, [(step, step + 1)])
             record.result(result_of(step))
@@ -141,7 +142,7 @@ def test_ledger_torn_by_a_crash_loses_no_line_of_the_next_attempt(tmp_path: Path
     (tmp_path / "ledger/rank00000.jsonl").write_text(
         '{"attempt": 1, "step": 1}\n{"attempt": 1, "st'
     )
-    record = RunRecord(tmp_path, rank=0, attempt=2, resumed_step=1)
+    record = RunRecord(tmp_path, rank=0, data_rank=0, attempt=2, resumed_step=1)
     record.consumes(2, [(8, 16)])
     record.result(result_of(2))
     record.close()
