@@ -31,6 +31,7 @@ COMMANDS = {
         "launch.inspect",
         "show a step as it is trained on: tessera inspect experiment=demo",
     ),
+    "replay": ("launch.replay", "a step of a run once more: tessera replay run=DIR step=N"),
     "tokenize": (
         "launch.tokenize",
         "texts to shards of tokens: tessera tokenize data.path=DIR output=DIR tokenizer=...",

@@ -1,0 +1,129 @@
+"""`tessera replay`: the step comes out again, and each document has its own loss."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.cli import main
+from models.nn.head import IGNORED
+from tests.faults.test_wrong_numbers import REWIND
+from tests.faults.wrong_numbers import nonsense_run
+from tests.ranks import run_ranks
+from tests.runs import tiny_run, train, train_words
+from trainer.distributed import Placement
+from trainer.mesh import MeshSpec
+from trainer.replay import Replayed, replay, told_apart
+
+SAVED = {"save_every": 4, "max_steps": 10}
+
+
+def replayed(_: Placement, run: Any, folder: Path, step: int) -> Replayed:
+    return replay(run, folder, step)
+
+
+def again(run: Any, folder: Path, step: int) -> Replayed:
+    """Replay in a process of its own, as the command does."""
+    found: Replayed = run_ranks(1, replayed, replace(run, mesh=MeshSpec()), folder, step)[0]
+    return found
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("step", "start"), [(3, 0), (9, 8), (10, 8)])
+def test_a_step_of_one_process_comes_out_in_every_bit_and_nothing_is_written(
+    tmp_path: Path, cache: Path, step: int, start: int
+) -> None:
+    run = tiny_run(cache, **SAVED)
+    run_ranks(1, train, tmp_path, run)
+    before = snapshot(tmp_path)
+    found = again(run, tmp_path, step)
+    assert snapshot(tmp_path) == before
+    assert found.start == start
+    assert found.is_same_bits
+    assert found.is_reproduced
+    assert sum(one.loss_sum for one in found.documents) == pytest.approx(found.loss_sum, rel=1e-6)
+    assert sum(one.num_targets for one in found.documents) == found.num_targets
+    assert all(one.place.startswith("train[") for one in found.documents)
+
+
+def test_a_step_of_two_ranks_comes_out_but_for_rounding_and_other_weights_are_noticed(
+    tmp_path: Path, cache: Path
+) -> None:
+    run = tiny_run(cache, data_micro_rows=1, **SAVED)
+    run_ranks(2, train, tmp_path, run)
+    found = again(run, tmp_path, 9)
+    assert found.is_reproduced
+    assert found.difference < 1e-6
+    other = again(replace(run, max_steps=12, optim=replace(run.optim, lr=0.1)), tmp_path, 8)
+    assert not other.is_reproduced
+
+
+def test_a_step_behind_a_rewind_is_replayed_with_the_data_that_it_had(
+    tmp_path: Path, cache: Path
+) -> None:
+    run = nonsense_run(cache, range(216, 224), spike=REWIND, save_every=10, max_steps=30)
+    run_ranks(1, train, tmp_path, run)
+    found = again(run, tmp_path, 22)
+    assert found.samples == range(232, 240)
+    assert found.is_same_bits
+
+
+def test_told_apart_each_document_has_the_loss_that_it_has_alone(
+    tmp_path: Path, cache: Path
+) -> None:
+    from trainer.construct import build_engine
+    from trainer.distributed import Ranks
+
+    run = tiny_run(cache, precision="fp64")
+    ranks = Ranks(Placement(), 20.0)
+    engine = build_engine(run, run.trained_model(), ranks, MeshSpec().build(ranks=ranks))
+    tokenizer = run.data.tokenizer("byte", run.model.vocab_size)
+    loader, _ = run.data.build(tokenizer=tokenizer, seed=0, rank=0, num_ranks=1)
+    step = loader.step(3)
+    batches = told_apart(step, None)
+    alone = []
+    for batch in batches:
+        for number in sorted(set(batch.sources.flatten().tolist())):  # type: ignore[union-attr]
+            labels = torch.where(batch.sources == number, batch.labels, IGNORED)
+            alone.append(float(engine.eval_step(replace(batch, labels=labels, sources=None)).sum))
+    found = engine.train_step(4, batches, step.num_tokens).by_source[0].tolist()
+    assert len(found) > len(step.micro_batches)
+    assert found == pytest.approx(alone, rel=1e-9)
+    ranks.close()
+
+
+def test_the_command_shows_documents_and_compares_with_the_ledger(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "model=llama_tiny", "data.path=stdlib", "data.max_documents=10", "data.row_tokens=32",
+        "data.global_rows=4", f"data.cache={cache}", "tokenizer=byte", "precision=fp32",
+        "max_steps=4", "eval_every=null", "callbacks.console=null", "callbacks.closing=null",
+    ]  # fmt: skip
+    folder = tmp_path / "run"
+    run_ranks(2, train_words, folder, words)
+    assert main(["replay", f"run={folder}", "step=3"]) == 0
+    shown = capsys.readouterr().out
+    assert f"step 3 of {folder}, from the beginning, 2 steps trained again first" in shown
+    assert "reproduced" in shown
+    assert main(["replay", f"run={folder}", "step=3", "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reproduced"]
+    assert len(found["documents"]) >= 4
+    assert main(["replay", f"run={folder}", "step=5"]) == 64
+    assert "step=5 is not in the ledger of" in capsys.readouterr().err
+    # Another loss in the ledger: the check fails, and says by how much.
+    ledgers = [folder / f"ledger/rank0000{rank}.jsonl" for rank in (0, 1)]
+    for ledger in ledgers:
+        lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+        for line in lines:
+            line["loss_sum"] = (float.fromhex(line["loss_sum"]) * 1.01).hex()
+        ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["replay", f"run={folder}", "step=3"]) == 1
+    assert "NOT reproduced: recorded " in capsys.readouterr().out
