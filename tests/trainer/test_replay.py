@@ -12,11 +12,13 @@ from launch.cli import main
 from models.nn.head import IGNORED
 from tests.faults.test_wrong_numbers import REWIND
 from tests.faults.wrong_numbers import nonsense_run
-from tests.ranks import run_ranks
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import tiny_run, train, train_words
-from trainer.distributed import Placement
+from trainer.construct import build_engine
+from trainer.distributed import Placement, Ranks
 from trainer.mesh import MeshSpec
 from trainer.replay import Replayed, replay, told_apart
+from trainer.run import Run
 
 SAVED = {"save_every": 4, "max_steps": 10}
 
@@ -74,14 +76,9 @@ def test_a_step_behind_a_rewind_is_replayed_with_the_data_that_it_had(
     assert found.is_same_bits
 
 
-def test_told_apart_each_document_has_the_loss_that_it_has_alone(
-    tmp_path: Path, cache: Path
-) -> None:
-    from trainer.construct import build_engine
-    from trainer.distributed import Ranks
-
-    run = tiny_run(cache, precision="fp64")
-    ranks = Ranks(Placement(), 20.0)
+def losses_of(placement: Placement, run: Run) -> tuple[list[float], list[float]]:
+    """Return the losses of a step's documents by the step itself, and one by one."""
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
     engine = build_engine(run, run.trained_model(), ranks, MeshSpec().build(ranks=ranks))
     tokenizer = run.data.tokenizer("byte", run.model.vocab_size)
     loader, _ = run.data.build(tokenizer=tokenizer, seed=0, rank=0, num_ranks=1)
@@ -89,35 +86,48 @@ def test_told_apart_each_document_has_the_loss_that_it_has_alone(
     batches = told_apart(step, None)
     alone = []
     for batch in batches:
-        for number in sorted(set(batch.sources.flatten().tolist())):  # type: ignore[union-attr]
+        assert batch.sources is not None
+        for number in sorted(set(batch.sources.flatten().tolist())):
             labels = torch.where(batch.sources == number, batch.labels, IGNORED)
-            alone.append(float(engine.eval_step(replace(batch, labels=labels, sources=None)).sum))
+            only = replace(batch, labels=labels, sources=None, num_sources=0)
+            alone.append(float(engine.eval_step(only).sum))
     found = engine.train_step(4, batches, step.num_tokens).by_source[0].tolist()
-    assert len(found) > len(step.micro_batches)
+    return found, alone
+
+
+def test_told_apart_each_document_has_the_loss_that_it_has_alone(cache: Path) -> None:
+    run = tiny_run(cache, precision="fp64", data_row_tokens=256)
+    found, alone = run_ranks(1, losses_of, run)[0]
+    assert len(found) > run.data.global_rows  # rows of several documents, too
     assert found == pytest.approx(alone, rel=1e-9)
-    ranks.close()
+
+
+def command(_: Placement, words: list[str]) -> int:
+    return main(words)
 
 
 def test_the_command_shows_documents_and_compares_with_the_ledger(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [
-        "model=llama_tiny", "data.path=stdlib", "data.max_documents=10", "data.row_tokens=32",
-        "data.global_rows=4", f"data.cache={cache}", "tokenizer=byte", "precision=fp32",
-        "max_steps=4", "eval_every=null", "callbacks.console=null", "callbacks.closing=null",
+        "model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=2",
+        "model.num_attention_heads=2", "model.num_key_value_heads=1", "data.row_tokens=32",
+        "data.path=stdlib", "data.max_documents=10", "data.global_rows=4", f"data.cache={cache}",
+        "data.micro_rows=null", "tokenizer=byte", "precision=fp32", "max_steps=4", "eval_every=null",
+        "callbacks.console=null", "callbacks.closing=null",
     ]  # fmt: skip
     folder = tmp_path / "run"
     run_ranks(2, train_words, folder, words)
-    assert main(["replay", f"run={folder}", "step=3"]) == 0
-    shown = capsys.readouterr().out
+    assert run_ranks(1, command, ["replay", f"run={folder}", "step=3"]) == [0]
+    shown = capfd.readouterr().out
     assert f"step 3 of {folder}, from the beginning, 2 steps trained again first" in shown
     assert "reproduced" in shown
-    assert main(["replay", f"run={folder}", "step=3", "json=true"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert run_ranks(1, command, ["replay", f"run={folder}", "step=3", "json=true"]) == [0]
+    found = json.loads(capfd.readouterr().out)
     assert found["reproduced"]
     assert len(found["documents"]) >= 4
     assert main(["replay", f"run={folder}", "step=5"]) == 64
-    assert "step=5 is not in the ledger of" in capsys.readouterr().err
+    assert "step=5 is not in the ledger of" in capfd.readouterr().err
     # Another loss in the ledger: the check fails, and says by how much.
     ledgers = [folder / f"ledger/rank0000{rank}.jsonl" for rank in (0, 1)]
     for ledger in ledgers:
@@ -125,5 +135,5 @@ def test_the_command_shows_documents_and_compares_with_the_ledger(
         for line in lines:
             line["loss_sum"] = (float.fromhex(line["loss_sum"]) * 1.01).hex()
         ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["replay", f"run={folder}", "step=3"]) == 1
-    assert "NOT reproduced: recorded " in capsys.readouterr().out
+    assert run_ranks(1, command, ["replay", f"run={folder}", "step=3"]) == [1]
+    assert "NOT reproduced: recorded " in capfd.readouterr().out
