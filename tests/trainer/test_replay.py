@@ -113,8 +113,8 @@ def test_the_command_shows_documents_and_compares_with_the_ledger(
         "model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=2",
         "model.num_attention_heads=2", "model.num_key_value_heads=1", "data.row_tokens=32",
         "data.path=stdlib", "data.max_documents=10", "data.global_rows=4", f"data.cache={cache}",
-        "data.micro_rows=null", "tokenizer=byte", "precision=fp32", "max_steps=4", "eval_every=null",
-        "callbacks.console=null", "callbacks.closing=null",
+        "data.micro_rows=null", "tokenizer=byte", "precision=fp32", "max_steps=4",
+        "eval_every=null", "callbacks.console=null", "callbacks.closing=null",
     ]  # fmt: skip
     folder = tmp_path / "run"
     run_ranks(2, train_words, folder, words)
