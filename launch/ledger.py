@@ -61,6 +61,7 @@ def proved(folder: Path, step: str | None = None) -> tuple["Proof", int]:
     from trainer.files import read_json
     from trainer.ledger import read_lives
     from trainer.ledger_proof import prove
+    from trainer.numerics.rewinds import read_rewinds
 
     lives = read_lives(folder)
     if not lives:
@@ -70,7 +71,8 @@ def proved(folder: Path, step: str | None = None) -> tuple["Proof", int]:
     if last_step == newest:
         state = read_json(step_folder(folder / CHECKPOINTS, newest) / "state/state.json")
         end = state["data"]["global_sample"]
-    proof = prove(lives, last_step, end=end, left_out=[], agreement=_agreement_in(folder))
+    gaps = [(one.first, one.last) for one in read_rewinds(folder).values()]
+    proof = prove(lives, last_step, end=end, left_out=gaps, agreement=_agreement_in(folder))
     return proof, len({life.attempt for life in lives})
 
 
@@ -101,6 +103,8 @@ def _agreement_in(folder: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def agreement(earlier: "Life", later: "Life") -> tuple[str, ...]:
+        if later.left_out and later.left_out != earlier.left_out:
+            return ()  # a rewind: it went on with other samples on purpose
         old, new = config(earlier.attempt), config(later.attempt)
         if old is None or new is None:
             return ()

@@ -25,6 +25,8 @@ class Line:
     """Ranks that share it (tensor parallel, stages of a pipeline) have the same samples."""
     numbers: tuple[Any, ...]
     """Loss sum as hex, number of targets, whether the update was skipped: equal on all ranks."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Samples [first, last) that no rank trains on, between the step before and this one."""
 
     @classmethod
     def of(cls, rank: int, line: dict[str, Any]) -> "Line":
@@ -35,6 +37,7 @@ class Line:
             samples=tuple((first, last) for first, last in line["samples"]),
             data_rank=line.get("data_rank", rank),  # version 0.1 did not say
             numbers=(line["loss_sum"], line["num_targets"], line["skipped"]),
+            left_out=tuple((first, last) for first, last in line.get("passed_over", ())),
         )
 
 
@@ -51,6 +54,11 @@ class Life:
     @property
     def first_step(self) -> int:
         return min(self.lines)
+
+    @property
+    def left_out(self) -> tuple[tuple[int, int], ...]:
+        """The samples that a rewind left out before its first step."""
+        return self.lines[self.first_step][0].left_out
 
     @cached_property
     def ranks(self) -> dict[int, int]:

@@ -12,20 +12,21 @@ from trainer.adapters.contents import contents_of
 from trainer.batch import Batch
 from trainer.best import Best
 from trainer.checkpoint.commit import committed_steps
+from trainer.checkpoint.loading import restore
 from trainer.construct import build_engine
 from trainer.data.examples import PREFERENCE, Labels
 from trainer.data.loader import Step, StepLoader
 from trainer.data.tokenizers import Tokenizer
+from trainer.determinism import bits_of, fix_bits
 from trainer.directory import CHECKPOINTS
 from trainer.distributed import Placement, Ranks
-from trainer.engines.topology_free import NUM_THREADS
 from trainer.inspection.pieces import Piece, pieces_of
 from trainer.numerics.guard import Guard
 from trainer.numerics.rewinds import kept, read_rewinds
 from trainer.phases import PhasedEngine
 from trainer.progress import Progress
 from trainer.record import read_lines
-from trainer.resume import Place, checkpoints_of
+from trainer.resume import Place
 from trainer.run import Run
 from trainer.run_data import data_of
 from trainer.settle import settle
@@ -125,11 +126,10 @@ def replay(run: Run, folder: Path, step: int) -> Replayed:
     recorded = recorded_step(folder, step)
     run = settle(run)
     torch.set_flush_denormal(True)  # as in training: it changes numbers
-    if run.is_topology_free:
-        torch.set_num_threads(NUM_THREADS)
+    fix_bits(run)
     ranks = Ranks(Placement(), run.timeout_seconds)
     tokenizer, loader, _ = data_of(run)
-    engine, loader, start = _before(run, folder, step, ranks, tokenizer, loader)
+    engine, loader, start = _before(run, folder, step, ranks, loader)
     for number in range(start, step - 1):
         between = loader.step(number)
         engine.train_step(number + 1, between.micro_batches, between.num_tokens)
@@ -153,7 +153,7 @@ def replay(run: Run, folder: Path, step: int) -> Replayed:
 
 
 def _before(
-    run: Run, folder: Path, step: int, ranks: Ranks, tokenizer: Tokenizer, loader: StepLoader
+    run: Run, folder: Path, step: int, ranks: Ranks, loader: StepLoader
 ) -> tuple[PhasedEngine, StepLoader, int]:
     """Return the run at the newest intact checkpoint before a step, and that one's step."""
     mesh = run.chosen_mesh(1)[0].build(ranks=ranks)
@@ -163,14 +163,18 @@ def _before(
         lambda model, values: build_engine(run, model, ranks, mesh, values, guard),
         progress.stopwatch,
     )
-    # Without a lock nothing is tidied up, and nothing damaged is set aside.
-    contents = contents_of(run, ranks)
-    checkpoints = checkpoints_of(run, folder, ranks, mesh, None, tokenizer, contents)
     steps = [saved for saved in committed_steps(folder / CHECKPOINTS) if saved < step]
-    state = checkpoints.restore(engine.at, steps)
+    contents = contents_of(run, ranks)
+    # is_main would set what is damaged aside.
+    state = restore(
+        folder / CHECKPOINTS, engine.at, steps, contents, ranks, is_main=False, strict=False
+    )
     if state is None:
         return engine.at(1), loader, 0
-    place = Place(progress=progress, best=Best(run.best), guard=guard, loader=loader)
+    place = Place(
+        progress=progress, best=Best(run.best), guard=guard, loader=loader,
+        bits=bits_of(ranks, mesh),
+    )  # fmt: skip
     place = place.at(state, kept(read_rewinds(folder), step))
     return engine, place.loader, progress.step
 

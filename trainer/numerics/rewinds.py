@@ -7,10 +7,12 @@ what was decided lies beside the checkpoints, by the step of the one it belongs 
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.distributed import Ranks
 from trainer.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from trainer.distributed import Ranks
 
 REWINDS = "rewinds.json"
 
@@ -39,7 +41,7 @@ def read_rewinds(folder: Path) -> Rewinds:
     return _read(read_json(path))
 
 
-def rewinds_of(folder: Path, ranks: Ranks) -> Rewinds:
+def rewinds_of(folder: Path, ranks: "Ranks") -> Rewinds:
     """Return those of a run as rank 0 sees them. Collective."""
     found = _plain(read_rewinds(folder)) if ranks.placement.is_main else {}
     return _read(json.loads(ranks.broadcast_text(json.dumps(found))))
