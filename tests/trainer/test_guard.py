@@ -161,3 +161,14 @@ def test_a_rewind_needs_a_checkpoint_so_far_back(
     else:
         with pytest.raises(ValueError, match=r"spike\.steps_back=100 lies before the"):
             REWIND.check(save_every, keep)
+
+
+@pytest.mark.parametrize("policy", ["off", "clip", "skip"])
+def test_nothing_is_read_back_from_the_device(policy: str) -> None:
+    """Tensors without values: whoever asks for one gets an error."""
+    guard = Guard(SpikeSpec() if policy == "off" else replace(CLIP, policy=policy))
+    loss_sum, norm = (torch.empty((), dtype=torch.float64, device="meta") for _ in range(2))
+    verdict = guard.judge(loss_sum, torch.empty((), dtype=torch.int64, device="meta"), norm)
+    assert verdict.skipped.device.type == verdict.flags.device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(verdict.skipped)
