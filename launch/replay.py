@@ -32,6 +32,8 @@ _ALONE: dict[str, Any] = {  # one process that only takes steps has no use for t
     "validation": {"_target_": "trainer.validation.spec.ValidationSpec"},
     "callbacks": {},
     "eval_every": None,
+    "check_replicas_every": None,
+    "stop_at": None,
     "resume": "never",
     "resume_step": None,
 }
@@ -75,9 +77,8 @@ def _options(arguments: list[str]) -> tuple[Path, int, bool]:
 
 
 def _replay(folder: Path, step: int) -> "Replayed":
-    import yaml
-
     from launch.binding import bind
+    from launch.stored_config import read_stored
     from launch.terminal import configure_logging
     from trainer.replay import recorded_step, replay
 
@@ -85,7 +86,7 @@ def _replay(folder: Path, step: int) -> "Replayed":
     recorded = recorded_step(folder, step)
     # Of the start that trained it: a later one may have had other settings.
     config = folder / "attempts" / f"{recorded.attempt:03d}" / "config.yaml"
-    tree: dict[str, Any] = yaml.safe_load(config.read_text("utf-8")) | _ALONE
+    tree: dict[str, Any] = read_stored(config) | _ALONE
     tree.pop("launch", None)
     engine = tree["engine"]
     tree["engine"] = {"_target_": _NATIVE, **{k: engine[k] for k in _KEPT if k in engine}}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launch.ledger import proved
+from tests.conftest import Figure
 from tests.faults.wrong_numbers import (
     Hashes,
     KilledOnce,
@@ -62,7 +63,7 @@ def weights_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mesh", [MeshSpec(dp_replicate=2), MeshSpec(dp_shard=2)])
 def test_a_step_with_a_number_of_one_rank_that_is_not_finite_changes_nothing_on_any(
-    tmp_path: Path, cache: Path, mesh: MeshSpec
+    tmp_path: Path, cache: Path, mesh: MeshSpec, figure: Figure
 ) -> None:
     engine = WrongEngine(nan_gradient=((1, 12),), infinite_loss=((0, 15),))
     run = tiny_run(
@@ -76,6 +77,7 @@ def test_a_step_with_a_number_of_one_rank_that_is_not_finite_changes_nothing_on_
         assert flags_of(tmp_path / "run", rank) == {12: NAN, 15: ["loss_not_finite"]}
     lines = read_lines(tmp_path / "run" / METRICS)
     assert sum(line["skipped_steps"] for line in lines) == 2
+    figure("A16 steps with a number of one rank that is not finite, left out on all", "2 of 2", "")
 
 
 def test_too_many_in_a_row_end_the_run_with_samples_and_documents(
@@ -172,7 +174,7 @@ def test_a_run_that_only_rewinds_ends(
 
 @pytest.mark.slow
 def test_a_run_with_a_rewind_gets_as_good_as_one_without_a_spike(
-    tmp_path: Path, cache: Path
+    tmp_path: Path, cache: Path, figure: Figure
 ) -> None:
     changes: dict[str, Any] = {
         "spike": replace(REWIND, steps_back=20), "save_every": 20, "max_steps": 400,
@@ -186,4 +188,5 @@ def test_a_run_with_a_rewind_gets_as_good_as_one_without_a_spike(
         next(line["loss"] for line in read_lines(folder / METRICS) if line["split"] == "eval")
         for folder in (tmp_path / "run", tmp_path / "plain")
     )
+    figure("A17 final loss after a rewind, against a run without a spike", found / expected, "")
     assert found == pytest.approx(expected, rel=5e-3)
