@@ -84,7 +84,9 @@ class Supervisor:
 
     def _wait(self, group: Group) -> Hang | None:
         """Return when all workers have ended, or when those that are left are to be killed."""
-        watchdog = Watchdog(self.watchdog, self.processes) if self.watchdog else None
+        watchdog = None
+        if self.watchdog:
+            watchdog = Watchdog(self.watchdog, self.processes, self._committed() + 1)
         forwarded, looked_at, failed_at = 0, time.monotonic(), None
         while group.is_running:
             time.sleep(POLL_SECONDS)

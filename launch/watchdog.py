@@ -52,7 +52,6 @@ class _Rank:
     section: str = SETUP
     seconds: float = 0.0
     """Since the last sign of life."""
-    first_step: int | None = None
     stopped_seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -73,6 +72,8 @@ class Watchdog:
 
     spec: WatchdogSpec
     num_ranks: int
+    first_step: int
+    """Up to this step a start is set up: what is compiled then takes its time."""
     ranks: list[_Rank] = field(init=False)
     known: dict[str, "deque[float]"] = field(init=False)
     _idle_seconds: float = 0.0
@@ -90,7 +91,7 @@ class Watchdog:
         return next((hang for hang in hangs if hang is not None), None)
 
     def _look_at(self, number: int, place: dict[str, Any], gap: float) -> Hang | None:
-        rank, section = self.ranks[number], self._section(number, place)
+        rank, section = self.ranks[number], self._section(place)
         is_stopped = place.get("state") == STOPPED
         rank.stopped_seconds = rank.stopped_seconds + gap if is_stopped else 0.0
         if rank.stopped_seconds > self.spec.floor_seconds:
@@ -109,13 +110,10 @@ class Watchdog:
             return None
         return Hang(rank=number, seconds=seconds, limit=limit, section=section)
 
-    def _section(self, number: int, place: dict[str, Any]) -> str:
-        """Return the kind of work; the first step of a start belongs to its setup: it compiles."""
-        section, rank, step = _SECTIONS.get(str(place.get("phase")), SETUP), self.ranks[number], 0
-        if section == STEP:
-            step = int(place["step"])
-            rank.first_step = step if rank.first_step is None else rank.first_step
-        return SETUP if section == STEP and step == rank.first_step else section
+    def _section(self, place: dict[str, Any]) -> str:
+        section = _SECTIONS.get(str(place.get("phase")), SETUP)
+        is_first = section == STEP and int(place["step"]) <= self.first_step
+        return SETUP if is_first else section
 
     def limit(self, section: str) -> float:
         """Return the seconds that a rank may show no sign of life."""

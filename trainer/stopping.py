@@ -14,7 +14,7 @@ from trainer.time_limit import TimeLimit
 from trainer.whereabouts import Whereabouts
 
 _POLL_SECONDS = 0.1
-ANOTHER_RANK, TIME_LIMIT = "a stop of another rank", "its time limit"
+ANOTHER_RANK, TIME_LIMIT = "another rank's signal or time limit", "its time limit"
 
 
 class EvaluationStoppedError(Exception):
