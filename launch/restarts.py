@@ -7,7 +7,7 @@ from typing import Any
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, NO_PROGRESS, PREEMPTED
 from launch.verdict import Witness, judge
 
-_UNFINISHED = ("data", "train_step")  # phases of a step in which it is not done
+_UNFINISHED = ("data", "data_of_others", "train_step")  # phases of a step in which it is not done
 
 
 @dataclass(frozen=True, kw_only=True)

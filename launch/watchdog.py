@@ -15,8 +15,8 @@ from launch.verdict import STOPPED
 
 SETUP, STEP, EVALUATE, SAVE = "setup", "step", "evaluate", "save"
 _SECTIONS = {
-    "data": STEP, "train_step": STEP, "control": STEP, "log": STEP, "save": SAVE,
-    "evaluate": EVALUATE, "validate": EVALUATE,
+    "data": STEP, "data_of_others": STEP, "train_step": STEP, "control": STEP, "log": STEP,
+    "save": SAVE, "evaluate": EVALUATE, "validate": EVALUATE,
 }  # fmt: skip
 FACTOR = 5.0  # times the slowest hundredth that was seen
 ENOUGH = 20  # durations, before the floor takes the place of the start value

@@ -35,6 +35,8 @@ class Word(NamedTuple):
 
     stop: bool = False
     """Save, and end."""
+    is_limit: bool = False
+    """It is the limit of time that says so."""
     too_late: bool = False
     """A save would not end before the limit of time: end without."""
     scarce: bool = False
