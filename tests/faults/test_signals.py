@@ -112,8 +112,8 @@ class Slow(Callback):
 
 
 def run_of(cache: Path, **changes: Any) -> Run:
-    settings: dict[str, Any] = {"max_steps": STEPS, "eval_every": 3, "data_micro_rows": 1}
-    return tiny_run(cache, **(settings | {"data_eval_fraction": 0.3} | changes))
+    settings: dict[str, Any] = {"max_steps": STEPS, "eval_every": 3, "data_micro_rows": 4}
+    return tiny_run(cache, **(settings | {"data_eval_fraction": 0.05} | changes))
 
 
 def stopped(run: Run, phase: str, folder: Path) -> Run:
