@@ -21,7 +21,7 @@ _SECTIONS = {
 FACTOR = 5.0  # times the slowest hundredth that was seen
 ENOUGH = 20  # durations, before the floor takes the place of the start value
 _KEPT = 1000  # durations of each section
-_MAX_GAP = 1.0  # seconds between two looks that count: whoever did not look has seen no hang
+MAX_GAP = 1.0  # seconds between two looks that count: whoever did not look has seen no hang
 _IDLE = 0.01  # share of a core below which a process that is set up counts as idle
 
 
@@ -32,11 +32,11 @@ class WatchdogSpec:
     setup_seconds: float = 600.0
     """Until the first step is done, with all processes idle; and for the first evaluation."""
     step_seconds: float = 180.0
-    """In a step, until enough of them are known."""
+    """In a step, until enough of them are known; later for a batch of an evaluation."""
     save_seconds: float = 420.0
-    """In a save, until enough of them are known."""
+    """In a save, however short those before were."""
     floor_seconds: float = 60.0
-    """No limit that was learnt is below; a stopped process has no more than this."""
+    """In a step, however short those before were; a stopped process has no more than this."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -84,7 +84,7 @@ class Watchdog:
 
     def look(self, places: list[dict[str, Any]], gap: float) -> Hang | None:
         """Take in what the places say `gap` seconds after the last look; return a hang, if any."""
-        gap = min(gap, _MAX_GAP)
+        gap = min(gap, MAX_GAP)
         hangs = [self._look_at(number, place, gap) for number, place in enumerate(places)]
         is_idle = not any([self._has_worked(rank, places[n]) for n, rank in enumerate(self.ranks)])
         self._idle_seconds = self._idle_seconds + gap if is_idle else 0.0
@@ -121,20 +121,25 @@ class Watchdog:
         start = {STEP: spec.step_seconds, SAVE: spec.save_seconds}.get(section, spec.setup_seconds)
         known = sorted(self.known.get(section, ()))
         slowest = known[math.ceil(0.99 * len(known)) - 1] if known else 0.0
-        least = spec.floor_seconds if len(known) >= ENOUGH else start
+        if len(known) >= ENOUGH:
+            # A save that is waited for is not like those in the background, nor are the metrics of
+            # an evaluation like one of its batches.
+            least = {STEP: spec.floor_seconds, EVALUATE: spec.step_seconds}.get(section, start)
+        else:
+            least = start
         return max(least, FACTOR * slowest)
 
     def _has_worked(self, rank: _Rank, place: dict[str, Any]) -> bool:
         """Whether a process has shown a sign of life, or has used its core since the last look that
         found it busy: making data or loading weights, it has no phases."""
-        used = _cpu_seconds(place.get("pid"))
-        is_busy = used - rank.cpu_seconds > _IDLE * (self._idle_seconds + _MAX_GAP)
+        used = cpu_seconds(place.get("pid"))
+        is_busy = used - rank.cpu_seconds > _IDLE * (self._idle_seconds + MAX_GAP)
         if is_busy:
             rank.cpu_seconds = used
         return is_busy or rank.seconds == 0.0
 
 
-def _cpu_seconds(pid: int | None) -> float:
+def cpu_seconds(pid: int | None) -> float:
     """Return what a process of this machine and the children that it waited for have used."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

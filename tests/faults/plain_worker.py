@@ -50,7 +50,8 @@ class Plan:
 
 def save(folder: Path, step: int) -> None:
     final = commit.step_folder(folder, step)
-    staging = commit.stage(folder, step, 1)
+    staging = final.with_suffix(".tmp")
+    staging.mkdir()
     commit.commit(staging, final, {"step": step, "generation": 1}, [], lambda: None)
 
 

@@ -131,13 +131,17 @@ def test_new_checkpoints_between_failures_count_as_progress(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "code", "starts"),
-    [("bad config", BAD_CONFIG, 1), ("out of memory", INTERNAL, 2)],
+    ("kind", "step", "code", "starts"),
+    [
+        ("bad config", 5, BAD_CONFIG, 1),
+        ("out of memory", 5, INTERNAL, 2),
+        ("broken on purpose", 1, INTERNAL, 1),
+    ],
 )
 def test_run_is_not_started_again_where_the_same_would_happen(
-    tmp_path: Path, kind: str, code: int, starts: int
+    tmp_path: Path, kind: str, step: int, code: int, starts: int
 ) -> None:
-    with started(tmp_path, Plan(kind=kind, starts=9)) as run:
+    with started(tmp_path, Plan(kind=kind, step=step, starts=9)) as run:
         assert run.wait() == code, run.lines
     assert len(run.attempts) == starts
     assert f"exit code {code} (" in run.lines[-1]

@@ -56,6 +56,13 @@ def test_limit_of_a_step_is_learnt_from_the_slowest_ones_and_has_a_floor() -> No
     assert FACTOR * 9 <= long.trips_after(STEP) <= FACTOR * 10 + 3 * GAP
 
 
+def test_save_and_evaluation_keep_time_for_what_was_not_seen_yet() -> None:
+    for place, least in ((SAVE, SPEC.save_seconds), (EVALUATE, SPEC.step_seconds)):
+        looked = Looked()
+        looked.goes_on(place, 0.5, times=ENOUGH + 2)
+        assert least <= looked.trips_after(place) <= least + 3 * GAP
+
+
 def test_slow_steps_raise_their_limit_before_many_are_known() -> None:
     looked = Looked()
     looked.goes_on(STEP, 19.0)
