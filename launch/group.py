@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import FINISHED, PREEMPTED
-from launch.verdict import STOPPED, Witness, read_places, read_records, read_waits, state_of
+from launch.traces import STOPPED, read_places, read_records, read_waits, state_of
+from launch.verdict import Witness
 
 # What a worker is told beside torchrun's variables.
 ATTEMPT, PARENT, PIPE = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID", "TESSERA_SUPERVISOR_PIPE"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import INTERNAL, code_of
-from launch.verdict import Witness, judge, read_places, read_records
+from launch.traces import read_places, read_records
+from launch.verdict import Witness, judge
 
 if TYPE_CHECKING:
     from trainer.distributed import Placement

@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.verdict import STOPPED
+from launch.traces import STOPPED
 from launch.watchdog import MAX_GAP, cpu_seconds
 
 STEPS = 20  # that are compared together

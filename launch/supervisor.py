@@ -19,7 +19,7 @@ from launch.group import Group
 from launch.restarts import Failure, Restarts, failure_of, last_step
 from launch.signals import STOP_SIGNALS
 from launch.stragglers import Stragglers
-from launch.verdict import read_records
+from launch.traces import read_records
 from launch.watchdog import Hang, Watchdog, WatchdogSpec
 
 GRACE_SECONDS = 5.0  # for the other ranks, once one has failed

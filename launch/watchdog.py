@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.verdict import STOPPED
+from launch.traces import STOPPED
 
 SETUP, STEP, EVALUATE, SAVE = "setup", "step", "evaluate", "save"
 _SECTIONS = {

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from launch.stragglers import RATIO, STEPS, Stragglers
-from launch.verdict import STOPPED
+from launch.traces import STOPPED
 
 GAP = 0.25
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.verdict import STOPPED
+from launch.traces import STOPPED
 from launch.watchdog import ENOUGH, FACTOR, Watchdog, WatchdogSpec
 
 SPEC = WatchdogSpec(setup_seconds=60, step_seconds=20, save_seconds=40, floor_seconds=5)
