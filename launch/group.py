@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import FINISHED, PREEMPTED
-from launch.verdict import STOPPED, Witness, read_places, read_records, read_waits, state_of
+from launch.traces import STOPPED, read_places, read_records, read_waits, state_of
+from launch.verdict import Witness
 
 # What a worker is told beside torchrun's variables.
 ATTEMPT, PARENT, PIPE = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID", "TESSERA_SUPERVISOR_PIPE"
@@ -33,6 +34,8 @@ class Group:
         """Return codes; None where we had to kill."""
         self.places_then: list[dict[str, Any]] = [{}] * processes
         """Where each rank was when the first failure was seen."""
+        self.woken: set[int] = set()
+        """Ranks that were stopped and went on only to be asked: what they do then is no cause."""
         self._oom_kills = oom_kills()
 
     def start(self) -> None:
@@ -110,18 +113,22 @@ class Group:
         A signal that was sent to a stopped process is the first thing that it meets.
         """
         self.note_failure()
-        for worker, pipe, place in zip(self.workers, self.pipes, self.places_then, strict=True):
+        for rank, (worker, place) in enumerate(zip(self.workers, self.places_then, strict=True)):
             if worker.poll() is None:
                 worker.send_signal(signal.SIGUSR2)
                 if place["state"] == STOPPED:
+                    self.woken.add(rank)
                     worker.send_signal(signal.SIGCONT)
                 else:
-                    os.write(pipe, ASK)
+                    os.write(self.pipes[rank], ASK)
         time.sleep(STACKS_SECONDS)
 
     def kill(self) -> None:
         """Kill what is left, with its children."""
-        self.ended = [worker.poll() for worker in self.workers]
+        self.ended = [
+            None if rank in self.woken else worker.poll()
+            for rank, worker in enumerate(self.workers)
+        ]
         for worker in self.workers:
             if worker.poll() is None:
                 os.killpg(worker.pid, signal.SIGKILL)
@@ -140,7 +147,8 @@ class Group:
         was_oom = None if self._oom_kills is None else (oom_kills() or 0) > self._oom_kills
         return [
             Witness(
-                rank=rank, place=place, record=record or wait, return_code=code,
+                rank=rank, place=place, return_code=code,
+                record={} if rank in self.woken else record or wait,
                 was_out_of_memory=was_oom,
             )
             for rank, (place, record, wait, code) in enumerate(

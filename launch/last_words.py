@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import INTERNAL, code_of
-from launch.verdict import Witness, judge, read_places, read_records
+from launch.traces import read_places, read_records
+from launch.verdict import Witness, judge
 
 if TYPE_CHECKING:
     from trainer.distributed import Placement
@@ -24,7 +25,7 @@ def describe(
     error: Exception, whereabouts: "Whereabouts", placement: "Placement"
 ) -> dict[str, Any]:
     """Return the exit record of a failure: what, when, where, on which samples."""
-    from trainer.errors import NumericError
+    from trainer.errors import MemoryExhaustedError, NumericError
 
     is_consequence = placement.world_size > 1 and lost_the_others(error)
     return {
@@ -35,17 +36,9 @@ def describe(
         "provenance": whereabouts.provenance,
         "is_consequence": is_consequence,
         "is_final": code_of(error) != INTERNAL or isinstance(error, NumericError),
-        "is_oom": is_oom(error),
+        "is_oom": isinstance(error, MemoryError | MemoryExhaustedError),
         "collective": last_collective() if is_consequence else None,
     }
-
-
-def is_oom(error: BaseException) -> bool:
-    """Whether memory ran out: torch has a class of its own for GPUs, and none for the host."""
-    import torch
-
-    is_host = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allo" in str(error)
-    return is_host or isinstance(error, torch.OutOfMemoryError)
 
 
 def lost_the_others(error: BaseException | None) -> bool:

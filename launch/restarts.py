@@ -7,7 +7,7 @@ from typing import Any
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, NO_PROGRESS, PREEMPTED
 from launch.verdict import Witness, judge
 
-_UNFINISHED = ("data", "train_step")  # phases of a step in which it is not done
+_UNFINISHED = ("data", "data_of_others", "train_step")  # phases of a step in which it is not done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class Failure:
     """Who failed first, why and where."""
     is_final: bool
     """Whether the same would happen again."""
+    is_own: bool
+    """Whether a rank raised it itself, and was not killed."""
     oom_step: int | None
     """Step in which memory ran out."""
     executed: int
@@ -41,13 +43,12 @@ def failure_of(witnesses: Sequence[Witness], codes: Sequence[int], committed: in
     """Judge one start by what its ranks left and the codes that they count for."""
     rank, sentence = judge(witnesses)
     blamed, record = witnesses[rank], witnesses[rank].record
-    # Nothing that a rank says of itself is left to chance before the first step; being killed is.
-    has_begun = any(witness.spot.get("step") for witness in witnesses)
     is_own = bool(record) and blamed.has_failed
     return Failure(
         code=codes[rank] if codes[rank] not in (FINISHED, PREEMPTED) else INTERNAL,
         sentence=sentence,
-        is_final=is_own and (bool(record.get("is_final")) or not has_begun),
+        is_final=is_own and bool(record.get("is_final")),
+        is_own=is_own,
         oom_step=int(blamed.spot.get("step", 0)) if blamed.is_oom else None,
         executed=max([committed, *(last_step(witness.place) for witness in witnesses)]),
         committed=committed,
@@ -75,11 +76,13 @@ class Restarts:
     def end(self, failure: Failure) -> tuple[int, str] | None:
         """Take a failure in; return the exit code and last words where it is the end, else None."""
         before = self.failures[-1] if self.failures else None
+        # An error before anything was done is a mistake in code or machine: it will come again.
+        is_at_once = before is None and failure.is_own and failure.executed <= self.committed
         self.failures.append(failure)
         if failure.committed > self.committed:
             self.committed, self.num_in_vain = failure.committed, 0
         self.num_in_vain += 1
-        if failure.is_final or not self.limit:
+        if failure.is_final or is_at_once or not self.limit:
             return failure.code, f"{failure}; {_meaning(failure.code)}"
         is_same = before is not None and before.oom_step == failure.oom_step
         if failure.oom_step is not None and is_same:

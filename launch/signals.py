@@ -47,7 +47,7 @@ def handle_signals(request: "StopRequest") -> None:
     is. They were blocked since before torch was imported: none came too early to be handled.
     """
     from launch.terminal import show_cursor
-    from trainer.control import StoppedEarlyError
+    from trainer.errors import StoppedEarlyError
 
     def handle(number: int, _: FrameType | None) -> None:
         if request.is_set:

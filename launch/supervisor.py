@@ -12,12 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
 from launch.group import Group
 from launch.restarts import Failure, Restarts, failure_of, last_step
 from launch.signals import STOP_SIGNALS
-from launch.verdict import read_records
+from launch.stragglers import Stragglers
+from launch.traces import read_records
 from launch.watchdog import Hang, Watchdog, WatchdogSpec
 
 GRACE_SECONDS = 5.0  # for the other ranks, once one has failed
@@ -84,7 +86,10 @@ class Supervisor:
 
     def _wait(self, group: Group) -> Hang | None:
         """Return when all workers have ended, or when those that are left are to be killed."""
-        watchdog = Watchdog(self.watchdog, self.processes) if self.watchdog else None
+        watchdog = None
+        if self.watchdog:
+            watchdog = Watchdog(self.watchdog, self.processes, self._committed() + 1)
+        stragglers = Stragglers(self.processes)
         forwarded, looked_at, failed_at = 0, time.monotonic(), None
         while group.is_running:
             time.sleep(POLL_SECONDS)
@@ -101,8 +106,11 @@ class Supervisor:
             if failed_at is not None and now - failed_at > GRACE_SECONDS:
                 return None
             if failed_at is None and now - looked_at > LOOK_SECONDS:
-                hang = self._look(group, watchdog, now - looked_at)
-                looked_at = now
+                places, gap, looked_at = group.places(), now - looked_at, now
+                self._welcome_back(places)
+                if told := stragglers.look(places, gap):
+                    self._say(told)
+                hang = watchdog.look(places, gap) if watchdog else None
                 if hang:
                     self.failed_at = self.failed_at or now
                     group.interrogate()
@@ -118,15 +126,15 @@ class Supervisor:
         )
         group.send(number)
 
-    def _look(self, group: Group, watchdog: Watchdog | None, gap: float) -> Hang | None:
-        places = group.places()
-        if self.failed_at is not None:
-            done = max(map(last_step, places))
-            if done > self.restarts.failures[-1].committed:
-                self.recoveries.append(time.monotonic() - self.failed_at)
-                self.failed_at = None
-                self._say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
-        return watchdog.look(places, gap) if watchdog else None
+    def _welcome_back(self, places: list[dict[str, Any]]) -> None:
+        """Say when a run that was started again has done its first step."""
+        if self.failed_at is None:
+            return
+        done = max(map(last_step, places))
+        if done > self.restarts.failures[-1].committed:
+            self.recoveries.append(time.monotonic() - self.failed_at)
+            self.failed_at = None
+            self._say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
 
     def _judge(self, group: Group, hang: Hang | None) -> int | Failure:
         if len(self.signals) > 1:
@@ -186,6 +194,7 @@ def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
     return replace(
         failure,
         is_final=False,
+        is_own=False,
         sentence=f"{failure.sentence}; no sign of life for {hang.seconds:.0f} s (limit of "
         f"{hang.section}: {hang.limit:.0f} s), stacks of all ranks in {attempt}/stacks.*.txt",
     )

@@ -4,21 +4,18 @@ Standard library only, and no collective: it is asked when those no longer work.
 file with its place in the run (trainer/whereabouts.py) and leaves a record when it fails.
 """
 
-import json
 import signal
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import FINISHED, PREEMPTED
+from launch.traces import GONE, STOPPED
 
 MAX_SHOWN = 4  # samples, sources or ranks in one line; the exit record lists all
 MAX_REASON = 500  # characters
 NEVER = float("inf")
-STOPPED, GONE = "stopped", "gone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,26 +133,6 @@ class Witness:
         return f"waited{seconds}{self.where}{self.collective}"
 
 
-def read_records(attempt: Path, num_ranks: int) -> list[dict[str, Any]]:
-    """Return what each rank left when it ended."""
-    return [_read(attempt / f"exit.{rank:05d}.json") for rank in range(num_ranks)]
-
-
-def read_waits(attempt: Path, num_ranks: int) -> list[dict[str, Any]]:
-    """Return what each hanging rank said that it waits in: a record of one that has not ended."""
-    return [_read(attempt / f"wait.{rank:05d}.json") for rank in range(num_ranks)]
-
-
-def read_places(attempt: Path, num_ranks: int) -> list[dict[str, Any]]:
-    """Return where each rank is now, and as its `state` whether it is stopped or gone."""
-    places = [_read(attempt / f"place.{rank:05d}.json") for rank in range(num_ranks)]
-    here = socket.gethostname()
-    return [
-        place | {"state": state_of(place["pid"]) if place.get("host") == here else ""}
-        for place in places
-    ]
-
-
 def judge(witnesses: Sequence[Witness]) -> tuple[int, str]:
     """Return the rank to blame, and what it did."""
     total = len(witnesses)
@@ -238,22 +215,3 @@ def _some(words: Sequence[str], separator: str = " ") -> str:
     more = len(words) - MAX_SHOWN
     shown = separator.join(words[:MAX_SHOWN])
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the object in the first line of a file, or nothing where none can be read."""
-    try:
-        found = json.loads(path.read_text().partition("\n")[0])
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def state_of(pid: int) -> str:
-    """Return whether a process of this machine is stopped or gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return GONE
-    letter = status.partition("State:\t")[2][:1]
-    return {"T": STOPPED, "Z": GONE, "X": GONE}.get(letter, "")

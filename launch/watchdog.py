@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.verdict import STOPPED
+from launch.traces import STOPPED
 
 SETUP, STEP, EVALUATE, SAVE = "setup", "step", "evaluate", "save"
 _SECTIONS = {
-    "data": STEP, "train_step": STEP, "control": STEP, "log": STEP, "save": SAVE,
-    "evaluate": EVALUATE, "validate": EVALUATE,
+    "data": STEP, "data_of_others": STEP, "train_step": STEP, "control": STEP, "log": STEP,
+    "save": SAVE, "evaluate": EVALUATE, "validate": EVALUATE,
 }  # fmt: skip
 FACTOR = 5.0  # times the slowest hundredth that was seen
 ENOUGH = 20  # durations, before the floor takes the place of the start value
 _KEPT = 1000  # durations of each section
-_MAX_GAP = 1.0  # seconds between two looks that count: whoever did not look has seen no hang
+MAX_GAP = 1.0  # seconds between two looks that count: whoever did not look has seen no hang
 _IDLE = 0.01  # share of a core below which a process that is set up counts as idle
 
 
@@ -32,11 +32,11 @@ class WatchdogSpec:
     setup_seconds: float = 600.0
     """Until the first step is done, with all processes idle; and for the first evaluation."""
     step_seconds: float = 180.0
-    """In a step, until enough of them are known."""
+    """In a step, until enough of them are known; later for a batch of an evaluation."""
     save_seconds: float = 420.0
-    """In a save, until enough of them are known."""
+    """In a save, however short those before were."""
     floor_seconds: float = 60.0
-    """No limit that was learnt is below; a stopped process has no more than this."""
+    """In a step, however short those before were; a stopped process has no more than this."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -52,7 +52,6 @@ class _Rank:
     section: str = SETUP
     seconds: float = 0.0
     """Since the last sign of life."""
-    first_step: int | None = None
     stopped_seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -73,6 +72,8 @@ class Watchdog:
 
     spec: WatchdogSpec
     num_ranks: int
+    first_step: int
+    """Up to this step a start is set up: what is compiled then takes its time."""
     ranks: list[_Rank] = field(init=False)
     known: dict[str, "deque[float]"] = field(init=False)
     _idle_seconds: float = 0.0
@@ -83,14 +84,14 @@ class Watchdog:
 
     def look(self, places: list[dict[str, Any]], gap: float) -> Hang | None:
         """Take in what the places say `gap` seconds after the last look; return a hang, if any."""
-        gap = min(gap, _MAX_GAP)
+        gap = min(gap, MAX_GAP)
         hangs = [self._look_at(number, place, gap) for number, place in enumerate(places)]
         is_idle = not any([self._has_worked(rank, places[n]) for n, rank in enumerate(self.ranks)])
         self._idle_seconds = self._idle_seconds + gap if is_idle else 0.0
         return next((hang for hang in hangs if hang is not None), None)
 
     def _look_at(self, number: int, place: dict[str, Any], gap: float) -> Hang | None:
-        rank, section = self.ranks[number], self._section(number, place)
+        rank, section = self.ranks[number], self._section(place)
         is_stopped = place.get("state") == STOPPED
         rank.stopped_seconds = rank.stopped_seconds + gap if is_stopped else 0.0
         if rank.stopped_seconds > self.spec.floor_seconds:
@@ -109,13 +110,10 @@ class Watchdog:
             return None
         return Hang(rank=number, seconds=seconds, limit=limit, section=section)
 
-    def _section(self, number: int, place: dict[str, Any]) -> str:
-        """Return the kind of work; the first step of a start belongs to its setup: it compiles."""
-        section, rank, step = _SECTIONS.get(str(place.get("phase")), SETUP), self.ranks[number], 0
-        if section == STEP:
-            step = int(place["step"])
-            rank.first_step = step if rank.first_step is None else rank.first_step
-        return SETUP if section == STEP and step == rank.first_step else section
+    def _section(self, place: dict[str, Any]) -> str:
+        section = _SECTIONS.get(str(place.get("phase")), SETUP)
+        is_first = section == STEP and int(place["step"]) <= self.first_step
+        return SETUP if is_first else section
 
     def limit(self, section: str) -> float:
         """Return the seconds that a rank may show no sign of life."""
@@ -123,20 +121,25 @@ class Watchdog:
         start = {STEP: spec.step_seconds, SAVE: spec.save_seconds}.get(section, spec.setup_seconds)
         known = sorted(self.known.get(section, ()))
         slowest = known[math.ceil(0.99 * len(known)) - 1] if known else 0.0
-        least = spec.floor_seconds if len(known) >= ENOUGH else start
+        if len(known) >= ENOUGH:
+            # A save that is waited for is not like those in the background, nor are the metrics of
+            # an evaluation like one of its batches.
+            least = {STEP: spec.floor_seconds, EVALUATE: spec.step_seconds}.get(section, start)
+        else:
+            least = start
         return max(least, FACTOR * slowest)
 
     def _has_worked(self, rank: _Rank, place: dict[str, Any]) -> bool:
         """Whether a process has shown a sign of life, or has used its core since the last look that
         found it busy: making data or loading weights, it has no phases."""
-        used = _cpu_seconds(place.get("pid"))
-        is_busy = used - rank.cpu_seconds > _IDLE * (self._idle_seconds + _MAX_GAP)
+        used = cpu_seconds(place.get("pid"))
+        is_busy = used - rank.cpu_seconds > _IDLE * (self._idle_seconds + MAX_GAP)
         if is_busy:
             rank.cpu_seconds = used
         return is_busy or rank.seconds == 0.0
 
 
-def _cpu_seconds(pid: int | None) -> float:
+def cpu_seconds(pid: int | None) -> float:
     """Return what a process of this machine and the children that it waited for have used."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -80,7 +80,7 @@ def _report_to_supervisor(start: "Start") -> Stacks:
 def _outcome(run: "Run", start: "Start") -> tuple[Exception | None, dict[str, Any]]:
     """Train; return what failed, if anything did, and the exit record."""
     from trainer.construct import fit
-    from trainer.control import StoppedEarlyError
+    from trainer.errors import StoppedEarlyError
 
     request, failure = start.request, None
     try:

@@ -11,13 +11,6 @@ from trainer.distributed import Ranks
 from trainer.protocols import StepResult
 
 
-class StoppedEarlyError(BaseException):
-    """A stop was requested before the first step of this start was done: there is nothing to save.
-
-    No Exception: whoever handles failures on the way has no part in it.
-    """
-
-
 @dataclass
 class StopRequest:
     """Set by a signal handler of this process; nothing else may be done there."""
@@ -35,6 +28,8 @@ class Word(NamedTuple):
 
     stop: bool = False
     """Save, and end."""
+    is_limit: bool = False
+    """It is the limit of time that says so."""
     too_late: bool = False
     """A save would not end before the limit of time: end without."""
     scarce: bool = False
@@ -86,8 +81,8 @@ class ControlWord:
 
 
 def _word(numbers: list[int]) -> Word:
-    stop, too_late, scarce, saved, save_failed = numbers
-    return Word(bool(stop), bool(too_late), bool(scarce), saved, save_failed)
+    stop, is_limit, too_late, scarce, saved, save_failed = numbers
+    return Word(bool(stop), bool(is_limit), bool(too_late), bool(scarce), saved, save_failed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from itertools import count
 from pathlib import Path
 
 from trainer.checkpoint.commit import committed_steps
+from trainer.evaluation_due import read_due
 
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 REWIND = "rewound_to"
-EVALUATION_DUE = "evaluation_due"
 AUTO, NEVER = "auto", "never"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
@@ -50,17 +50,8 @@ def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:
 
 def read_rewind(folder: Path) -> int | None:
     """Return the step that this run was last taken back to by `resume_step`, if any."""
-    return _read_step(folder / REWIND)
-
-
-def read_due(folder: Path) -> int | None:
-    """Return the step whose evaluation a stop has cut off, if any."""
-    return _read_step(folder / EVALUATION_DUE)
-
-
-def _read_step(path: Path) -> int | None:
     try:
-        return int(path.read_text())
+        return int((folder / REWIND).read_text())
     except (OSError, ValueError):
         return None
 

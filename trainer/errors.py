@@ -30,3 +30,10 @@ class LockedError(ValueError):
 
 class CheckError(Exception):
     """What was made is not what it should be: nothing of it is kept."""
+
+
+class StoppedEarlyError(BaseException):
+    """A stop was requested before the first step of this start was done: there is nothing to save.
+
+    No Exception: whoever handles failures on the way has no part in it.
+    """

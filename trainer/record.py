@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from trainer.directory import EVALUATION_DUE, read_due
+from trainer.evaluation_due import read_due, write_due
 from trainer.files import write_text
 from trainer.numerics.spike import names_of
 
@@ -51,13 +51,8 @@ class RunRecord:
 
     def owes_evaluation(self, step: int | None) -> None:
         """Note that the evaluation of `step` was cut off and is to be repeated; None: of none."""
-        due = self.folder / EVALUATION_DUE
-        if self._metrics is None:
-            return
-        if step is not None:
-            write_text(due, f"{step}\n")
-        elif due.exists():
-            due.unlink()
+        if self._metrics is not None:
+            write_due(self.folder, step)
 
     def consumes(
         self,

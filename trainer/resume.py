@@ -16,9 +16,10 @@ from trainer.checkpoint.retention import set_aside
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import check_bits
-from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_due, read_rewind
+from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
 from trainer.distributed import Ranks
 from trainer.environment import environment
+from trainer.evaluation_due import read_due
 from trainer.files import write_json, write_text
 from trainer.mesh import Mesh
 from trainer.model_files import write_model_files

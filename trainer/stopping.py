@@ -14,7 +14,7 @@ from trainer.time_limit import TimeLimit
 from trainer.whereabouts import Whereabouts
 
 _POLL_SECONDS = 0.1
-ANOTHER_RANK, TIME_LIMIT = "a stop of another rank", "its time limit"
+ANOTHER_RANK, TIME_LIMIT = "a signal to another rank", "its time limit"
 
 
 class EvaluationStoppedError(Exception):
@@ -46,6 +46,8 @@ class Stopping:
         while not steps.wait(_POLL_SECONDS) and not self._wants_to_stop():
             pass
         if self._is_scarce:
+            if self.control.ranks.placement.world_size > 1:
+                self.whereabouts.enter("data_of_others")
             self.hear(self.control.agree(self._word(is_scarce=True)))
         return None if self.is_agreed else next(steps)
 
@@ -60,7 +62,7 @@ class Stopping:
         self.is_agreed = self.is_agreed or word.stop
         self.is_too_late, self._is_scarce = word.too_late, word.scarce
         if self.is_agreed and not self.request.reason:
-            self.request.reason = ANOTHER_RANK
+            self.request.reason = TIME_LIMIT if word.is_limit else ANOTHER_RANK
 
     def poll(self) -> None:
         """Say that this rank is at work; raise EvaluationStoppedError where all ranks stop.
@@ -73,8 +75,10 @@ class Stopping:
             raise EvaluationStoppedError
 
     def _word(self, *, is_scarce: bool) -> Word:
-        stop, too_late = self._wants_to_stop(), self.limit.is_too_late
-        return Word(stop=stop, too_late=too_late, scarce=is_scarce)
+        return Word(
+            stop=self._wants_to_stop(), is_limit=self.request.reason == TIME_LIMIT,
+            too_late=self.limit.is_too_late, scarce=is_scarce,
+        )  # fmt: skip
 
     def _wants_to_stop(self) -> bool:
         if self.limit.is_near and not self.request.reason:

@@ -73,7 +73,12 @@ def start_fault(folder: Path, cache: Path, fault: Fault) -> tuple[subprocess.Pop
 def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[dict[str, Ended]]:
     """The ends of all runs, by what was wrong with rank 1."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("error", "stopped")}
-    words = (ENDLESS, "launch.processes=2", f"timeout_seconds={TIMEOUT_SECONDS}")
+    words = (
+        ENDLESS,
+        "launch.processes=2",
+        "launch.restarts=0",
+        f"timeout_seconds={TIMEOUT_SECONDS}",
+    )
     with ExitStack() as stack:
         command = stack.enter_context(started(folders["stopped"], cache, *words))
         fault = Fault(kind="error", phase="train_step")

@@ -366,7 +366,8 @@ def test_second_interrupt_ends_a_run_that_hangs_at_once(tmp_path: Path, cache: P
 
 
 def test_killed_worker_ends_the_run_with_its_rank_and_signal(tmp_path: Path, cache: Path) -> None:
-    with started(tmp_path, cache, "launch.processes=2", ENDLESS) as command:
+    words = ("launch.processes=2", "launch.restarts=0", ENDLESS)
+    with started(tmp_path, cache, *words) as command:
         command.wait_for_steps(5)
         workers = command.workers()
         os.kill(workers[1], signal.SIGKILL)

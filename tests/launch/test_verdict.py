@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from launch.verdict import GONE, STOPPED, Witness, judge, read_places
+from launch.traces import GONE, STOPPED, read_places
+from launch.verdict import Witness, judge
 
 TRAIN = {"step": 37, "phase": "train_step", "samples": [[8, 10]], "since": 400.0}
 DATA = {"step": 37, "phase": "data", "samples": [[10, 12]], "since": 390.0}

@@ -31,7 +31,10 @@ class Ahead(Iterator[Item], Generic[Item]):
         self._thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Return whether the next item is there, after waiting for it for so long at most."""
+        """Return whether the next item is there, after waiting for it for so long at most.
+
+        Raises what stands in its place.
+        """
         deadline = time.monotonic() + seconds
         while self._next is None:  # in short waits: a signal that raises is not kept waiting
             left = deadline - time.monotonic()
@@ -40,6 +43,10 @@ class Ahead(Iterator[Item], Generic[Item]):
             except queue.Empty:
                 if left <= 0:
                     return False
+        error = self._next[1]
+        if error is not None:
+            self.close()
+            raise error
         return True
 
     @property
@@ -53,10 +60,7 @@ class Ahead(Iterator[Item], Generic[Item]):
         while not self.wait(_POLL_SECONDS):
             pass
         assert self._next is not None
-        (item, error), self._next = self._next, None
-        if error is not None:
-            self.close()
-            raise error
+        (item, _), self._next = self._next, None
         assert item is not None
         return item
 
