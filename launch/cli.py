@@ -35,6 +35,7 @@ COMMANDS = {
         "launch.tokenize",
         "texts to shards of tokens: tessera tokenize data.path=DIR output=DIR tokenizer=...",
     ),
+    "sync": ("launch.sync", "send the curves that wandb lacks: tessera sync run=DIR"),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }

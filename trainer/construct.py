@@ -29,6 +29,7 @@ from trainer.resume import checkpoints_of, open_record, resume
 from trainer.run import Run
 from trainer.run_data import build_data
 from trainer.settle import settle
+from trainer.trackers.tracking import Tracking
 from trainer.validation.spec import VALIDATION
 from trainer.whereabouts import Whereabouts
 
@@ -100,6 +101,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     record = open_record(folder, attempt, ranks, progress)
     engine.on_change = lambda trained: record.metrics(trained.step, "phase", trained.metrics())
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
+    callbacks.append(Tracking(run.tracker))
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,

@@ -9,8 +9,7 @@ from typing import IO, Any
 
 from trainer.control import HostResult
 from trainer.files import write_text
-
-METRICS = "metrics.jsonl"
+from trainer.trackers.spool import METRICS
 
 
 class RunRecord:

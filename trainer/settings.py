@@ -16,6 +16,7 @@ from trainer.optim import OptimSpec
 from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
 from trainer.tasks.protocol import Task
+from trainer.trackers.protocol import TrackerSpec
 from trainer.validation.spec import ValidationSpec
 
 AUTO, RANDOM = "auto", "random"
@@ -40,6 +41,8 @@ class Settings:
     best: BestSpec
     callbacks: dict[str, CallbackSpec | None]
     """Listeners by name; null switches one off."""
+    tracker: dict[str, TrackerSpec | None] = field(default_factory=dict)
+    """Where the curves go beside metrics.jsonl, by name; null switches one off."""
     name: str
     """Name of the run: its folder below `runs`."""
     runs: str
