@@ -65,6 +65,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         hint = f"did you mean {near[0]!r}? " if near else ""
         print(f"tessera: no command {command!r}; {hint}see tessera --help", file=sys.stderr)
         return BAD_CONFIG
+    from launch.terminal import redact_tracebacks
+
+    redact_tracebacks()
     run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
     try:
         return run(rest)
@@ -72,7 +75,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         code = code_of(error)
         if code == INTERNAL:
             raise
-        print(f"tessera: {error}", file=sys.stderr)
+        from trainer.redaction import redact
+
+        print(f"tessera: {redact(str(error))}", file=sys.stderr)
         return code
 
 

@@ -5,12 +5,13 @@ import os
 import re
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import INTERNAL, code_of
+from launch.terminal import write_traceback
 from launch.verdict import Witness, judge, read_places, read_records
+from trainer.redaction import redact, redact_tree
 
 if TYPE_CHECKING:
     from trainer.distributed import Placement
@@ -27,7 +28,7 @@ def describe(
     is_consequence = placement.world_size > 1 and lost_the_others(error)
     return {
         "code": code_of(error),
-        "reason": f"{type(error).__name__}: {error}",
+        "reason": redact(f"{type(error).__name__}: {error}"),
         "time": time.time(),
         **whereabouts.place,
         "provenance": whereabouts.provenance,
@@ -79,7 +80,7 @@ def report(error: Exception, record: dict[str, Any], placement: "Placement") -> 
     """Say what failed: one line where the remedy is known, a traceback where it is not."""
     is_known = record["code"] != INTERNAL or type(error).__module__ == "trainer.errors"
     if not is_known and not record["is_consequence"]:
-        traceback.print_exception(error)
+        write_traceback(error)
     witness = Witness(rank=placement.rank, record=record)
     name = f"rank {placement.rank} of {placement.world_size}"
     if record["is_consequence"]:
@@ -93,7 +94,7 @@ def report(error: Exception, record: dict[str, Any], placement: "Placement") -> 
 
 def say(text: str) -> None:
     """Write one line at once: other ranks write into the same terminal."""
-    sys.stderr.write(f"tessera: {text}\n")
+    sys.stderr.write(f"tessera: {redact(text)}\n")
     sys.stderr.flush()
 
 
@@ -116,7 +117,7 @@ def leave_record(attempt: Path, rank: int, record: dict[str, Any]) -> None:
     """Write a rank's exit record, whole or not at all."""
     path = attempt / f"exit.{rank:05d}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record))
+    temporary.write_text(json.dumps(redact_tree(record)))
     os.replace(temporary, path)
 
 

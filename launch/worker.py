@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED
 from launch.last_words import describe, judge_here, leave_record, report, say
 from launch.supervisor import ATTEMPT, PARENT, STOP_SIGNALS
+from launch.terminal import redact_tracebacks
 
 if TYPE_CHECKING:
     from trainer.control import StopRequest
@@ -103,6 +104,7 @@ def die_with(parent: int) -> None:
 def main() -> None:
     """Run as one worker of the supervisor."""
     die_with(int(os.environ[PARENT]))
+    redact_tracebacks()
     import yaml
 
     from launch.binding import bind

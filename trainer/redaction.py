@@ -122,9 +122,11 @@ def _without_values(text: str) -> str:
     """Return `text` without the values of names that are those of secrets."""
     kept, done = [], 0
     for match in _NAME.finditer(text):
-        if match.start() < done or not any(_strength(match[1])):
+        is_strong, is_weak = _strength(match[1])
+        if match.start() < done or not (is_strong or is_weak):
             continue
-        value = _VALUE.match(text, match.end())
+        # Weak names in a row would each read all that follows.
+        value = _VALUE.match(text, match.end(), len(text) if is_strong else match.end() + 500)
         if value and _is_secret_of(match[1], value[0].strip("\"'")):
             kept += [text[done : match.end()], REDACTED]
             done = value.end()

@@ -21,6 +21,7 @@ from trainer.model_files import write_model_files
 from trainer.phases import PhasedEngine
 from trainer.progress import Progress
 from trainer.record import RunRecord
+from trainer.redaction import redact_tree
 from trainer.run import Run
 
 
@@ -98,7 +99,8 @@ def resume(
 def open_record(folder: Path, attempt: Path, ranks: Ranks, progress: Progress) -> RunRecord:
     """Open the run's files; rank 0 makes this start's config and environment the newest ones."""
     if ranks.placement.is_main:
-        write_json(attempt / ENVIRONMENT, environment(ranks.placement.world_size))
+        found = environment(ranks.placement.world_size)
+        write_json(attempt / ENVIRONMENT, redact_tree(found))
         for name in (CONFIG, ENVIRONMENT):
             shutil.copyfile(attempt / name, folder / name)
     return RunRecord(

@@ -114,7 +114,7 @@ def main() -> None:
     folder, name, parent = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     for number in _STOP_SIGNALS:  # the run decides when to stop, and says so
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
+    os.nice(5)  # the training comes first where cores are few
     terminal = os.dup(2)
     log = os.open(folder / FOLDER / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(log, 1)  # libraries print as they like
