@@ -40,6 +40,7 @@ COMMANDS = {
         "launch.ledger",
         "prove that every sample was trained on exactly once: tessera ledger run=DIR",
     ),
+    "sync": ("launch.sync", "send the curves that wandb lacks: tessera sync run=DIR"),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
@@ -69,6 +70,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         hint = f"did you mean {near[0]!r}? " if near else ""
         print(f"tessera: no command {command!r}; {hint}see tessera --help", file=sys.stderr)
         return BAD_CONFIG
+    from launch.terminal import redact_tracebacks
+
+    redact_tracebacks()
     run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
     try:
         return run(rest)
@@ -76,7 +80,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         code = code_of(error)
         if code == INTERNAL:
             raise
-        print(f"tessera: {error}", file=sys.stderr)
+        from trainer.redaction import redact
+
+        print(f"tessera: {redact(str(error))}", file=sys.stderr)
         return code
 
 

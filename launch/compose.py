@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from launch.config_secrets import named_variable, refuse_secrets
 from launch.menu import config_folder, groups
 
 ROOT = "train"
@@ -36,6 +37,7 @@ def compose(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    OmegaConf.register_new_resolver("oc.env", named_variable, replace=True)
     try:
         with initialize_config_module("configs", version_base="1.3"):
             config = hydra_compose(ROOT, overrides, return_hydra_config=True)
@@ -48,7 +50,9 @@ def compose(
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(str(error))) from None
     assert isinstance(tree, dict)
-    return Composed(tree={str(key): value for key, value in tree.items()}, experiment=chosen)
+    plain = {str(key): value for key, value in tree.items()}
+    refuse_secrets(plain)
+    return Composed(tree=plain, experiment=chosen)
 
 
 def parsed(override: str) -> tuple[str, Any]:
@@ -123,6 +127,8 @@ def _explain(message: str) -> str:
         return _unknown_choice(match[1], match[2])
     if match := re.search(r"Missing mandatory value.*full_key: (\S+)", message, re.DOTALL):
         return f"{match[1]} is missing; set {match[1]}=..."
+    if match := re.search(r"raised while resolving interpolation: (.+)\s+full_key: (\S+)", message):
+        return f"{match[2]}: {match[1]}"
     return " ".join(message.split())
 
 

@@ -32,6 +32,7 @@ _ALONE = {  # one process has no use for the rest
     "max_epochs": None,
     "resume": "never",
     "resume_step": None,
+    "tracker": {},
 }
 _NO_ANSWERS = {"_target_": "trainer.validation.spec.ValidationSpec"}  # of a run before there were
 _OWN = ("checkpoint", "json", "html")

@@ -5,13 +5,14 @@ import os
 import re
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import INTERNAL, code_of
+from launch.terminal import write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
+from trainer.redaction import redact, redact_tree
 
 if TYPE_CHECKING:
     from trainer.distributed import Placement
@@ -30,7 +31,7 @@ def describe(
     is_consequence = placement.world_size > 1 and lost_the_others(error)
     return {
         "code": code_of(error),
-        "reason": f"{type(error).__name__}: {error}",
+        "reason": redact(f"{type(error).__name__}: {error}"),
         "time": time.time(),
         **whereabouts.place,
         "provenance": whereabouts.provenance,
@@ -85,7 +86,7 @@ def report(error: Exception, record: dict[str, Any], placement: "Placement") -> 
     """Say what failed: one line where the remedy is known, a traceback where it is not."""
     is_known = record["code"] != INTERNAL or type(error).__module__ == "trainer.errors"
     if not is_known and not record["is_consequence"]:
-        traceback.print_exception(error)
+        write_traceback(error)
     witness = Witness(rank=placement.rank, record=record)
     name = f"rank {placement.rank} of {placement.world_size}"
     if record["is_consequence"]:
@@ -99,7 +100,7 @@ def report(error: Exception, record: dict[str, Any], placement: "Placement") -> 
 
 def say(text: str) -> None:
     """Write one line at once: other ranks write into the same terminal."""
-    sys.stderr.write(f"tessera: {text}\n")
+    sys.stderr.write(f"tessera: {redact(text)}\n")
     sys.stderr.flush()
 
 
@@ -126,7 +127,7 @@ def leave_record(attempt: Path, rank: int, record: dict[str, Any]) -> None:
 def write_whole(path: Path, values: dict[str, Any]) -> None:
     """Write one object, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values))
+    temporary.write_text(json.dumps(redact_tree(values)))
     os.replace(temporary, path)
 
 

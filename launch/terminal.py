@@ -1,11 +1,14 @@
 """Logging: rank 0 says what happens, the others only what is wrong.
 
-It shares one screen with the progress bar.
+It shares one screen with the progress bar. No secret passes here, in a line or in a traceback.
 """
 
 import logging
 import socket
 import sys
+import threading
+import traceback
+from types import TracebackType
 
 
 class ScreenHandler(logging.Handler):
@@ -26,6 +29,27 @@ def show_cursor() -> None:
         sys.stdout.flush()
 
 
+def redact_tracebacks() -> None:
+    """Print exceptions that nobody catches without the secrets in their texts."""
+
+    def show(
+        kind: type[BaseException], error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        write_traceback(error or kind(), where)
+
+    sys.excepthook = show
+    threading.excepthook = lambda given: show(given.exc_type, given.exc_value, given.exc_traceback)
+
+
+def write_traceback(error: BaseException, where: TracebackType | None = None) -> None:
+    """Write an exception as Python does, without the secrets in its text."""
+    from trainer.redaction import redact
+
+    lines = traceback.format_exception(type(error), error, where or error.__traceback__)
+    sys.stderr.write(redact("".join(lines)))
+    sys.stderr.flush()
+
+
 def configure_logging(rank: int) -> None:
     """Set up our loggers; third-party ones speak from WARNING on."""
     handler = ScreenHandler()
@@ -42,4 +66,6 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
-        return self.origin + level + record.getMessage()
+        from trainer.redaction import redact
+
+        return redact(self.origin + level + record.getMessage())

@@ -13,6 +13,7 @@ from launch.group import ATTEMPT, PARENT, PIPE
 from launch.last_words import describe, judge_here, leave_record, report, say
 from launch.parent import Stacks, die_with, obey
 from launch.signals import handle_signals
+from launch.terminal import redact_tracebacks
 
 if TYPE_CHECKING:
     from trainer.construct import Start
@@ -110,6 +111,7 @@ def leave(code: int) -> NoReturn:
 def main() -> None:
     """Run as one worker of the supervisor."""
     die_with(int(os.environ[PARENT]))
+    redact_tracebacks()
     from launch.binding import bind
     from launch.stored_config import read_stored
 

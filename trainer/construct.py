@@ -36,6 +36,7 @@ from trainer.run_data import build_data
 from trainer.settle import settle
 from trainer.stopping import Stopping
 from trainer.time_limit import TimeLimit
+from trainer.trackers.tracking import Tracking
 from trainer.validation.spec import VALIDATION
 from trainer.whereabouts import Whereabouts
 
@@ -116,6 +117,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     loader = place.loader
     record = open_record(folder, attempt, ranks, progress, loader.rank)
     callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
+    callbacks.append(Tracking(run.tracker))
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,

@@ -1,7 +1,7 @@
 """One HTML file that needs nothing else: the frame, the looks and the safe parts of every page.
 
 No script, no font, no file beside it, and a policy that lets a browser run or load none, whatever
-stands in the data. All functions but `page` escape what they are given.
+stands in the data. All functions but `page` escape what they are given, and `terms` masks secrets.
 """
 
 import base64
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
 from typing import TYPE_CHECKING
+
+from trainer.redaction import redact
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,12 +60,12 @@ $body
 
 def page(title: str, *, style: str, body: str) -> str:
     """Return the whole file; `style` is CSS beside the frame's, `body` is HTML, written as is."""
-    return _FRAME.substitute(title=escape(title), style=style, body=body)
+    return _FRAME.substitute(title=escape(redact(title)), style=style, body=body)
 
 
 def terms(of: Mapping[str, str]) -> str:
     """Return names with their texts."""
-    items = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in of.items())
+    items = (f"<dt>{escape(name)}</dt><dd>{escape(redact(text))}</dd>" for name, text in of.items())
     return f"<dl>{''.join(items)}</dl>"
 
 

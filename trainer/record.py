@@ -10,11 +10,11 @@ from typing import IO, TYPE_CHECKING, Any
 from trainer.evaluation_due import read_due, write_due
 from trainer.files import write_text
 from trainer.numerics.spike import names_of
+from trainer.trackers.spool import METRICS
 
 if TYPE_CHECKING:
     from trainer.control import HostResult
 
-METRICS = "metrics.jsonl"
 EVAL = "eval"
 
 

@@ -28,6 +28,7 @@ from trainer.numerics.rewinds import Rewinds, kept, rewinds_of, write_rewinds
 from trainer.phases import PhasedEngine
 from trainer.progress import Progress
 from trainer.record import RunRecord
+from trainer.redaction import redact_tree
 from trainer.run import Run
 
 
@@ -141,7 +142,8 @@ def open_record(
 ) -> RunRecord:
     """Open the run's files; rank 0 makes this start's config and environment the newest ones."""
     if ranks.placement.is_main:
-        write_json(attempt / ENVIRONMENT, environment(ranks.placement.world_size))
+        found = environment(ranks.placement.world_size)
+        write_json(attempt / ENVIRONMENT, redact_tree(found))
         for name in (CONFIG, ENVIRONMENT):
             shutil.copyfile(attempt / name, folder / name)
     return RunRecord(

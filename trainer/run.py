@@ -33,6 +33,9 @@ class Run(Settings):
 
     def check(self, world_size: int) -> None:
         """Raise ValueError for what cannot work on `world_size` processes, before any starts."""
+        for tracker in self.tracker.values():
+            if tracker is not None:
+                tracker.check()
         self.check_data()
         axes = self.chosen_mesh(world_size)[0].axes(world_size)
         dp_size = axes["dp_replicate"] * axes["dp_shard"]

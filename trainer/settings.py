@@ -19,6 +19,7 @@ from trainer.precision import PRECISIONS
 from trainer.schedule import Schedule
 from trainer.tasks.protocol import Task
 from trainer.time_limit import end_of
+from trainer.trackers.protocol import TrackerSpec
 from trainer.validation.spec import ValidationSpec
 
 AUTO, RANDOM = "auto", "random"
@@ -42,6 +43,8 @@ class Settings:
     best: BestSpec
     callbacks: dict[str, CallbackSpec | None]
     """Listeners by name; null switches one off."""
+    tracker: dict[str, TrackerSpec | None] = field(default_factory=dict)
+    """Where the curves go beside metrics.jsonl, by name; null switches one off."""
     name: str
     """Name of the run: its folder below `runs`."""
     runs: str

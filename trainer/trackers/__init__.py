@@ -1,0 +1,1 @@
+"""Curves elsewhere: wandb and TensorBoard, fed beside the training from metrics.jsonl."""
