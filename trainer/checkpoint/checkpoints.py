@@ -199,7 +199,7 @@ class Checkpoints:
                     commit=lead,
                 )
             )  # fmt: skip
-        except OSError as error:
+        except (OSError, StorageError) as error:
             self._ended = Result(error=explain(error, self.folder))
 
     def _succeed(self, flight: Flight) -> None:

@@ -138,9 +138,9 @@ def answer(job: Job, descriptor: int) -> Result:
         return Result(error=explain(error, Path(job.parent)))
 
 
-def job_from(line: str) -> Job:
-    """Read what `json.dumps(job)` wrote: JSON knows no names of tuples."""
-    job = Job(*json.loads(line))
+def job_from(fields: list[Any]) -> Job:
+    """Return what `json.dumps(job)` wrote: JSON knows no names of tuples."""
+    job = Job(*fields)
     return job._replace(commit=Commit(*job.commit) if job.commit else None)
 
 
@@ -152,4 +152,5 @@ def main() -> None:
         return
     os.nice(NICENESS)
     for line in sys.stdin:
-        print(json.dumps(answer(job_from(line), memory)), flush=True)
+        number, fields = json.loads(line)
+        print(json.dumps([number, *answer(job_from(fields), memory)]), flush=True)
