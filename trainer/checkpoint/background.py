@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -22,6 +23,17 @@ _START = (
 # The writer ends with its rank, and not by itself when a whole group of processes is signalled.
 _LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PIPE_BYTES = 1 << 20  # a job that does not fit in waits for the process to start
+
+
+class Flight(NamedTuple):
+    """The save that is under way."""
+
+    number: int
+    """Of this start: what the ranks say of one save is never taken for the next one's."""
+    step: int
+    seconds_paused: float
+    writes: bool
+    """Whether this rank writes a part."""
 
 
 class Writer:
