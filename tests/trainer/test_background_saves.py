@@ -1,5 +1,6 @@
 """Saves beside training: what it waits for, what it hears of, and what a crash leaves."""
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -12,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.runs import start_in, tiny_run, train
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder, verify
-from trainer.checkpoint.lock import RunLock
+from trainer.checkpoint.lock import RunLock, read_lease
 from trainer.checkpoint.spec import CheckpointSpec
 from trainer.construct import fit
 from trainer.distributed import Placement
@@ -177,6 +178,22 @@ def test_killed_rank_takes_its_writer_with_it_and_frees_the_lock(
     assert committed_steps(tmp_path / "checkpoints") == [3]
     run_ranks(1, train, tmp_path, background_run(cache))
     assert intact_steps(tmp_path) == [10, 9, 6, 3]
+
+
+class Fence(Meddle):
+    """Another host takes the run over while the save of step 6 is held."""
+
+    def at_eight(self) -> None:
+        path = self.folder.parent / "lease.json"
+        path.write_text(json.dumps(read_lease(path.parent) | {"generation": 7, "host": "other"}))
+        super().at_eight()
+
+
+def test_save_of_a_run_that_was_taken_over_is_not_committed(tmp_path: Path, cache: Path) -> None:
+    run = background_run(cache, callbacks={"fence": Fence(signal.SIGSTOP)})
+    (message,) = run_ranks(1, ended, tmp_path, run)
+    assert "was taken over by generation 7 (this is 1); nothing was committed" in message
+    assert intact_steps(tmp_path) == [3]
 
 
 def test_error_in_training_frees_the_lock_while_a_save_goes_on(tmp_path: Path, cache: Path) -> None:
