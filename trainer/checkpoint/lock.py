@@ -89,7 +89,8 @@ class RunLock:
         self._stopped.set()
         self._thread.join()
         if read_lease(self.folder).get("generation") == self.generation:
-            write_json(self._lease, {"generation": self.generation})
+            with suppress(OSError):  # what failed on this disk before is what the run ends with
+                write_json(self._lease, {"generation": self.generation})
         self._file.close()
 
 

@@ -120,7 +120,8 @@ def explain(error: OSError | StorageError, parent: Path) -> str:
     """Return what failed, where, and how much space there is."""
     if isinstance(error, StorageError):
         return str(error)
-    free = shutil.disk_usage(parent).free / 1e9 if parent.exists() else 0.0
+    there = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 1e9
     return f"{error.filename or parent}: {error.strerror} ({free:.3f} GB free)"
 
 
