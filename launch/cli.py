@@ -41,6 +41,10 @@ COMMANDS = {
         "prove that every sample was trained on exactly once: tessera ledger run=DIR",
     ),
     "sync": ("launch.sync", "send the curves that wandb lacks: tessera sync run=DIR"),
+    "checkpoints": (
+        "launch.checkpoints",
+        "what a run has saved, every byte checked: tessera checkpoints run=DIR",
+    ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
@@ -87,7 +91,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items())
     codes = "\n".join(f"  {code:<3} {meaning}" for code, meaning in MEANINGS.items())
     return (
         "usage: tessera COMMAND [group=choice] [key=value] ...\n\n"

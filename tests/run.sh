@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 set_up "[test,dev]"
+source tests/system_packages.sh
+install_system_packages
 PATH=$PWD/.venv/bin:$PATH
 # Tests start hundreds of processes: each on one core, and none should compile the sources anew.
 export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=

@@ -108,7 +108,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     )
     contents = contents_of(run, ranks)
     tokenizer, loader, eval_loader = build_data(run, ranks, mesh)
-    checkpoints = checkpoints_of(run, folder, ranks, mesh, lock, tokenizer, contents)
+    checkpoints = checkpoints_of(run, attempt, ranks, mesh, lock, tokenizer, contents, loader)
     start.whereabouts.enter("resume")
     best = Best(run.best)
     bits = bits_of(ranks, mesh)

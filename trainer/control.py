@@ -34,6 +34,8 @@ class Word(NamedTuple):
     """A save would not end before the limit of time: end without."""
     scarce: bool = False
     """The data of the next two steps is not all there: ranks ask each other before they begin."""
+    save_wanted: int = 0
+    """Number of the save that the clock of rank 0 asks for; 0: none."""
     saved: int = 0
     """Number of the save that rank 0's writer has committed; 0: none is new."""
     save_failed: int = 0
@@ -81,8 +83,8 @@ class ControlWord:
 
 
 def _word(numbers: list[int]) -> Word:
-    stop, is_limit, too_late, scarce, saved, save_failed = numbers
-    return Word(bool(stop), bool(is_limit), bool(too_late), bool(scarce), saved, save_failed)
+    stop, is_limit, too_late, scarce, *of_saves = numbers
+    return Word(bool(stop), bool(is_limit), bool(too_late), bool(scarce), *of_saves)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Standard library and xxhash only.
 
 import os
 import re
+import stat
 from itertools import count
 from pathlib import Path
 
@@ -61,10 +62,30 @@ def is_unfinished(folder: Path, max_steps: int) -> bool:
     return not steps or steps[0] < max_steps or steps[0] == read_due(folder)
 
 
+def _refuse_open_to_others(folder: Path) -> None:
+    """Raise ValueError where other users may rename what lies in a folder.
+
+    Of a folder of one's own group, as a umask of 002 makes it, nobody else is expected in it.
+    """
+    if not folder.exists():
+        return
+    found = folder.stat()
+    is_shared = found.st_mode & stat.S_IWGRP and found.st_gid != os.getegid()
+    if (is_shared or found.st_mode & stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        raise ValueError(
+            f"{folder} can be written by other users (mode {stat.S_IMODE(found.st_mode):04o}), who "
+            f"could put another run in place of this one; run `chmod +t {folder}`, take the right "
+            "from them, or set runs=DIR"
+        )
+
+
 def new_attempt(folder: Path) -> Path:
     """Make and return the folder of this start: attempts/001, 002, .. (mkdir decides a race)."""
     parent = folder / "attempts"
-    parent.mkdir(parents=True, exist_ok=True)
+    for path in (folder.parent, folder):
+        _refuse_open_to_others(path)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    parent.mkdir(exist_ok=True)
     taken = [int(entry.name) for entry in os.scandir(parent) if entry.name.isdigit()]
     for number in count(max(taken, default=0) + 1):
         try:

@@ -41,11 +41,24 @@ def read_keys(path: Path, advice: str = "give another folder") -> dict[str, Any]
 def write_text(path: Path, text: str) -> None:
     """Write `text` by temporary file, fsync and rename; OSError where a link stands in its way."""
     temporary = path.with_name(f".{path.name}.tmp")  # one name: a crash leaves one at most
-    with open(temporary, "w", encoding="utf-8", opener=_open_no_link) as file:
+    with (
+        naming(temporary),
+        open(temporary, "w", encoding="utf-8", opener=_open_no_link) as file,
+    ):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it was about: those of an open file do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -60,10 +73,11 @@ def fsync_folder(path: Path) -> None:
 def fsync_file(path: Path, flags: int = 0) -> None:
     """Make what any process has written to a file durable."""
     descriptor = os.open(path, os.O_RDONLY | flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

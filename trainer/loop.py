@@ -123,7 +123,8 @@ class Loop:
             if plan.logs(progress.step):
                 self._log()
             is_best = plan.evaluates(progress.step) and self._evaluate()
-            if (plan.saves(progress.step) or is_best) and not self._is_over:
+            is_due = plan.saves(progress.step) or is_best or self.checkpoints.are_due(agreed)
+            if is_due and not self._is_over:
                 self._note(readback.flush())
                 self._save(is_last=False)
         self._note(readback.flush())

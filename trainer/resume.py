@@ -4,8 +4,11 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from trainer.best import Best
 from trainer.checkpoint import commit
@@ -34,14 +37,17 @@ from trainer.run import Run
 
 def checkpoints_of(
     run: Run,
-    folder: Path,
+    attempt: Path,
     ranks: Ranks,
     mesh: Mesh,
     lock: RunLock | None,
     tokenizer: Tokenizer,
     contents: Contents,
+    loader: StepLoader,
 ) -> Checkpoints:
     """Return the run's checkpoints. Collective."""
+    folder = attempt.parent.parent
+    config = (attempt / CONFIG).read_bytes() if ranks.placement.is_main else b""
     return Checkpoints(
         run.checkpoint,
         folder / CHECKPOINTS,
@@ -51,6 +57,9 @@ def checkpoints_of(
             "run": folder.name,
             "world_size": ranks.placement.world_size,
             "mesh": mesh.describe(),
+            "config_xxh3": xxhash.xxh3_128_hexdigest(config),
+            "data": loader.rows.store.fingerprint,
+            "versions": {name: version(name) for name in ("tessera-train", "torch")},
         },
         describe_model=partial(write_model_files, run, tokenizer, contents),
         contents=contents,
@@ -120,7 +129,7 @@ def restore(
     Collective.
     """
     folder = checkpoints.folder.parent
-    state = checkpoints.restore(engine.at, steps)
+    state = checkpoints.restore(engine.at, steps, strict=run.resume_strict)
     if state is None:
         engine.at(1)
         return place

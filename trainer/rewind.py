@@ -23,6 +23,7 @@ def go_back(loop: Loop, run: Run, engine: PhasedEngine, ranks: Ranks, error: Rew
     metrics are cut back, newer checkpoints are set aside. Collective.
     """
     loop.control.drain()
+    loop.checkpoints.finish()  # what it commits is set aside below
     loop.record.result(loop.readback.flush())  # it was executed, whatever becomes of it
     loop.record.close()
     goes_on_with = loop.loader.first_sample(error.spike)

@@ -47,6 +47,7 @@ class Run(Settings):
                 "data.eval_fraction (of tessera tokenize, for data=tokens), or eval_every=null"
             )
         self.validation.check(self.data, self.eval_every)
+        self.checkpoint.check(self.save_every)
         self.spike.check(self.save_every, self.checkpoint.keep)
         self.best.check(self._metric_names(), self.eval_every)
         if self.max_steps is not None:  # of max_epochs they are counted later

@@ -77,6 +77,8 @@ class Settings:
     """Go back to this checkpoint; null: the newest that is intact."""
     resume_allow: list[str]
     """Config keys that may differ from the run that is resumed."""
+    resume_strict: bool = False
+    """Stop where the newest checkpoint is damaged, instead of going on from the one before."""
     max_skipped_in_a_row: int
     """Steps in a row without an update before the run stops, or rewinds."""
     check_replicas_every: int | None = None

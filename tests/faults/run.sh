@@ -6,6 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/setup.sh
 set_up "[test,dev]"
+source tests/system_packages.sh
+install_system_packages
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 export TESSERA_FIGURES=${TESSERA_FIGURES:-$PWD/runs/figures.jsonl}
 mkdir -p "$(dirname "$TESSERA_FIGURES")"

@@ -176,13 +176,23 @@ def six_steps(tmp_path: Path, saved_six_steps: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB; missing where this process may not mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    """A file system of 2 MB."""
+    yield from mounted(tmp_path / "disk", "size=2m")
+
+
+@pytest.fixture
+def few_files(tmp_path: Path) -> Iterator[Path]:
+    """A run whose checkpoints lie on a file system for 20 files."""
+    yield from (path.parent for path in mounted(tmp_path / "run/checkpoints", "nr_inodes=20"))
+
+
+def mounted(disk: Path, options: str) -> Iterator[Path]:
+    """Yield a file system in memory; skip where this process may not mount one."""
+    disk.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
     try:
-        mounted = subprocess.run(command, capture_output=True, text=True)
-        reason = mounted.stderr.strip() if mounted.returncode else None
+        done = subprocess.run(command, capture_output=True, text=True)
+        reason = done.stderr.strip() if done.returncode else None
     except FileNotFoundError as error:
         reason = str(error)
     if reason:
@@ -315,6 +325,15 @@ def test_damaged_newest_step_is_set_aside_and_the_older_one_is_used(
     run_ranks(1, train, six_steps, tiny_run(cache, save_every=3, max_steps=6))
     assert names(six_steps) == ["latest", "step_00000003", "step_00000006", "step_00000006.bad-1"]
     assert_same_run(six_steps, saved_six_steps)
+
+
+def test_strict_run_stops_at_a_damaged_newest_step_and_leaves_it(
+    six_steps: Path, cache: Path
+) -> None:
+    flip(step_folder(six_steps / "checkpoints", 6) / MODEL, -100)
+    (message,) = run_ranks(1, outcome, six_steps, tiny_run(cache, resume_strict=True))
+    assert "step_00000006 is damaged, and resume_strict=true uses no older step" in message
+    assert names(six_steps) == ["latest", "step_00000003", "step_00000006"]
 
 
 @pytest.mark.parametrize("finder", [0, 1])
@@ -458,13 +477,14 @@ def test_resume_step_without_a_checkpoint_is_refused(six_steps: Path, cache: Pat
     assert names(six_steps) == ["latest", "step_00000003", "step_00000006"]
 
 
-def test_file_size_limit_ends_the_run_with_path_and_reason_and_no_debris(
+def test_file_size_limit_ends_the_run_with_the_reason_and_no_debris(
     six_steps: Path, cache: Path, ten_steps: Path
 ) -> None:
-    """The limit lets the weights pass and cuts the optimizer state."""
+    """It holds for the shared memory, too, which takes weights and optimizer state at once."""
     limit = (step_folder(six_steps / "checkpoints", 6) / OPTIMIZER).stat().st_size - 1
     (message,) = run_ranks(1, limited_outcome, six_steps, tiny_run(cache, max_steps=7), limit)
-    assert re.search(rf"{six_steps}/checkpoints/.*: File too large \(\d+\.\d+ GB free\)", message)
+    assert "3 saves in a row failed" in message
+    assert "for a copy of what is saved: File too large" in message
     assert names(six_steps) == ["latest", "step_00000003", "step_00000006"]
     run_ranks(1, train, six_steps, tiny_run(cache, save_every=3))
     assert_same_run(six_steps, ten_steps)
@@ -534,6 +554,14 @@ def test_full_disk_fails_a_save_on_all_ranks_and_leaves_no_debris(
     (small_disk / "filler").unlink()
     run_ranks(world_size, train, folder, run)
     assert names(folder) == ["latest", "step_00000002", "step_00000004"]
+
+
+def test_disk_for_too_few_files_fails_a_save_before_anything_is_written(
+    few_files: Path, cache: Path
+) -> None:
+    (message,) = run_ranks(1, outcome, few_files, tiny_run(cache, max_steps=1))
+    assert re.search(r"checkpoints has room for \d+ more files, a checkpoint needs 2\d", message)
+    assert names(few_files) == []
 
 
 def test_run_outlives_failed_saves_that_are_not_three_in_a_row(

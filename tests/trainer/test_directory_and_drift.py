@@ -285,3 +285,21 @@ def test_allowed_changes_do_not_hide_a_forbidden_one() -> None:
     new["seed"] = 7
     with pytest.raises(ValueError, match=r"^seed was 0"):
         check_drift(SAVED, new, ["data.global_rows"])
+
+
+@pytest.mark.parametrize("is_parent", [True, False])
+def test_run_where_other_users_may_put_theirs_in_its_place_is_refused(
+    tmp_path: Path, is_parent: bool
+) -> None:
+    run = tmp_path / "runs/one"
+    run.mkdir(parents=True)
+    shared = run.parent if is_parent else run
+    shared.chmod(0o777)
+    with pytest.raises(ValueError, match=r"can be written by other users \(mode 0777\).*chmod \+t"):
+        new_attempt(run)
+    shared.chmod(0o1777)  # as /tmp: nobody renames what is not theirs
+    assert new_attempt(run).name == "001"
+
+
+def test_new_run_is_closed_to_other_users(tmp_path: Path) -> None:
+    assert new_attempt(tmp_path / "runs/one").parents[1].stat().st_mode & 0o077 == 0

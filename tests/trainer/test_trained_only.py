@@ -87,7 +87,7 @@ def test_a_checkpoint_holds_what_trains_and_resumes_on_other_ranks(
     kind: str, tmp_path: Path, cache: Path, model_folder: Path
 ) -> None:
     changes: dict[str, Any] = {"max_steps": 6, "save_every": 3, "optim": STRONG}
-    alone = CheckpointSpec(contents="trained")
+    alone = CheckpointSpec(contents="trained", background=False)
     run = (
         run_new(model_folder, cache, **changes)
         if kind == "new rows"

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
 from trainer.checkpoint import writer
 from trainer.checkpoint.writer import Job, Result
+from trainer.errors import StorageError
 
 _PATHS = [str(Path(writer.__file__).parents[2]), str(Path(xxhash.__file__).parents[1])]
 _START = (
@@ -20,6 +22,18 @@ _START = (
 )
 # The writer ends with its rank, and not by itself when a whole group of processes is signalled.
 _LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PIPE_BYTES = 1 << 20  # a job that does not fit in waits for the process to start
+
+
+class Flight(NamedTuple):
+    """The save that is under way."""
+
+    number: int
+    """Of this start: what the ranks say of one save is never taken for the next one's."""
+    step: int
+    seconds_paused: float
+    writes: bool
+    """Whether this rank writes a part."""
 
 
 class Writer:
@@ -29,14 +43,21 @@ class Writer:
         """`kept_open`: descriptors that the process holds as long as it lives, such as a lock."""
         self._kept_open = kept_open
         self._descriptor = os.memfd_create("checkpoint")  # has no name that could survive us
-        self._map = mmap.mmap(-1, 1)
-        self._process: subprocess.Popen[str] | None = None
+        self._map: mmap.mmap | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._number = 0
 
     def memory(self, num_bytes: int) -> mmap.mmap:
         """Return shared memory of at least that size: the same each time, unless it must grow."""
-        if num_bytes > os.fstat(self._descriptor).st_size:
-            os.ftruncate(self._descriptor, num_bytes)
-            self._map = mmap.mmap(self._descriptor, num_bytes)
+        if self._map is None or num_bytes > len(self._map):
+            try:
+                os.ftruncate(self._descriptor, num_bytes)
+                self._map = mmap.mmap(self._descriptor, num_bytes)
+            except OSError as error:
+                raise StorageError(
+                    f"no shared memory of {num_bytes / 1e9:.3f} GB for a copy of what is saved: "
+                    f"{error.strerror}; free memory, or raise the limit (ulimit -f)"
+                ) from error
         return self._map
 
     def submit(self, job: Job) -> None:
@@ -44,15 +65,17 @@ class Writer:
         if self._process is None:
             self._process = self._start()
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        self._number += 1
+        line = memoryview(f"{json.dumps([self._number, job])}\n".encode())
+        while line:
+            line = line[self._process.stdin.write(line) :]
 
-    def _start(self) -> "subprocess.Popen[str]":
+    def _start(self) -> "subprocess.Popen[bytes]":
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RANK)  # is inherited
         try:
             return subprocess.Popen(
                 [sys.executable, "-S", "-I", "-c", _START, str(self._descriptor), str(os.getpid())],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, pipesize=PIPE_BYTES,
                 pass_fds=[self._descriptor, *self._kept_open],
             )  # fmt: skip
         finally:
@@ -62,12 +85,14 @@ class Writer:
         """Return how the job ended, after waiting so long; None: it goes on."""
         assert self._process is not None
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
-            return None
-        if line := self._process.stdout.readline():
-            return Result(*json.loads(line))
-        code = self._process.wait()
-        return Result(error=f"the process that writes checkpoints ended with code {code}")
+        while select.select([self._process.stdout], [], [], seconds)[0]:
+            if not (line := self._process.stdout.readline()):
+                code = self._process.wait()
+                return Result(error=f"the process that writes checkpoints ended with code {code}")
+            number, *fields = json.loads(line)
+            if number == self._number:  # else of the job before: rank 0 committed what it wrote
+                return Result(*fields)
+        return None
 
     def kill(self) -> None:
         """End the process at once, whatever it does; what it wrote is debris."""

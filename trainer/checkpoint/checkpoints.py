@@ -4,12 +4,13 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.checkpoint import commit
-from trainer.checkpoint.background import Writer
-from trainer.checkpoint.composition import Composition, check_space, sizes_of
+from trainer.checkpoint.background import Flight, Writer
+from trainer.checkpoint.composition import Composition, sizes_of
 from trainer.checkpoint.contents import Contents
+from trainer.checkpoint.interval import Clock
 from trainer.checkpoint.loading import EngineAt, restore
 from trainer.checkpoint.lock import RunLock
 from trainer.checkpoint.retention import collect_debris
@@ -26,17 +27,6 @@ from trainer.protocols import Engine, Saved
 log = logging.getLogger(__name__)
 MAX_FAILURES = 3  # saves that may fail in a row before the run stops
 POLL_SECONDS = 0.05
-
-
-class Flight(NamedTuple):
-    """The save that is under way."""
-
-    number: int
-    """Of this start: what the ranks say of one save is never taken for the next one's."""
-    step: int
-    seconds_paused: float
-    writes: bool
-    """Whether this rank writes a part."""
 
 
 class Checkpoints:
@@ -67,6 +57,7 @@ class Checkpoints:
         (self.generation,) = ranks.maximum([lock.generation if lock else 0])
         self.failures = self._number = 0
         self._flight: Flight | None = None
+        self._clock = Clock(spec, ranks.placement.world_size)
         self._newest: int | None = None
         self._ended: Result | None = None
         """Of this rank's part of the save under way; None: it goes on."""
@@ -104,7 +95,8 @@ class Checkpoints:
         """Add to this rank's word how the save under way is doing here. Not collective."""
         flight = self._flight
         if flight is None:
-            return word
+            is_due = self.lock is not None and self._clock.is_due
+            return word._replace(save_wanted=self._number + 1 if is_due else 0)
         if self._ended is None and flight.writes:
             self._ended = self._writer.result(seconds)
         if self._ended is None:
@@ -112,6 +104,10 @@ class Checkpoints:
         if self._ended.error:
             return word._replace(save_failed=flight.number)
         return word._replace(saved=flight.number if self.lock else 0)
+
+    def are_due(self, word: Word) -> bool:
+        """Whether the agreed word asks for a save that has not begun."""
+        return word.save_wanted > self._number
 
     def heed(self, word: Word) -> None:
         """Conclude the save under way, if the agreed word says that it ended."""
@@ -147,17 +143,14 @@ class Checkpoints:
         is_there, refusal = False, ""
         if self.lock:
             is_there = (commit.step_folder(self.folder, step) / commit.MANIFEST).exists()
-            try:
-                files = self._composition.files(groups, state)
-                check_space(self.folder, sizes_of(groups, files))
-            except (OSError, StorageError) as error:
-                refusal = explain(error, self.folder)
+            files, refusal = self._composition.files_or_refusal(self.folder, groups, state)
         parts = parts_of(groups if engine.writes else [], files)
         # Rank 0 looks for all: ranks that disagreed would issue different collectives.
         num_there, num_refused, num_writers = self.ranks.total(
             [int(is_there), int(bool(refusal)), int(bool(parts))]
         )
         self._number += 1
+        self._clock.start()
         flight = Flight(self._number, step, 0.0, bool(parts))
         self._ended = Result(error=refusal) if refusal else None
         if num_there:
@@ -199,12 +192,13 @@ class Checkpoints:
                     commit=lead,
                 )
             )  # fmt: skip
-        except OSError as error:
+        except (OSError, StorageError) as error:
             self._ended = Result(error=explain(error, self.folder))
 
     def _succeed(self, flight: Flight) -> None:
         self._flight, self.failures, self._newest = None, 0, flight.step
         ended = self._ended or Result()
+        self._clock.took(paused=flight.seconds_paused, written=ended.seconds)
         if ended.warning:
             log.warning("old checkpoints were not tidied: %s", ended.warning)
         self._tell(flight, commit.step_folder(self.folder, flight.step), ended.seconds)
@@ -246,11 +240,7 @@ class Checkpoints:
     def restore(
         self, engine_at: EngineAt, steps: list[int], *, strict: bool = False
     ) -> dict[str, Any] | None:
-        """Load the first of `steps` that verifies into its engine; return its state, or None.
-
-        A damaged step is set aside with a loud line, on the way to the next older one; `strict`: it
-        is left, and StorageError raised.
-        """
+        """Load the first of `steps` that is intact; return its state or None: `loading.restore`."""
         return restore(
             self.folder, engine_at, steps, self.contents, self.ranks,
             is_main=self.lock is not None, strict=strict,

@@ -104,12 +104,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text())
         stated = body.pop("xxh3_of_the_above")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
+        step, files = body["step"], body["files"]
+        numbers = [n for entry in files.values() for piece in entry["pieces"] for n in piece[:2]]
+        if not all(type(n) is int and n >= 0 for n in (step, *numbers)):
+            raise ValueError("a step or a size is no count")
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise StorageError(f"{path} cannot be read: {error!r}") from error
     if stated != _body_hash(body):
         raise StorageError(f"{path} is damaged: its hash does not match its content")
-    if folder.name != f"step_{body['step']:08d}":
-        raise StorageError(f"{path} belongs to step {body['step']}")
+    if folder.name != f"step_{step:08d}":
+        raise StorageError(f"{path} belongs to step {step}")
     return body
 
 

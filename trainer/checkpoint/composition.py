@@ -11,6 +11,7 @@ from trainer.checkpoint.loading import STATE
 from trainer.checkpoint.spec import CheckpointSpec
 from trainer.checkpoint.staging import Group
 from trainer.checkpoint.tensor_file import index_of
+from trainer.checkpoint.writer import explain
 from trainer.errors import StorageError
 from trainer.files import json_text
 from trainer.protocols import Engine
@@ -37,6 +38,17 @@ class Composition:
             Group.of(contents.folder, contents.stem, weights, self.max_bytes),
             Group.of(STATE, "optimizer", engine.optimizer_state(), self.max_bytes),
         ]
+
+    def files_or_refusal(
+        self, folder: Path, groups: list[Group], state: dict[str, Any]
+    ) -> tuple[dict[str, bytes], str]:
+        """Return `files` for a checkpoint in `folder`, or why there is no room for them."""
+        try:
+            files = self.files(groups, state)
+            check_space(folder, sizes_of(groups, files))
+        except (OSError, StorageError) as error:
+            return {}, explain(error, folder)
+        return files, ""
 
     def files(self, groups: list[Group], state: dict[str, Any]) -> dict[str, bytes]:
         """Return the headers of the tensor files and all of the small files, on rank 0."""

@@ -89,13 +89,17 @@ class RunLock:
         self._stopped.set()
         self._thread.join()
         if read_lease(self.folder).get("generation") == self.generation:
-            write_json(self._lease, {"generation": self.generation})
+            with suppress(OSError):  # what failed on this disk before is what the run ends with
+                write_json(self._lease, {"generation": self.generation})
         self._file.close()
 
 
 def check_generation(folder: Path, generation: int) -> None:
-    """Raise StorageError where another process took the lock over: the fence before a commit."""
-    found = read_lease(folder).get("generation")
+    """Raise StorageError where another process took the lock over: the fence before a commit.
+
+    OSError where that cannot be told.
+    """
+    found = _parsed((folder / "lease.json").read_text()).get("generation")
     if found != generation:
         raise StorageError(
             f"{folder} was taken over by generation {found} (this is {generation}); "
@@ -120,8 +124,15 @@ def refuse_if_locked(folder: Path) -> None:
 def read_lease(folder: Path) -> dict[str, Any]:
     """Return the lease, or an empty one where none can be read."""
     try:
-        lease = json.loads((folder / "lease.json").read_text())
+        return _parsed((folder / "lease.json").read_text())
     except (OSError, ValueError):
+        return {}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        lease = json.loads(text)
+    except ValueError:
         return {}
     return lease if isinstance(lease, dict) else {}
 

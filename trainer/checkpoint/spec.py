@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from trainer.checkpoint.contents import AUTO, CHOICES
 
+AUTO_INTERVAL = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSpec:
@@ -20,7 +22,14 @@ class CheckpointSpec:
     """Write while training goes on, which waits for a copy in host memory alone; false: training
     waits until a checkpoint is on disk."""
 
+    interval: float | str | None = None
+    """Seconds between saves, or `auto`: what loses least by the measured cost of a save and the
+    time between failures; null: by `save_every` alone, which has to be null otherwise."""
+    mtbf_hours: float | None = None
+    """Hours between failures of the whole run, for `auto`; null: 50,700 by the number of ranks."""
+
     def __post_init__(self) -> None:
+        self._check_interval()
         if self.contents not in CHOICES:
             raise ValueError(
                 f"checkpoint.contents={self.contents}: set it to {' or '.join(CHOICES)}"
@@ -29,3 +38,25 @@ class CheckpointSpec:
             raise ValueError(f"checkpoint.keep={self.keep} would keep none; set it to 1 or more")
         if self.max_file_gb <= 0:
             raise ValueError(f"checkpoint.max_file_gb={self.max_file_gb}: set it above 0")
+
+    def check(self, save_every: int | None) -> None:
+        """Raise ValueError where two settings say when to save."""
+        if self.interval is not None and save_every is not None:
+            raise ValueError(
+                f"save_every={save_every} and checkpoint.interval={self.interval} both say when to "
+                "save; set one of them to null"
+            )
+
+    def _check_interval(self) -> None:
+        is_seconds = isinstance(self.interval, int | float) and 0 < self.interval < float("inf")
+        if self.interval is not None and self.interval != AUTO_INTERVAL and not is_seconds:
+            raise ValueError(
+                f"checkpoint.interval={self.interval}: set it to seconds above 0, auto or null"
+            )
+        if self.mtbf_hours is not None and self.interval != AUTO_INTERVAL:
+            raise ValueError(
+                "checkpoint.mtbf_hours has no effect without checkpoint.interval=auto; set that, "
+                "or leave it out"
+            )
+        if self.mtbf_hours is not None and not 0 < self.mtbf_hours < float("inf"):
+            raise ValueError(f"checkpoint.mtbf_hours={self.mtbf_hours}: set it above 0")

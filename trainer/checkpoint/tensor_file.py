@@ -127,7 +127,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         try:
             header = json.loads(file.read(length))
             entries = _entries(path.name, header, 8 + length)
-        except (ValueError, KeyError, AssertionError, TypeError, RecursionError) as error:
+        except (
+            ValueError, KeyError, AssertionError, TypeError, AttributeError, RecursionError
+        ) as error:  # fmt: skip
             raise StorageError(f"{path} has a damaged header: {error!r}") from error
     position = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
@@ -135,6 +137,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         if entry.start != position or entry.stop - entry.start != expected or entry.stop > size:
             raise StorageError(f"{path}: tensor {name!r} lies outside the file or overlaps another")
         position = entry.stop
+    if position != size:
+        raise StorageError(f"{path} has {size - position} bytes that belong to no tensor")
     return entries
 
 

@@ -120,7 +120,8 @@ def explain(error: OSError | StorageError, parent: Path) -> str:
     """Return what failed, where, and how much space there is."""
     if isinstance(error, StorageError):
         return str(error)
-    free = shutil.disk_usage(parent).free / 1e9 if parent.exists() else 0.0
+    there = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 1e9
     return f"{error.filename or parent}: {error.strerror} ({free:.3f} GB free)"
 
 
@@ -138,9 +139,9 @@ def answer(job: Job, descriptor: int) -> Result:
         return Result(error=explain(error, Path(job.parent)))
 
 
-def job_from(line: str) -> Job:
-    """Read what `json.dumps(job)` wrote: JSON knows no names of tuples."""
-    job = Job(*json.loads(line))
+def job_from(fields: list[Any]) -> Job:
+    """Return what `json.dumps(job)` wrote: JSON knows no names of tuples."""
+    job = Job(*fields)
     return job._replace(commit=Commit(*job.commit) if job.commit else None)
 
 
@@ -152,4 +153,5 @@ def main() -> None:
         return
     os.nice(NICENESS)
     for line in sys.stdin:
-        print(json.dumps(answer(job_from(line), memory)), flush=True)
+        number, fields = json.loads(line)
+        print(json.dumps([number, *answer(job_from(fields), memory)]), flush=True)

@@ -14,6 +14,7 @@ import xxhash
 
 from trainer.checkpoint.commit import CHUNK, FilePiece
 from trainer.errors import StorageError
+from trainer.files import naming
 
 READY = "ready"  # in a staging folder: every file has been made
 _PIECES = ".pieces"
@@ -39,14 +40,11 @@ def stage(parent: Path, name: str, sizes: dict[str, int]) -> Path:
 def _opened(path: Path, flags: int) -> Iterator[int]:
     """Open a file, no link; an error in the block or at the end names it."""
     descriptor = os.open(path, flags, 0o644)
-    try:
+    with naming(path):
         try:
             yield descriptor
         finally:
             os.close(descriptor)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def refuse_link(folder: Path) -> None:

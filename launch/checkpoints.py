@@ -1,0 +1,89 @@
+"""`tessera checkpoints`: what a run has saved, and whether every byte is as it was written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.exit_codes import CHECK_FAILED
+
+USAGE = """usage: tessera checkpoints run=DIR [hash=true] [json=true]
+
+Lists the checkpoints of a run, newest first, and checks the hash of every byte of each. Nothing is
+changed: a damaged one is set aside by the next start of the run, which goes on from the one before.
+
+  run=runs/NAME   the run
+  hash=true       also one hash of all tensors of each, weights and optimizer state: it does not
+                  depend on the number of ranks or files that they were written by
+  json=true       one JSON object per checkpoint
+
+Exit code 1: one of them is damaged.
+"""
+_OWN = ("run", "hash", "json")
+
+
+def main(arguments: list[str]) -> int:
+    """Run `tessera checkpoints` and return the exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE, end="")
+        return 0
+    options = _options(arguments)
+    found = [_examined(step, with_hash=options["hash"] == "true") for step in _steps(options)]
+    if options["json"] == "true":
+        print("\n".join(json.dumps(each) for each in found))
+    else:
+        print("\n".join(_line(each) for each in found))
+    return CHECK_FAILED if any(each["damage"] for each in found) else 0
+
+
+def _options(arguments: list[str]) -> dict[str, str]:
+    options = {"hash": "false", "json": "false"}
+    for word in arguments:
+        key, is_set, value = word.partition("=")
+        if key not in _OWN or not is_set:
+            raise ValueError(f"{word!r} is unknown here; tessera checkpoints takes run, hash, json")
+        options[key] = value
+    if "run" not in options:
+        raise ValueError("run is missing; set run=DIR")
+    for key in ("hash", "json"):
+        if options[key] not in ("true", "false"):
+            raise ValueError(f"{key}={options[key]} is neither true nor false; set it to one")
+    return options
+
+
+def _steps(options: dict[str, str]) -> list[Path]:
+    from trainer.checkpoint.commit import committed_steps, step_folder
+    from trainer.directory import CHECKPOINTS
+
+    parent = Path(options["run"]).expanduser() / CHECKPOINTS
+    steps = [step_folder(parent, step) for step in committed_steps(parent)]
+    if not steps:
+        raise ValueError(f"run={options['run']} has no checkpoint; give the folder of a run")
+    return steps
+
+
+def _examined(folder: Path, *, with_hash: bool) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, and what is wrong with it."""
+    from trainer.checkpoint.commit import read_manifest, verify
+    from trainer.errors import StorageError
+
+    found: dict[str, Any] = {"step": int(folder.name.removeprefix("step_")), "damage": ""}
+    try:
+        body = read_manifest(folder)
+        verify(folder, body, 0, 1)
+    except (OSError, StorageError) as error:
+        return found | {"damage": str(error)}
+    found["bytes"] = sum(entry["bytes"] for entry in body["files"].values())
+    found |= {key: body.get(key) for key in ("world_size", "mesh", "data", "versions")}
+    if with_hash:
+        from trainer.checkpoint.tensor_hash import tensor_hash
+
+        found["tensors"] = tensor_hash(folder)
+    return found
+
+
+def _line(found: dict[str, Any]) -> str:
+    if found["damage"]:
+        return f"step {found['step']:>8}  DAMAGED  {found['damage']}"
+    ranks = f"{found['world_size']} rank{'s' if found['world_size'] != 1 else ''}"
+    line = f"step {found['step']:>8}  intact  {found['bytes'] / 1e6:12,.1f} MB  by {ranks}"
+    return f"{line}  {found['tensors']}" if "tensors" in found else line
