@@ -40,6 +40,7 @@ COMMANDS = {
         "prove that every sample was trained on exactly once: tessera ledger run=DIR",
     ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
+    "doctor": ("launch.doctor", "versions, memory, disk and clock of this machine"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
 
