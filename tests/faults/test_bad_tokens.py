@@ -9,6 +9,7 @@ import pytest
 import xxhash
 
 from launch.exit_codes import DATA, code_of
+from tests.conftest import Figure
 from tests.ranks import run_ranks
 from tests.runs import start_in, tiny_run
 from tests.token_folders import write_folder
@@ -81,7 +82,7 @@ def hash_anew(folder: Path) -> None:
 
 @pytest.mark.parametrize("hashes", ["stale", "rebuilt"])
 def test_a_token_outside_the_vocabulary_is_named_with_file_and_byte(
-    tmp_path: Path, cache: Path, folder: Path, hashes: str
+    tmp_path: Path, cache: Path, folder: Path, hashes: str, figure: Figure
 ) -> None:
     path = shard_of(folder)
     byte = spoil(path)
@@ -95,6 +96,7 @@ def test_a_token_outside_the_vocabulary_is_named_with_file_and_byte(
         f"{path} holds token 300 at byte {byte}, its vocabulary has 258; "
         f"delete {folder} and start again"
     )
+    figure(f"A19 token outside the vocabulary, {hashes} hashes", code, "is the exit code")
 
 
 def test_another_tokenizer_beside_the_shards_is_refused_before_the_first_step(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.exit_codes import DATA, code_of
+from tests.conftest import Figure
 from tests.images import picture
 from tests.trainer.test_vision_data import DOCUMENTS, loader_of, vision_data
 from trainer.data.bad_rows import FILE
@@ -34,7 +35,7 @@ def write(folder: Path, count: int, broken: list[int]) -> VisionTextData:
 
 @pytest.mark.parametrize(("count", "broken"), SIZES)
 def test_all_other_samples_stay_where_they_are(
-    tmp_path: Path, count: int, broken: list[int]
+    tmp_path: Path, count: int, broken: list[int], figure: Figure
 ) -> None:
     clean = loader_of(write(tmp_path / "clean", count, []))
     data = write(tmp_path / "spoilt", count, broken)
@@ -54,6 +55,7 @@ def test_all_other_samples_stay_where_they_are(
     assert [line["row"] for line in lines] == broken
     for line in lines:
         assert f"({line['row']}.jpg) is broken: " in line["reason"]
+    figure(f"A18 broken images of {count} skipped", len(broken), "and all others in their places")
 
 
 def test_five_percent_of_broken_images_end_the_run(tmp_path: Path) -> None:
