@@ -317,6 +317,32 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         FileTokenizer(tmp_path)
 
 
+CHARSMAP = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+SPECIAL = [{"SpecialToken": {"id": "NONE", "type_id": 0}}]
+TEMPLATE = {"post_processor": {"type": "TemplateProcessing", "single": SPECIAL, "pair": [],
+                               "special_tokens": {}}}  # fmt: skip
+SLOW = {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"},
+                          "behavior": "Isolated", "invert": False}}  # fmt: skip
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_like_others(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """A panic is no Exception: a rank would die without a word."""
+    tree = json.loads((model_folder / "tokenizer.json").read_text())
+    for change in (CHARSMAP, TEMPLATE):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tree | change))
+        with pytest.raises(ValueError, match="tokenizers gives up"):
+            FileTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree | SLOW))
+    tokenizer = FileTokenizer(tmp_path)
+    for encode in (tokenizer.encode, tokenizer.encode_with_spans):
+        with pytest.raises(DataError, match="tokenizers gives up: Onig: Regex search error"):
+            encode("a" * 40 + " b")
+    with pytest.raises(DataError, match="tokenizers gives up"):
+        tokenizer.encode_documents(["a" * 40 + " b"])
+
+
 @pytest.mark.parametrize("base", ["/nowhere", "../../nowhere", 7, ["a"], "", "hub/repository"])
 def test_the_base_of_an_adapter_is_a_folder_here(tmp_path: Path, base: Any) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": base}
