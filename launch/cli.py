@@ -46,6 +46,7 @@ COMMANDS = {
         "what a run has saved, every byte checked: tessera checkpoints run=DIR",
     ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
+    "doctor": ("launch.doctor", "versions, memory, disk and clock of this machine"),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
 

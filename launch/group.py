@@ -18,6 +18,7 @@ from launch.verdict import Witness
 
 # What a worker is told beside torchrun's variables.
 ATTEMPT, PARENT, PIPE = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID", "TESSERA_SUPERVISOR_PIPE"
+LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 ASK = b"?"
 STACKS_SECONDS = 1.0  # for ranks to write their stacks, and what they wait for
 
@@ -60,6 +61,8 @@ class Group:
         environment.setdefault(
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes))
         )
+        for library in ("GLOO", "NCCL"):  # all ranks are on this machine: nobody else may connect
+            environment.setdefault(f"{library}_SOCKET_IFNAME", LOOPBACK_INTERFACE)
         return environment | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

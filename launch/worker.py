@@ -33,6 +33,8 @@ def placement_from(environ: Mapping[str, str]) -> "Placement":
             world_size=int(environ["WORLD_SIZE"]),
             local_rank=int(environ["LOCAL_RANK"]),
             is_distributed=True,
+            # Of our supervisor, which starts all ranks on this machine.
+            loopback_port=int(environ["MASTER_PORT"]) if ATTEMPT in environ else None,
         )
     except (KeyError, ValueError) as error:
         raise ValueError(

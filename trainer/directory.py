@@ -37,6 +37,7 @@ def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:
             f"name={name!r} is no folder name; use letters, digits, '.', '_' and '-' (100 at most)"
         )
     parent = Path(runs).expanduser()
+    _refuse_open(parent)
     newest = parent / name
     for number in count(2):
         following = parent / f"{name}-{number}"
@@ -47,6 +48,16 @@ def choose_run(runs: str, name: str, max_steps: int, resume: str) -> Path:
         raise AssertionError("count() has no end")
     is_free = not newest.exists()
     return newest if is_free or (resume == AUTO and is_unfinished(newest, max_steps)) else following
+
+
+def _refuse_open(parent: Path) -> None:
+    """Raise ValueError where anybody may put other files in the place of a run's."""
+    mode = parent.stat().st_mode if parent.is_dir() else 0
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise ValueError(
+            f"runs={parent} may be written by everybody, who could put files in the place of a "
+            f"run's; chmod o-w {parent}, or set runs=DIR"
+        )
 
 
 def read_rewind(folder: Path) -> int | None:

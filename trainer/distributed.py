@@ -1,10 +1,14 @@
 """Who this process is among the ranks, and the process groups that connect them."""
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +20,9 @@ class Placement:
     local_rank: int = 0
     is_distributed: bool = False
     """Whether torchrun's variables are set, so that `env://` finds the other ranks."""
+    loopback_port: int | None = None
+    """Where rank 0 listens, for this machine alone; None: `env://` says where, and torch listens
+    there at every interface, for anybody: it asks nobody who he is."""
 
     @property
     def is_main(self) -> bool:
@@ -40,7 +47,16 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             backend = "nccl" if is_cuda else "gloo"
-            if placement.is_distributed:
+            if placement.loopback_port is not None:
+                dist.init_process_group(
+                    backend,
+                    store=_loopback_store(placement, placement.loopback_port, timeout),
+                    rank=placement.rank,
+                    world_size=placement.world_size,
+                    timeout=timeout,
+                    device_id=self.device if is_cuda else None,
+                )
+            elif placement.is_distributed:
                 dist.init_process_group(
                     backend,
                     rank=placement.rank,
@@ -83,6 +99,21 @@ class Ranks:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _loopback_store(placement: Placement, port: int, timeout: timedelta) -> Any:
+    """Return the store through which ranks find each other; rank 0 holds it. Collective."""
+    listener = None
+    if placement.is_main:
+        listener = socket.create_server((LOOPBACK, port), backlog=placement.world_size)
+    return dist.TCPStore(  # type: ignore[attr-defined]  # as HashStore above
+        LOOPBACK,
+        port,
+        placement.world_size,
+        is_master=placement.is_main,
+        timeout=timeout,
+        master_listen_fd=listener.detach() if listener else None,
+    )
 
 
 def _set_default_timeout(timeout: timedelta) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import struct
 import tarfile
 import zipfile
@@ -28,7 +29,7 @@ from launch.binding import bind
 from launch.cli import main
 from launch.exit_codes import BAD_CONFIG
 from launch.stored_config import read_stored
-from tests.conftest import tiny_spec
+from tests.conftest import Figure, tiny_spec
 from tests.token_folders import write_folder
 from trainer.adapters.pretrained import PretrainedAdapter
 from trainer.checkpoint.commit import committed_steps
@@ -55,8 +56,16 @@ MAX_MEMORY = 1 << 30
 CANARY = Path("canary")  # in the test's own folder
 
 
+SEEN: set[str] = set()
+
+
 @pytest.fixture(autouse=True)
-def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def canary(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    figure: Figure,
+) -> Iterator[Path]:
     """Nothing that is read may leave the file `canary`, or take more than a gigabyte."""
     monkeypatch.chdir(tmp_path)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -64,6 +73,8 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / CANARY
     assert not (tmp_path / CANARY).exists()
     assert peak() - before < MAX_MEMORY
+    SEEN.add(request.node.nodeid)
+    figure("A30 hostile inputs", len(SEEN), "groups refused by name, 0 canaries")
 
 
 def peak() -> int:
@@ -272,8 +283,10 @@ TEMPLATES = [
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda text: text[:40])
 def test_a_template_gets_out_of_its_sandbox_in_no_known_way(template: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises((BadRowError, ValueError), match="chat template"):
         render(template, [{"role": "user", "content": "hello"}], {})
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 @pytest.mark.parametrize(
@@ -302,6 +315,32 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match="is no tokenizer"):
         FileTokenizer(tmp_path)
+
+
+CHARSMAP = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+SPECIAL = [{"SpecialToken": {"id": "NONE", "type_id": 0}}]
+TEMPLATE = {"post_processor": {"type": "TemplateProcessing", "single": SPECIAL, "pair": [],
+                               "special_tokens": {}}}  # fmt: skip
+SLOW = {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"},
+                          "behavior": "Isolated", "invert": False}}  # fmt: skip
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_like_others(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """A panic is no Exception: a rank would die without a word."""
+    tree = json.loads((model_folder / "tokenizer.json").read_text())
+    for change in (CHARSMAP, TEMPLATE):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tree | change))
+        with pytest.raises(ValueError, match="tokenizers gives up"):
+            FileTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree | SLOW))
+    tokenizer = FileTokenizer(tmp_path)
+    for encode in (tokenizer.encode, tokenizer.encode_with_spans):
+        with pytest.raises(DataError, match="tokenizers gives up: Onig: Regex search error"):
+            encode("a" * 40 + " b")
+    with pytest.raises(DataError, match="tokenizers gives up"):
+        tokenizer.encode_documents(["a" * 40 + " b"])
 
 
 @pytest.mark.parametrize("base", ["/nowhere", "../../nowhere", 7, ["a"], "", "hub/repository"])
@@ -512,6 +551,16 @@ def test_a_shard_with_false_sections_is_refused(tmp_path: Path, change: dict[str
 def test_names_of_runs_stay_below_their_folder(name: str) -> None:
     with pytest.raises(ValueError, match="is no folder name"):
         choose_run("runs", name, 10, "auto")
+
+
+def test_runs_are_not_written_where_everybody_may_write(tmp_path: Path) -> None:
+    for mode, is_fine in ((0o777, False), (0o1777, True), (0o775, True)):
+        tmp_path.chmod(mode)
+        if is_fine:
+            assert choose_run(str(tmp_path), "a", 10, "auto") == tmp_path / "a"
+        else:
+            with pytest.raises(ValueError, match=r"may be written by everybody.*chmod o-w"):
+                choose_run(str(tmp_path), "a", 10, "auto")
 
 
 def test_a_step_that_is_a_link_does_not_exist(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from trainer.data.rows import PackedRows
 from trainer.data.shards import Vocabulary
 from trainer.data.tokenizers import BPE, Tokenizer, given_tokenizer
 from trainer.data.tokens import EVAL, INDEX, TRAIN, Index, Part, TokenStore
+from trainer.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,8 @@ class TokenFolder:
         return self.stores()[1] is not None
 
     def tokenizer(self, setting: str, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer of a `tokenizer=` setting; ValueError: the shards have another."""
+        """Return the tokenizer of a `tokenizer=` setting; ValueError: the shards have another, and
+        DataError where the one that lies beside them is."""
         if setting == BPE:
             raise ValueError(
                 f"tokenizer=bpe is trained on text, and {self.own_tokenizer} holds tokens; "
@@ -95,6 +97,13 @@ class TokenFolder:
             )
         found = given_tokenizer(setting)
         if found.fingerprint != self._vocabulary.tokenizer:
+            if setting == self.own_tokenizer:
+                raise DataError(
+                    f"{_folder(setting) / 'tokenizer.json'} (or a file beside it) is another one "
+                    "than made the shards of its folder: it has fingerprint "
+                    f"{found.fingerprint}, they say {self._vocabulary.tokenizer}; bring the old "
+                    "one back, or tokenise the text again"
+                )
             raise ValueError(
                 f"tokenizer={setting} has fingerprint {found.fingerprint}, the shards of "
                 f"{self.own_tokenizer} were made with {self._vocabulary.tokenizer}; "

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from trainer.data.byte_level import byte_level_json
+from trainer.data.panics import no_panic
 from trainer.data.tokenizer_config import (
     CONFIG_FILE,
     TEMPLATE_FILE,
@@ -20,6 +21,7 @@ from trainer.data.tokenizer_config import (
     stored_template,
     write_tokenizer_config,
 )
+from trainer.errors import DataError
 from trainer.files import write_json, write_text
 
 BYTE, BPE = "byte", "bpe"  # values of `tokenizer=` that name no folder
@@ -168,7 +170,7 @@ class FileTokenizer:
             )
         self._json = path.read_text(encoding="utf-8")
         try:
-            self._fast = Fast.from_str(self._json)
+            self._fast = no_panic(ValueError)(Fast.from_str)(self._json)
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{path} is no tokenizer: {error}; give another folder") from None
         # The file may say that texts are cut or padded, which is for the data pipeline to decide;
@@ -202,13 +204,16 @@ class FileTokenizer:
             )
         return number
 
+    @no_panic(DataError)
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self._fast.encode_batch(texts, add_special_tokens=False)
         return [surround(encoding.ids, self) for encoding in encoded]
 
+    @no_panic(DataError)
     def encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
 
+    @no_panic(DataError)
     def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         encoding = self._fast.encode(text, add_special_tokens=False)
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -224,6 +229,7 @@ class FileTokenizer:
             write_text(folder / TEMPLATE_FILE, self.chat_template)
 
 
+@no_panic(ValueError)
 def _ends(fast: Any) -> tuple[list[int], list[int]]:
     """Return the ids that the post-processor puts before and behind a text."""
     whole, bare = (fast.encode("a", add_special_tokens=adds).ids for adds in (True, False))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer.distributed import Placement
+from trainer.distributed import LOOPBACK, Placement
 from trainer.ports import free_port
 
 
@@ -82,10 +82,13 @@ def _child(
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # Others build groups of their own from the environment: accelerate, DeepSpeed.
+    os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port))
+    is_distributed = world_size > 1
     placement = Placement(
-        rank=rank, world_size=world_size, local_rank=rank, is_distributed=world_size > 1
-    )
+        rank=rank, world_size=world_size, local_rank=rank, is_distributed=is_distributed,
+        loopback_port=port if is_distributed else None,
+    )  # fmt: skip
     try:
         sender.send((True, work(placement, *arguments)))
     except BaseException:  # whatever it is, the parent shows it
