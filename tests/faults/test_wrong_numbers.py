@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launch.ledger import proved
 from tests.faults.wrong_numbers import (
     Hashes,
     KilledOnce,
@@ -130,6 +131,8 @@ def test_a_rewind_passes_over_all_up_to_the_spike_and_nothing_else(
     assert gaps == {(160, 224)}
     trained = samples_of([line for of_step in surviving.values() for line in of_step])
     assert trained == [*range(160), *range(224, 48 * 8)]
+    proof, _ = proved(tmp_path / "run")
+    assert (proof.findings, proof.passed_over) == ([], [(160, 224)])
     (note,) = [line for line in read_lines(tmp_path / "run" / METRICS) if line["split"] == "rewind"]
     assert (note["step"], note["from_step"], note["passed_over"]) == (20, 28, [160, 224])
     set_aside = [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()]
@@ -147,6 +150,7 @@ def test_a_run_killed_after_a_rewind_comes_to_the_same_on_another_number_of_rank
     with pytest.raises(RankFailedError):
         run_ranks(2, train, tmp_path / "two", killing)
     run_ranks(1, train, tmp_path / "two", run)
+    assert proved(tmp_path / "two")[0].holds
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
     assert weights_of(tmp_path / "two") == weights_of(tmp_path / "one")
 
