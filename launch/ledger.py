@@ -29,7 +29,7 @@ SHOWN = 20  # findings; all of them with json=true
 _IDLE = (
     "name", "runs", "resume", "resume_step", "resume_allow", "launch.", "log_every", "eval_every",
     "save_every", "checkpoint.", "callbacks.", "timeout_seconds", "validation.", "data.cache",
-    "tracker.", "stop_at",
+    "tracker.", "stop_at", "check_replicas_every",
 )  # fmt: skip
 
 
@@ -61,18 +61,20 @@ def proved(folder: Path, step: str | None = None) -> tuple["Proof", int]:
     from trainer.files import read_json
     from trainer.ledger import read_lives
     from trainer.ledger_proof import prove
-    from trainer.numerics.rewinds import read_rewinds
 
     lives = read_lives(folder)
     if not lives:
         raise ValueError(f"{folder} holds no ledger; give the folder of a run")
     newest = max(committed_steps(folder / CHECKPOINTS), default=None)
-    last_step, end = _last_step(folder, step, newest), None
+    last_step = _last_step(folder, step, newest)
+    saved = None
     if last_step == newest:
-        state = read_json(step_folder(folder / CHECKPOINTS, newest) / "state/state.json")
-        end = state["data"]["global_sample"]
-    gaps = [(one.first, one.last) for one in read_rewinds(folder).values()]
-    proof = prove(lives, last_step, end=end, left_out=gaps, agreement=_agreement_in(folder))
+        saved = read_json(step_folder(folder / CHECKPOINTS, newest) / "state/state.json")["data"]
+    proof = prove(
+        lives, last_step, end=saved and saved["global_sample"], agreement=_agreement_in(folder)
+    )
+    if saved is not None:
+        proof.check_passed_over(saved.get("passed_over", []))
     return proof, len({life.attempt for life in lives})
 
 
@@ -103,8 +105,6 @@ def _agreement_in(folder: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def agreement(earlier: "Life", later: "Life") -> tuple[str, ...]:
-        if later.left_out and later.left_out != earlier.left_out:
-            return ()  # a rewind: it went on with other samples on purpose
         old, new = config(earlier.attempt), config(later.attempt)
         if old is None or new is None:
             return ()
@@ -122,7 +122,8 @@ def _agreement_in(folder: Path) -> Any:
 
 def _said(proof: "Proof", attempts: int) -> list[str]:
     """Return the proof in words."""
-    left_out = f", {proof.left_out:,} left out by rewinds" if proof.left_out else ""
+    passed_over = sum(last - first for first, last in proof.passed_over)
+    left_out = f", {passed_over:,} left out by rewinds" if passed_over else ""
     lines = [
         f"steps 1 to {proof.last_step:,} of {attempts} start(s): {proof.samples:,} samples, "
         f"{proof.lost} lost, {proof.doubled} doubled{left_out}",

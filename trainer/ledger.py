@@ -23,10 +23,10 @@ class Line:
     """Global samples [first, last)."""
     data_rank: int
     """Ranks that share it (tensor parallel, stages of a pipeline) have the same samples."""
+    passed_over: tuple[tuple[int, int], ...]
+    """Samples before this step's that a rewind left out."""
     numbers: tuple[Any, ...]
     """Loss sum as hex, number of targets, whether the update was skipped: equal on all ranks."""
-    left_out: tuple[tuple[int, int], ...] = ()
-    """Samples [first, last) that no rank trains on, between the step before and this one."""
 
     @classmethod
     def of(cls, rank: int, line: dict[str, Any]) -> "Line":
@@ -35,9 +35,9 @@ class Line:
             attempt=line["attempt"],
             step=line["step"],
             samples=tuple((first, last) for first, last in line["samples"]),
+            passed_over=tuple((first, last) for first, last in line.get("passed_over", ())),
             data_rank=line.get("data_rank", rank),  # version 0.1 did not say
             numbers=(line["loss_sum"], line["num_targets"], line["skipped"]),
-            left_out=tuple((first, last) for first, last in line.get("passed_over", ())),
         )
 
 
@@ -55,10 +55,10 @@ class Life:
     def first_step(self) -> int:
         return min(self.lines)
 
-    @property
-    def left_out(self) -> tuple[tuple[int, int], ...]:
-        """The samples that a rewind left out before its first step."""
-        return self.lines[self.first_step][0].left_out
+    @cached_property
+    def gaps(self) -> dict[tuple[int, int], int]:
+        """What a rewind before this life left out: samples, and the step behind them."""
+        return {gap: step for step, lines in self.lines.items() for gap in lines[0].passed_over}
 
     @cached_property
     def ranks(self) -> dict[int, int]:

@@ -22,8 +22,8 @@ class Proof:
     """Of the surviving history."""
     end: int = 0
     """The sample that the next step begins with."""
-    left_out: int = 0
-    """Samples that a rewind skipped on purpose."""
+    passed_over: list[Range] = field(default_factory=list)
+    """Samples that rewinds left out on purpose, as the ledger says."""
     lost: int = 0
     doubled: int = 0
     reexecuted: int = 0
@@ -37,6 +37,16 @@ class Proof:
     findings: list[str] = field(default_factory=list)
     """Each of the above: which samples, which step, which attempt."""
 
+    def check_passed_over(self, saved: list[list[int]]) -> None:
+        """Find what the ledger calls left out, but no rewind of the newest checkpoint has."""
+        known = [(first, last) for first, last in saved]
+        for first, last in self.passed_over:
+            if (first, last) not in known:
+                self.findings.append(
+                    f"samples {first} to {last - 1} are left out, but the newest checkpoint knows "
+                    f"of no rewind that did it (it has {known})"
+                )
+
     @property
     def holds(self) -> bool:
         return not self.findings
@@ -47,15 +57,13 @@ def prove(
     last_step: int,
     *,
     end: int | None,
-    left_out: list[Range],
     agreement: Callable[[Life, Life], tuple[str, ...]],
 ) -> Proof:
     """Check steps 1 to `last_step` of the surviving history, and what was executed again.
 
     Samples are numbered by their place in the run: a step holds those behind the step before it.
-    `end` is where the checkpoint of the last step goes on, if it is there to say so; `left_out` are
-    samples that a rewind skipped. `agreement` says on what two lives that executed the
-    same step should agree: SAMPLES, NUMBERS.
+    `end` is where the checkpoint of the last step goes on, if it is there to say so. `agreement`
+    says on what two lives that executed the same step should agree: SAMPLES, NUMBERS.
     """
     proof = Proof(last_step)
     owners = surviving(lives)
@@ -66,7 +74,7 @@ def prove(
             continue
         lines = owners[step].lines[step]
         _check_ranks(proof, lines, owners[step].ranks)
-        place = _check_samples(proof, lines, place, left_out)
+        place = _check_samples(proof, lines, place)
     proof.end = place
     if end is not None and end != place:
         proof.lost += max(0, end - place)
@@ -90,7 +98,9 @@ def _check_ranks(proof: Proof, lines: list[Line], ranks: dict[int, int]) -> None
         )
     first = {line.data_rank: line for line in reversed(lines)}
     for line in lines:
-        for other, what in ((lines[0], NUMBERS), (first[line.data_rank], SAMPLES)):
+        for other, what in (
+            (lines[0], NUMBERS), (lines[0], "passed_over"), (first[line.data_rank], SAMPLES),
+        ):  # fmt: skip
             if getattr(line, what) != getattr(other, what):
                 proof.contradictions += 1
                 proof.findings.append(
@@ -99,9 +109,11 @@ def _check_ranks(proof: Proof, lines: list[Line], ranks: dict[int, int]) -> None
                 )
 
 
-def _check_samples(proof: Proof, lines: list[Line], place: int, left_out: list[Range]) -> int:
+def _check_samples(proof: Proof, lines: list[Line], place: int) -> int:
     """Lay a step's samples behind `place`, where the step before ended; return where they end."""
     own = {line.data_rank: line for line in reversed(lines)}
+    left_out = list(lines[0].passed_over)
+    proof.passed_over += left_out
     where = f"step {lines[0].step} (attempt {lines[0].attempt})"
     parts = sorted((*part, line.rank) for line in own.values() for part in line.samples)
     for first, last, rank in parts:
@@ -110,9 +122,6 @@ def _check_samples(proof: Proof, lines: list[Line], place: int, left_out: list[R
         for start, stop in _without(place, first, left_out):
             proof.lost += stop - start
             proof.findings.append(f"{where}: samples {start} to {stop - 1} are missing")
-        if first > place:
-            lost = sum(stop - start for start, stop in _without(place, first, left_out))
-            proof.left_out += first - place - lost
         if first < place:
             again = min(last, place)
             proof.doubled += again - first
@@ -137,13 +146,24 @@ def _without(start: int, stop: int, left_out: list[Range]) -> Iterator[Range]:
 
 
 def _repeated(lives: list[Life], last_step: int) -> Iterator[tuple[Life, Life, int]]:
-    """Yield every execution of a step that is not the first, with the one before it."""
-    before: dict[int, Life] = {}
-    for life in lives:
+    """Yield every execution of a step that is not the first, with the one before it.
+
+    Not where a rewind lies between the two: its steps hold other samples.
+    """
+    before: dict[int, int] = {}
+    for number, life in enumerate(lives):
         for step in sorted(life.lines):
             if step in before and step <= last_step:
-                yield before[step], life, step
-            before[step] = life
+                known = {gap for each in lives[: before[step] + 1] for gap in each.gaps}
+                since = {
+                    gap
+                    for each in lives[before[step] + 1 : number + 1]
+                    for gap, behind in each.gaps.items()
+                    if behind <= step
+                }
+                if since <= known:
+                    yield lives[before[step]], life, step
+            before[step] = number
 
 
 def _compare(proof: Proof, earlier: list[Line], later: list[Line], same: tuple[str, ...]) -> None:

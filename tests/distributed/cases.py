@@ -1,5 +1,6 @@
 """The axes of the layout matrix, and sets of cases that meet every pair or triple of choices."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -42,6 +43,8 @@ LAYOUTS: dict[str, MeshSpec] = {
     "zero 3 x cp": MeshSpec(cp=2),
 }
 ZERO = {"zero 1": 1, "zero 2": 2, "zero 3": 3, "zero 2 x tp": 2, "zero 3 x cp": 3}
+RARE = ("zero 1", "zero 2 x tp", "zero 3 x cp")
+"""The slow command's: every commit compares whole runs of these stages and splits instead."""
 HEADS = (heads.CAUSAL_LM, heads.SEQUENCE, heads.TOKEN)
 NEW_TOKENS = ("<a>", "<b>", "<c>")
 OPTIONS = ("plain", "frozen", "accumulation", "one document", "checkpointing")
@@ -177,15 +180,16 @@ def by_urgency(cases: list[Case], *layouts: str) -> list[Any]:
     ]
 
 
-def covering(strength: int) -> list[Case]:
+def covering(strength: int, layouts: Iterable[str] = LAYOUTS) -> list[Case]:
     """Return cases that hold every combination of choices on any `strength` axes. Greedy."""
-    names = list(AXES)
+    axes = AXES | {"layout": tuple(layouts)}
+    names = list(axes)
     left = {
         frozenset(zip(chosen, values, strict=True))
         for chosen in combinations(names, strength)
-        for values in product(*(AXES[name] for name in chosen))
+        for values in product(*(axes[name] for name in chosen))
     }
-    everything = [dict(zip(names, values, strict=True)) for values in product(*AXES.values())]
+    everything = [dict(zip(names, values, strict=True)) for values in product(*axes.values())]
     cases = []
     while left:
         best = max(everything, key=lambda case: len(_met(case, strength) & left))

@@ -23,6 +23,7 @@ pytestmark = [
 REST = (
     (1, MeshSpec(), "none"),
     (1, MeshSpec(), "selective"),
+    (2, FSDP, "full"),
     (2, DDP, "full"),
     (2, DDP, "selective"),
     (2, FSDP, "none"),
@@ -49,7 +50,6 @@ def train_compiled(placement: Placement, folder: Path, run: Run, backend: str) -
     [
         (1, MeshSpec(), "full"),
         (2, DDP, "none"),
-        (2, FSDP, "full"),
         (2, FSDP, "selective"),
         *(pytest.param(*rest, marks=pytest.mark.slow) for rest in REST),
     ],

@@ -28,6 +28,20 @@ from trainer.verify.rows import MadeRows
 import_deepspeed("cpu")  # once, not in every rank
 
 
+def with_frozen_part(cache: Path) -> Run:
+    return tiny_run(
+        cache, save_every=2, freeze=FreezeSpec(frozen=("model.layers.0.mlp.*",)), max_steps=6,
+        callbacks={"closing": Closing(prompt="def f", sample_tokens=3)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def native_curve(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("native") / "one"
+    run_ranks(1, train, folder, with_frozen_part(cache))
+    return {key: curve(folder, key) for key in ("loss", "grad_norm")}
+
+
 @pytest.mark.parametrize(
     ("stage", "mesh"),
     [
@@ -38,23 +52,16 @@ import_deepspeed("cpu")  # once, not in every rank
     ],
 )
 def test_a_run_goes_on_between_deepspeed_and_native_with_the_same_curve(
-    tmp_path: Path, cache: Path, stage: int, mesh: MeshSpec
+    tmp_path: Path, cache: Path, native_curve: dict[str, list[float]], stage: int, mesh: MeshSpec
 ) -> None:
-    settings: dict[str, Any] = {
-        "save_every": 4, "freeze": FreezeSpec(frozen=("model.layers.0.mlp.*",)),
-        "callbacks": {"closing": Closing(prompt="def f", sample_tokens=3)},
-    }  # fmt: skip
-    native = tiny_run(cache, **settings)
-    run_ranks(1, train, tmp_path / "one", replace(native, max_steps=12))
+    native = with_frozen_part(cache)
     zero = replace(native, engine=DeepSpeedEngine(stage=stage), mesh=mesh)
-    folder = tmp_path / "many"
-    run_ranks(2, train, folder, replace(zero, max_steps=4))
-    run_ranks(1, train, folder, replace(native, max_steps=8))
-    run_ranks(2, train, folder, replace(zero, max_steps=12))
-    for key in ("loss", "grad_norm"):
-        expected = curve(tmp_path / "one", key)
-        assert len(expected) == 12
-        assert curve(folder, key) == pytest.approx(expected, rel=1e-4, abs=0)
+    run_ranks(2, train, tmp_path, replace(zero, max_steps=2))
+    run_ranks(1, train, tmp_path, replace(native, max_steps=4))
+    run_ranks(2, train, tmp_path, zero)
+    for key, expected in native_curve.items():
+        assert len(expected) == 6
+        assert curve(tmp_path, key) == pytest.approx(expected, rel=1e-4, abs=0)
 
 
 @pytest.mark.parametrize(

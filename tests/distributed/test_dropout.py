@@ -21,19 +21,25 @@ from trainer.verify.rows import MadeRows
 from trainer.verify.whole import whole
 
 
-def losses(placement: Placement, run: Run, steps: int) -> tuple[list[float], list[str]]:
-    """Train on made rows; return the losses, and where copies of weights differ between ranks."""
+def losses(
+    placement: Placement, runs: list[Run], steps: int
+) -> list[tuple[list[float], list[str]]]:
+    """Train each run on made rows; return its losses, and where copies of weights differ between
+    ranks."""
     ranks = Ranks(placement, COLLECTIVE_SECONDS)
-    mesh = run.mesh.build(ranks=ranks)
-    engine = build_engine(run, run.plan_model(), ranks, mesh)
-    rows, found = MadeRows(vocab_size=run.model.vocab_size), []
-    for step in range(1, steps + 1):
-        batches = rows.micro_batches(step, mesh.dp_rank, mesh.dp_size)
-        result = engine.train_step(step, batches, rows.num_tokens(batches))
-        found.append(float(result.loss_sum / result.num_targets))
-    complaints: list[str] = []
-    whole(engine.weights(), ranks, complaints)
-    return found, complaints
+    mesh = runs[0].mesh.build(ranks=ranks)
+    outcomes = []
+    for run in runs:
+        engine = build_engine(run, run.plan_model(), ranks, mesh)
+        rows, found = MadeRows(vocab_size=run.model.vocab_size), []
+        for step in range(1, steps + 1):
+            batches = rows.micro_batches(step, mesh.dp_rank, mesh.dp_size)
+            result = engine.train_step(step, batches, rows.num_tokens(batches))
+            found.append(float(result.loss_sum / result.num_targets))
+        complaints: list[str] = []
+        whole(engine.weights(), ranks, complaints)
+        outcomes.append((found, complaints))
+    return outcomes
 
 
 DROPOUT = {
@@ -59,12 +65,11 @@ def test_copies_stay_equal_and_recomputing_gives_the_same_bits(
         )
         for mode in ("none", "full")
     ]  # fmt: skip
-    kept, complaints = run_ranks(2, losses, runs[0], 3)[0]
-    recomputed, _ = run_ranks(2, losses, runs[1], 3)[0]
+    off = replace(runs[0], model=spec_of(family, tied=False))
+    (kept, complaints), (recomputed, _), (without, _) = run_ranks(2, losses, [*runs, off], 3)[0]
     assert complaints == []
     assert recomputed == kept
-    off = replace(runs[0], model=spec_of(family, tied=False))
-    assert run_ranks(2, losses, off, 3)[0][0] != kept
+    assert without != kept
 
 
 def test_own_numbers_differ_by_rank_and_leave_the_common_ones_alone() -> None:

@@ -69,7 +69,11 @@ class Soak:
 
     @property
     def p95(self) -> float:
-        return quantiles(self.recoveries, n=20)[-1] if len(self.recoveries) > 1 else 0.0
+        return (
+            quantiles(self.recoveries, n=20, method="inclusive")[-1]
+            if len(self.recoveries) > 1
+            else 0.0
+        )
 
 
 class Attempts:

@@ -59,7 +59,7 @@ def test_run_that_died_and_went_on_with_more_ranks_is_proved(
     found = json.loads(capsys.readouterr().out)
     assert found.pop("reexecuted") == found.pop("compared") == 1  # 4; 5 was not yet written down
     assert found == {
-        "last_step": 6, "samples": 48, "end": 48, "left_out": 0, "lost": 0, "doubled": 0,
+        "last_step": 6, "samples": 48, "end": 48, "passed_over": [], "lost": 0, "doubled": 0,
         "mismatched": 0, "contradictions": 0, "findings": [], "attempts": 2, "holds": True,
     }  # fmt: skip
     assert main(["ledger", f"run={run}"]) == FINISHED

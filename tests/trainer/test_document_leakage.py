@@ -53,6 +53,12 @@ def between_others(found: list[Batch]) -> int:
     )
 
 
+def neighbour_of(found: list[Batch], document: int) -> int:
+    """Return the document behind another one in its row."""
+    placed = [place for batch in found for place in places(batch)]
+    return placed[[number for _, _, number in placed].index(document) + 1][2]
+
+
 @torch.no_grad()
 def logits(model: Any, found: list[Batch]) -> dict[int, Tensor]:
     """Return the logits of each document."""
@@ -87,6 +93,34 @@ def test_another_document_in_the_row_changes_no_bit_of_a_documents_logits(
     for document in expected:
         is_equal = torch.equal(found[document], expected[document])
         assert is_equal == (document != target), document
+
+
+def gradients(model: Any, found: list[Batch], target: int) -> dict[str, Tensor]:
+    """Return the gradient of every weight, of a loss on the logits of one document alone."""
+    model.zero_grad()
+    for batch in found:
+        own = [(row, segment) for row, segment, document in places(batch) if document == target]
+        for row, segment in own:
+            whole = model(batch.input_ids, batch.position_ids, batch.segment_ids)
+            whole[row, batch.segment_ids[row] == segment].float().square().sum().backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])  # flex has no backward pass on a CPU
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_document_in_the_row_changes_no_bit_of_the_gradients_of_a_documents_loss(
+    tmp_path: Path, family: str, attention: str
+) -> None:
+    before = batches(tmp_path / "a", TEXTS)
+    changed = between_others(before)
+    texts = [text[::-1].upper() if n == changed else text for n, text in enumerate(TEXTS)]
+    after = batches(tmp_path / "b", texts)
+    target = neighbour_of(before, changed)
+    model = model_of(family, attention, torch.float32)
+    expected, found = gradients(model, before, target), gradients(model, after, target)
+    assert any(gradient.any() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
 
 
 @pytest.mark.parametrize("attention", BACKENDS)

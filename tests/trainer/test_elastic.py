@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from models.nn.head import IGNORED
+from tests.conftest import Figure
 from tests.ledgers import Line, committed, ledgers, samples_of
 from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train
@@ -39,7 +40,7 @@ from trainer.data.tokens import Part, TokenStore
 from trainer.mesh import MeshSpec
 from trainer.verify.forked import RankFailedError
 
-CASES = 1000
+CASES = {"commit": 100, "all": 1000}
 ROW_TOKENS = 8
 MOST_SAMPLES = (4 * 5 + 2) * 12  # of one case
 READS = 6  # of a shard, for one sample of a step: its length, that of bad rows before it, itself
@@ -321,13 +322,15 @@ def state_of(loaders: list[StepLoader], step: int) -> str:
     return text
 
 
+@pytest.mark.parametrize("amount", ["commit", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_sample_is_trained_once_and_in_order_whatever_stops_and_goes_on(
-    tmp_path: Path, name: str
+    tmp_path: Path, figure: Figure, name: str, amount: str
 ) -> None:
     corpus = MAKERS[name](tmp_path / "tokens", Random(0))
     assert sum(corpus.rows.counts) == len(corpus.contents)
-    for number in range(-(-CASES // len(MAKERS))):
+    cases = -(-CASES[amount] // len(MAKERS))
+    for number in range(cases):
         random = Random(number)
         replay, attempts = Replay(corpus, seed=random.randrange(4)), drawn_attempts(random)
         attempts.append(replace(attempts[-1], steps=2, lost=None))
@@ -338,6 +341,7 @@ def test_every_sample_is_trained_once_and_in_order_whatever_stops_and_goes_on(
         except AssertionError as error:
             error.add_note(f"case {number}: {attempts}")
             raise
+    figure(f"A23 runs that stop, die and change, each sample once: {name}", cases, "")
 
 
 @pytest.fixture(scope="module")

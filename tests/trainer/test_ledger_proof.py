@@ -44,7 +44,7 @@ def write(folder: Path, objects: Objects) -> list[Life]:
 
 def proof_of(folder: Path, objects: Objects, last_step: int, **changes: Any) -> Proof:
     settings: dict[str, Any] = {
-        "end": last_step * GLOBAL_SAMPLES, "left_out": [],
+        "end": last_step * GLOBAL_SAMPLES,
         "agreement": lambda earlier, later: (SAMPLES, NUMBERS),
     }  # fmt: skip
     return prove(write(folder, objects), last_step, **(settings | changes))
@@ -90,11 +90,41 @@ def test_ranks_that_share_a_data_rank_have_its_samples_once(tmp_path: Path) -> N
     assert proof.samples == 24
 
 
-def test_samples_that_a_rewind_left_out_are_no_loss(tmp_path: Path) -> None:
-    objects = lived((1, 1, range(1, 3)), (1, 1, range(5, 7)))
-    for number, each in enumerate(objects[0], start=1):
-        each["step"] = number
-    assert proof_of(tmp_path, objects, 4, end=48, left_out=[(16, 32)]).holds
+def rewound() -> Objects:
+    """One rank rewinds from step 4 to 2, leaving out 16 samples; dies at 5, and goes on from 4."""
+    objects = lived((1, 1, range(1, 5)), (1, 1, range(3, 6)), (2, 1, range(5, 8)))
+    for each in objects[0][4:]:
+        each["samples"] = [[first + 16, last + 16] for first, last in each["samples"]]
+        each["loss_sum"] = (each["step"] + 0.5).hex()
+    objects[0][4]["passed_over"] = [[16, 32]]
+    return objects
+
+
+def test_samples_that_a_rewind_left_out_are_no_loss_and_its_steps_are_no_repetition(
+    tmp_path: Path,
+) -> None:
+    proof = proof_of(tmp_path, rewound(), 7, end=72)
+    assert proof.findings == []
+    assert (proof.passed_over, proof.samples) == ([(16, 32)], 56)
+    assert proof.reexecuted == 1  # step 5, after the rewind both times
+    proof.check_passed_over([[16, 32]])
+    assert proof.holds
+
+
+def test_samples_left_out_by_no_rewind_that_the_checkpoint_knows_are_found(tmp_path: Path) -> None:
+    proof = proof_of(tmp_path, rewound(), 7, end=72)
+    proof.check_passed_over([])
+    assert proof.findings == [
+        "samples 16 to 31 are left out, but the newest checkpoint knows of no rewind that did it "
+        "(it has [])"
+    ]
+
+
+def test_gap_that_nobody_calls_left_out_is_a_loss(tmp_path: Path) -> None:
+    objects = rewound()
+    del objects[0][4]["passed_over"]
+    proof = proof_of(tmp_path, objects, 7, end=72)
+    assert proof.lost == 16
 
 
 def altered(objects: Objects, rank: int, step: int, **changes: Any) -> None:
