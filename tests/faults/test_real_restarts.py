@@ -17,7 +17,7 @@ import pytest
 
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED
 from tests.faults.injected import WORKER, Fault, prepare
-from tests.launch.test_supervisor import Command, curve, started, until
+from tests.launch.test_supervisor import Command, curve, ledger, started, until
 from trainer.checkpoint.commit import committed_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -55,7 +55,7 @@ def test_run_whose_rank_is_killed_comes_back_by_itself_with_the_same_numbers(
     whole: Path, tmp_path: Path, cache: Path
 ) -> None:
     with started(tmp_path, cache, *WORDS) as command:
-        command.wait_for_steps(25)
+        until(lambda: len(ledger(command.run)) > 25, LIMIT_SECONDS)
         os.kill(command.workers()[1], signal.SIGKILL)
         seconds = back_after(command)
         assert command.wait(LIMIT_SECONDS) == FINISHED, command.text
@@ -70,7 +70,7 @@ def test_stopped_rank_is_named_within_seconds_and_the_run_comes_back(
     whole: Path, tmp_path: Path, cache: Path
 ) -> None:
     with started(tmp_path, cache, *WORDS, *WATCHED) as command:
-        command.wait_for_steps(25)
+        until(lambda: len(ledger(command.run)) > 25, LIMIT_SECONDS)
         os.kill(command.workers()[1], signal.SIGSTOP)
         start = time.monotonic()
         found = until(lambda: "did not arrive" in command.text, LIMIT_SECONDS)
