@@ -212,7 +212,7 @@ def assert_equal(found: list[Tensors], expected: list[Tensors], layout: str) -> 
 
 
 FAST = [
-    *((IN_TURN, layout, True) for layout in ("single", "ddp", "fsdp", "pp", "zero 2", "zero 3")),
+    *((IN_TURN, layout, True) for layout in ("single", "ddp", "fsdp", "pp", "zero 3")),
     (IN_TURN, "fsdp", False),
 ]
 EVERY = {"single", *LAYOUTS, *(f"zero {stage}{OFFLOADED}" for stage in (2, 3))} - {"tp+sp"}

@@ -42,7 +42,7 @@ def found_on(cache: Path, layout: str, trains: bool = True, **changes: Any) -> l
     ("layout", "trains"),
     [
         ("fsdp", True),
-        ("fsdp", False),
+        slow("fsdp", False),
         *(slow(layout, True) for layout in ("ddp", "hsdp", "pp", "zero 2", "zero 3")),
     ],
 )
@@ -66,7 +66,7 @@ def computed_compiled(placement: Placement, run: Run, rows: MixedRows) -> list[T
     return computed(placement, run, rows, ALL_STEPS)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", slow("single"), slow("ddp")])
+@pytest.mark.parametrize("layout", ["single", slow("fsdp"), slow("ddp")])
 def test_compiled_blocks_give_the_same_bits(cache: Path, layout: str) -> None:
     plain = found_on(cache, layout)
     run, rows = mixed(cache, IN_TURN, **laid_out(layout) | {"engine": NativeEngine(compile=True)})
