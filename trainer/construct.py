@@ -15,6 +15,7 @@ from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
 from trainer.determinism import bits_of, fix_bits
 from trainer.distributed import Placement, Ranks
+from trainer.evaluations import Evaluations
 from trainer.judges import answer_judge, evaluator_of
 from trainer.loop import Loop
 from trainer.mesh import Mesh
@@ -100,12 +101,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         progress.stopwatch,
     )
     model = run.trained_model()
-    meter = Meter(
-        flops=lambda: engine.flops,
-        world_size=start.placement.world_size,
-        device=ranks.device,
-        has_peak=PRECISIONS[run.precision].compute == torch.bfloat16,
-    )
+    meter = _meter(run, engine, ranks)
     contents = contents_of(run, ranks)
     tokenizer, loader, eval_loader = build_data(run, ranks, mesh)
     checkpoints = checkpoints_of(run, attempt, ranks, mesh, lock, tokenizer, contents, loader)
@@ -125,18 +121,22 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
             run, model, engine.trained, mesh, reason, ranks, loader, eval_loader, meter
         ),
     )  # fmt: skip
+    validator = answer_judge(
+        run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
+        page=folder / VALIDATION if start.placement.is_main else None,
+    )  # fmt: skip
     control = ControlWord(ranks)
+    stopping = Stopping(
+        control=control, request=start.request, limit=start.limit, whereabouts=start.whereabouts
+    )
     loop = Loop(
         engine=engine, loader=loader, progress=progress, plan=run.plan,
-        evaluator=evaluator_of(run, eval_loader, mesh, ranks.device),
-        validator=answer_judge(
-            run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
-            page=folder / VALIDATION if start.placement.is_main else None,
+        evaluations=Evaluations(
+            evaluator=evaluator_of(run, eval_loader, mesh, ranks.device), validator=validator,
+            plan=run.plan, progress=progress, best=best, stopping=stopping,
+            whereabouts=start.whereabouts, callbacks=callbacks,
         ),
-        checkpoints=checkpoints, control=control, record=record,
-        stopping=Stopping(
-            control=control, request=start.request, limit=start.limit, whereabouts=start.whereabouts
-        ),
+        checkpoints=checkpoints, control=control, record=record, stopping=stopping,
         meter=meter, callbacks=callbacks, whereabouts=start.whereabouts, best=best, guard=guard,
         watch=Watch(
             spike=run.spike, max_skipped_in_a_row=run.max_skipped_in_a_row, ranks=ranks,
@@ -151,6 +151,15 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     ranks.barrier()  # rank 0 may still print: nobody leaves before the work is done
     ranks.close()
     return is_finished
+
+
+def _meter(run: Run, engine: PhasedEngine, ranks: Ranks) -> Meter:
+    return Meter(
+        flops=lambda: engine.flops,
+        world_size=ranks.placement.world_size,
+        device=ranks.device,
+        has_peak=PRECISIONS[run.precision].compute == torch.bfloat16,
+    )
 
 
 def build_engine(

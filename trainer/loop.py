@@ -11,49 +11,19 @@ from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.control import ControlWord, HostResult, Readback
 from trainer.data.loader import Step, StepLoader
 from trainer.data.prefetch import Ahead
-from trainer.evaluate import Evaluator
+from trainer.evaluations import Evaluations
 from trainer.meter import Meter
 from trainer.numerics.guard import Guard
 from trainer.numerics.watch import Watch
+from trainer.plan import Plan
 from trainer.progress import Progress
 from trainer.protocols import Engine, Saved
 from trainer.record import RunRecord
 from trainer.replicas import Replicas
-from trainer.stopping import EvaluationStoppedError, Stopping
-from trainer.validation.validator import Validator
+from trainer.stopping import Stopping
 from trainer.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """When what happens, in steps."""
-
-    max_steps: int
-    log_every: int
-    eval_every: int | None
-    validate_every: int | None
-    """Evaluations, not steps."""
-    save_every: int | None
-
-    def logs(self, step: int) -> bool:
-        return step == 1 or step % self.log_every == 0 or step == self.max_steps
-
-    def evaluates(self, step: int) -> bool:
-        return self.eval_every is not None and (
-            step % self.eval_every == 0 or step == self.max_steps
-        )
-
-    def validates(self, step: int) -> bool:
-        """Whether the evaluation of this step asks for answers."""
-        if self.eval_every is None or self.validate_every is None:
-            return False
-        return step % (self.eval_every * self.validate_every) == 0 or step == self.max_steps
-
-    def saves(self, step: int) -> bool:
-        is_due = self.save_every is not None and step % self.save_every == 0
-        return is_due or step == self.max_steps
 
 
 @dataclass(kw_only=True)
@@ -64,8 +34,8 @@ class Loop:
     loader: StepLoader
     progress: Progress
     plan: Plan
-    evaluator: Evaluator | None
-    validator: Validator | None
+    evaluations: Evaluations
+    best: Best
     checkpoints: Checkpoints
     control: ControlWord
     stopping: Stopping
@@ -73,7 +43,6 @@ class Loop:
     meter: Meter
     callbacks: list[Callback]
     whereabouts: Whereabouts
-    best: Best
     bits: dict[str, Any]
     """What decides the run's bits beside its config."""
     replicas: Replicas
@@ -93,7 +62,7 @@ class Loop:
         """
         self.progress.stopwatch.start()
         if self.progress.evaluation_due:
-            self._evaluate()
+            self.evaluations.evaluate(self.engine, self.record)
         with closing(self.loader.steps(self.progress.step)) as steps:
             self._train(steps)
         if self.progress.step:
@@ -122,7 +91,9 @@ class Loop:
             self.checkpoints.heed(agreed)
             if plan.logs(progress.step):
                 self._log()
-            is_best = plan.evaluates(progress.step) and self._evaluate()
+            is_best = plan.evaluates(progress.step) and self.evaluations.evaluate(
+                self.engine, self.record
+            )
             is_due = plan.saves(progress.step) or is_best or self.checkpoints.are_due(agreed)
             if is_due and not self._is_over:
                 self._note(readback.flush())
@@ -144,50 +115,6 @@ class Loop:
         self.record.metrics(self.progress.step, "train", metrics)
         for callback in self.callbacks:
             callback.on_step(self.progress, metrics)
-
-    def _evaluate(self) -> bool:
-        """Return whether this evaluation is the best so far; one that a stop cuts off stays due."""
-        if self.evaluator is None:
-            return False
-        best = self.best.state()
-        self.whereabouts.enter("evaluate")
-        with self.progress.stopwatch.paused():
-            try:
-                metrics, is_best = self._judged(self.evaluator)
-            except EvaluationStoppedError:
-                self.best.load(best)
-                self.progress.evaluation_due = True
-                self.record.owes_evaluation(self.progress.step)
-                return False
-            self.progress.evaluation_due = False
-            self.record.metrics(self.progress.step, "eval", metrics)
-            self.record.owes_evaluation(None)
-            for callback in self.callbacks:
-                callback.on_eval(self.progress, metrics)
-        return is_best
-
-    def _judged(self, evaluator: Evaluator) -> tuple[dict[str, Any], bool]:
-        """Return the numbers of an evaluation, and whether it is the best so far.
-
-        Raises EvaluationStoppedError, before the first batch too.
-        """
-        if self.stopping.is_agreed:
-            raise EvaluationStoppedError
-        metrics: dict[str, Any] = evaluator.evaluate(self.engine, self.stopping.poll)
-        is_due = self.plan.validates(self.progress.step)
-        if is_due:
-            metrics |= self._answers()
-        is_best = self.best.judge(self.progress.step, metrics)
-        if self.best.is_over and not is_due:  # the last evaluation has answers
-            metrics |= self._answers()
-        return metrics, is_best
-
-    def _answers(self) -> dict[str, float]:
-        if self.validator is None:
-            return {}
-        self.whereabouts.enter("validate")
-        title = f"step {self.progress.step}"
-        return self.validator.validate(self.engine, title, self.stopping.poll)
 
     def _save(self, *, is_last: bool) -> None:
         self.whereabouts.enter("save")

@@ -15,10 +15,10 @@ from trainer.determinism import check_repeatable
 from trainer.engines.protocol import Surroundings
 from trainer.engines.topology_free import check_topology_free
 from trainer.length import check_epochs
-from trainer.loop import Plan
 from trainer.mesh import Mesh, MeshSpec
 from trainer.numerics.guard import Guard
 from trainer.optim import Rules
+from trainer.plan import Plan
 from trainer.precision import PRECISIONS
 from trainer.replicas import check_copies
 from trainer.run_tokenizer import check_tokenizer
