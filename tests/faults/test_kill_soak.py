@@ -23,6 +23,7 @@ def check(found: dict[str, Any], kills: int, steps: int) -> None:
     assert found["holds"]
 
 
+@pytest.mark.timeout(300)  # a busy machine needs more than the usual limit
 def test_run_killed_ten_times_is_the_run_that_nobody_killed(tmp_path: Path) -> None:
     found = experiment(
         tmp_path, ["max_steps=600"], kills=10, seed=42, ranks=2, is_forked=True
