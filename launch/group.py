@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,18 +124,20 @@ class Group:
                     self.woken.add(rank)
                     worker.send_signal(signal.SIGCONT)
                 else:
-                    os.write(self.pipes[rank], ASK)
+                    with suppress(BrokenPipeError):  # it has ended meanwhile
+                        os.write(self.pipes[rank], ASK)
         time.sleep(STACKS_SECONDS)
 
     def kill(self) -> None:
-        """Kill what is left, with its children."""
+        """Kill what is left, and what a rank that failed has left behind."""
         self.ended = [
             None if rank in self.woken else worker.poll()
             for rank, worker in enumerate(self.workers)
         ]
         for worker in self.workers:
-            if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
+            if worker.poll() not in (FINISHED, PREEMPTED):
+                with suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
         for worker in self.workers:
             worker.wait()
         for pipe in self.pipes:
