@@ -176,15 +176,18 @@ def test_a_run_that_only_rewinds_ends(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_with_a_rewind_gets_as_good_as_one_without_a_spike(
     tmp_path: Path, cache: Path, figure: Figure
 ) -> None:
     changes: dict[str, Any] = {
-        "spike": replace(REWIND, steps_back=20), "save_every": 20, "max_steps": 400,
-        "eval_every": 400, "optim": AdamW(lr=3e-3), "data_eval_fraction": 0.2,
+        "spike": replace(REWIND, z=6.0, alpha=0.99, warmup_steps=100, steps_back=20),
+        "save_every": 20, "max_steps": 300, "eval_every": 300,
+        "optim": AdamW(lr=3e-3), "data_eval_fraction": 0.2,
     }  # fmt: skip
-    run_ranks(2, train, tmp_path / "run", nonsense_run(cache, range(199 * 8, 200 * 8), **changes))
-    run_ranks(2, train, tmp_path / "plain", tiny_run(cache, **changes))
+    spiked = nonsense_run(cache, range(199 * 8, 200 * 8), **changes)
+    run_ranks(2, train, tmp_path / "run", spiked, limit_seconds=300.0)
+    run_ranks(2, train, tmp_path / "plain", tiny_run(cache, **changes), limit_seconds=300.0)
     assert flags_of(tmp_path / "run") == {200: ["loss_spike", "gradient_spike"]}
     assert flags_of(tmp_path / "plain") == {}
     found, expected = (
