@@ -1,8 +1,4 @@
-"""Steps whose loss or gradient is wrong: left out on every rank, told, and never trained on.
-
-The quick ones are part of every run of tests; `pytest tests/faults/test_wrong_numbers.py -m slow`
-runs the long ones.
-"""
+"""Steps whose loss or gradient is wrong: left out on every rank, told, and never trained on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +22,6 @@ from trainer.checkpoint.commit import committed_steps, read_manifest, step_folde
 from trainer.distributed import Placement
 from trainer.mesh import MeshSpec
 from trainer.numerics.spike import SpikeSpec
-from trainer.optim import AdamW
 from trainer.record import METRICS, read_lines
 from trainer.run import Run
 from trainer.verify.forked import RankFailedError
@@ -173,23 +168,3 @@ def test_a_run_that_only_rewinds_ends(
     said = capfd.readouterr().err
     assert "step 26: loss spike and gradient spike (1 in a row; loss sum " in said
     assert "The run went back to step 20 2 times already (from steps 28, 26; spike." in said
-
-
-@pytest.mark.slow
-def test_a_run_with_a_rewind_gets_as_good_as_one_without_a_spike(
-    tmp_path: Path, cache: Path, figure: Figure
-) -> None:
-    changes: dict[str, Any] = {
-        "spike": replace(REWIND, steps_back=20), "save_every": 20, "max_steps": 400,
-        "eval_every": 400, "optim": AdamW(lr=3e-3), "data_eval_fraction": 0.2,
-    }  # fmt: skip
-    run_ranks(2, train, tmp_path / "run", nonsense_run(cache, range(199 * 8, 200 * 8), **changes))
-    run_ranks(2, train, tmp_path / "plain", tiny_run(cache, **changes))
-    assert flags_of(tmp_path / "run") == {200: ["loss_spike", "gradient_spike"]}
-    assert flags_of(tmp_path / "plain") == {}
-    found, expected = (
-        next(line["loss"] for line in read_lines(folder / METRICS) if line["split"] == "eval")
-        for folder in (tmp_path / "run", tmp_path / "plain")
-    )
-    figure("A17 final loss after a rewind, against a run without a spike", found / expected, "")
-    assert found == pytest.approx(expected, rel=5e-3)
