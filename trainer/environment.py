@@ -18,7 +18,7 @@ _PACKAGES = (
 def environment(world_size: int) -> dict[str, Any]:
     """Return plain values for environment.json. Neither argv nor environment variables: secrets."""
     return {
-        "python": platform.pythonversion_of(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version_of(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
