@@ -20,7 +20,7 @@ def environment(world_size: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
         "world_size": world_size,
         "cpus": os.cpu_count(),
@@ -32,7 +32,7 @@ def environment(world_size: int) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import check_bits
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
 from trainer.distributed import Ranks
-from trainer.environment import environment
+from trainer.environment import environment, version_of
 from trainer.evaluation_due import read_due
 from trainer.files import write_json, write_text
 from trainer.mesh import Mesh
@@ -59,7 +58,7 @@ def checkpoints_of(
             "mesh": mesh.describe(),
             "config_xxh3": xxhash.xxh3_128_hexdigest(config),
             "data": loader.rows.store.fingerprint,
-            "versions": {name: version(name) for name in ("tessera-train", "torch")},
+            "versions": {name: version_of(name) for name in ("tessera-train", "torch")},
         },
         describe_model=partial(write_model_files, run, tokenizer, contents),
         contents=contents,

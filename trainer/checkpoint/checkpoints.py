@@ -198,7 +198,8 @@ class Checkpoints:
     def _succeed(self, flight: Flight) -> None:
         self._flight, self.failures, self._newest = None, 0, flight.step
         ended = self._ended or Result()
-        self._clock.took(paused=flight.seconds_paused, written=ended.seconds)
+        if self._ended:  # else nothing had to be written
+            self._clock.took(paused=flight.seconds_paused, written=ended.seconds)
         if ended.warning:
             log.warning("old checkpoints were not tidied: %s", ended.warning)
         self._tell(flight, commit.step_folder(self.folder, flight.step), ended.seconds)
