@@ -15,7 +15,6 @@ from models.heads import CAUSAL_LM
 from models.layout import Layout
 from models.nn.head import IGNORED, Loss
 from models.nn.init import SkipInit
-from trainer.files import read_keys
 from trainer.pretrained import read_hf_config
 
 ATTENTION = ("eager", "sdpa")  # the two that separate packed documents by their positions
@@ -166,19 +165,17 @@ def _read(folder: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    path, given = folder / "config.json", read_keys(folder / "config.json")
+    path, given = folder / "config.json", read_hf_config(folder)
     model_type = given.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        own = " (its folder brings code, which is never run)" if "auto_map" in given else ""
+        own = " (its folder brings code, which is never run)" if any(folder.glob("*.py")) else ""
         raise ValueError(
             f"{path}: model_type={model_type!r} is no model of transformers{own}; give the folder "
             "of one that is, or upgrade transformers"
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(read_hf_config(folder))
-    except (
-        ValueError, KeyError, TypeError, AttributeError, StrictDataclassError,
-    ) as error:  # fmt: skip
+        return CONFIG_MAPPING[model_type].from_dict(given)
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         message = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: {message}; give another folder") from None
 

@@ -89,16 +89,12 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     try:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
-        names = [Path(file).name for file in files]  # TypeError for what is no text
+        names = {Path(file).name for file in files}  # TypeError for what is no text
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{folder / INDEX} is no index of weights: {error!r}") from error
     entries: dict[str, Entry] = {}
-    for file, name in zip(files, names, strict=True):
-        if name != file:
-            raise StorageError(
-                f"{folder / INDEX} names {file!r}, which is no file of its folder; give another one"
-            )
-        if not (folder / file).is_file():
+    for file in files:
+        if file not in names or not (folder / file).is_file():
             raise StorageError(
                 f"{folder / INDEX} names {file}, which is not there; copy the missing shard"
             )
