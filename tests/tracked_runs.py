@@ -17,7 +17,7 @@ from trainer.trackers.wandb import WandbTracker
 
 def write_points(folder: Path, *steps: int, resumed_step: int = 0) -> None:
     """Write as a run does: losses at each step, and at even ones an evaluation."""
-    record = RunRecord(folder, rank=0, attempt=1, resumed_step=resumed_step)
+    record = RunRecord(folder, rank=0, data_rank=0, attempt=1, resumed_step=resumed_step)
     for step in steps:
         record.metrics(step, "train", {"loss": 1 / step, "mfu": None})
         if step % 2 == 0:

@@ -10,7 +10,7 @@ from torch import nn
 from trainer.adapters.contents import contents_of
 from trainer.banner import describe
 from trainer.best import Best
-from trainer.callbacks.protocol import RunView
+from trainer.callbacks.protocol import Callback, RunView
 from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
 from trainer.determinism import bits_of, fix_bits
@@ -112,8 +112,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     place = resume(run, checkpoints, ranks, engine, place)
     loader = place.loader
     record = open_record(folder, attempt, ranks, progress, loader.rank)
-    callbacks = [spec.build() for spec in run.callbacks.values() if spec is not None]
-    callbacks.append(Tracking(run.tracker))
+    callbacks = _callbacks(run)
     view = RunView(
         run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
         tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
@@ -180,6 +179,12 @@ def build_engine(
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
     return run.engine.build(laid_out, around)
+
+
+def _callbacks(run: Run) -> list[Callback]:
+    """Return the listeners in the order of their turns: trackers come when all is said."""
+    chosen = [spec.build() for spec in run.callbacks.values() if spec is not None]
+    return [*chosen, Tracking(run.tracker)]
 
 
 def _initial_values(run: Run, model: nn.Module) -> Values:

@@ -18,6 +18,7 @@ from launch.exit_codes import CHECK_FAILED
 from tests.tracked_runs import run_folder, steps_of, sync, write_points
 from tests.wandb_server import environment_of, silent_server, wandb_server
 from trainer.directory import REWIND
+from trainer.numerics.rewinds import REWINDS
 from trainer.trackers.side import BROKEN_OFF_SECONDS, FINISH_SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -25,11 +26,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 START_SECONDS = 90.0  # of an interpreter and wandb's own process, on a loaded machine
 
 
-def test_a_curve_that_was_taken_back_by_hand_is_a_second_run_on_the_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "text"), [(REWIND, "1"), (REWINDS, '{"1": {}}')])
+def test_a_curve_that_was_taken_back_is_a_second_run_on_the_server(
+    tmp_path: Path, file: str, text: str
+) -> None:
     run = run_folder(tmp_path, 1, 2, 3)
     with wandb_server() as server:
         assert sync(run, server.environment).returncode == 0
-        (run / REWIND).write_text("1")
+        (run / file).write_text(text)
         write_points(run, 2, resumed_step=1)
         assert sync(run, server.environment).returncode == 0
     assert steps_of(server) == [[1, 2, 3], [1, 2]]

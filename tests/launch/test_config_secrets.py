@@ -9,6 +9,7 @@ from launch.compose import compose
 from launch.exit_codes import BAD_CONFIG
 from tests.secrets import SECRETS, shown
 
+KEYS = ("data.path", "name", "model.path", "tracker.wandb.entity", "runs")
 TEXT = ["experiment=pretrain_text", "tokenizer=byte"]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainer.directory import CONFIG, read_rewind
 from trainer.files import read_json, write_json
+from trainer.numerics.rewinds import REWINDS
 from trainer.redaction import redact_tree
 from trainer.trackers.protocol import FOLDER, Row
 
@@ -114,17 +115,18 @@ def _settings() -> "Settings":
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    """Return the id of this run for the server, made once; a new series after each rewind by hand.
+    """Return the id of this run for the server, made once; a new series after each rewind.
 
-    A server takes no step twice. After `resume_step=..` the curve is another one from there on, so
-    it is sent whole, as a second run beside the first.
+    A server takes no step twice. After `resume_step=..`, or a spike from which the run went back,
+    the curve is another one from there on: it is sent whole, as a second run beside the first.
     """
     path = folder / FOLDER / "wandb.json"
-    rewound_to = read_rewind(folder)
+    rewinds = read_json(folder / REWINDS) if (folder / REWINDS).exists() else {}
+    history = {"rewound_to": read_rewind(folder), "rewinds": rewinds}
     if not path.exists():
-        write_json(path, {"id": uuid.uuid4().hex[:16], "series": 1, "rewound_to": rewound_to})
+        write_json(path, {"id": uuid.uuid4().hex[:16], "series": 1, "history": history})
     identity: dict[str, Any] = read_json(path)
-    if identity["rewound_to"] != rewound_to:
-        identity |= {"series": identity["series"] + 1, "rewound_to": rewound_to}
+    if identity["history"] != history:
+        identity |= {"series": identity["series"] + 1, "history": history}
         write_json(path, identity)
     return identity
