@@ -54,6 +54,12 @@ class Start:
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
     limit: TimeLimit = field(default_factory=TimeLimit)
 
+    def stopping(self, control: ControlWord) -> Stopping:
+        """Return what ends the run early."""
+        return Stopping(
+            control=control, request=self.request, limit=self.limit, whereabouts=self.whereabouts
+        )
+
 
 def fit(run: Run, start: Start) -> bool:
     """Train to max_steps; return False when a stop was requested before. Collective.
@@ -90,7 +96,7 @@ def fit(run: Run, start: Start) -> bool:
 def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | None) -> bool:
     """Build everything on the connected ranks, and train."""
     start.whereabouts.enter("build")
-    folder = attempt.parent.parent
+    folder, is_main = attempt.parent.parent, start.placement.is_main
     mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
     progress = Progress(ranks.device, tuple(run.data.named_sources))
@@ -114,20 +120,16 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     record = open_record(folder, attempt, ranks, progress, loader.rank)
     callbacks = _callbacks(run)
     view = RunView(
-        run=run, folder=folder, is_main=start.placement.is_main, engine=engine,
-        tokenizer=tokenizer, loader=loader, eval_loader=eval_loader,
-        banner=describe(
-            run, model, engine.trained, mesh, reason, ranks, loader, eval_loader, meter
-        ),
+        run=run, folder=folder, is_main=is_main, engine=engine, tokenizer=tokenizer,
+        loader=loader, eval_loader=eval_loader,
+        banner=describe(run, model, engine.trained, mesh, reason, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     validator = answer_judge(
         run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
-        page=folder / VALIDATION if start.placement.is_main else None,
+        page=folder / VALIDATION if is_main else None,
     )  # fmt: skip
     control = ControlWord(ranks)
-    stopping = Stopping(
-        control=control, request=start.request, limit=start.limit, whereabouts=start.whereabouts
-    )
+    stopping = start.stopping(control)
     loop = Loop(
         engine=engine, loader=loader, progress=progress, plan=run.plan,
         evaluations=Evaluations(
