@@ -97,7 +97,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     """Build everything on the connected ranks, and train."""
     start.whereabouts.enter("build")
     folder, is_main = attempt.parent.parent, start.placement.is_main
-    mesh_spec, reason = run.chosen_mesh(start.placement.world_size)
+    mesh_spec, why = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
     progress = Progress(ranks.device, tuple(run.data.named_sources))
     guard = Guard(run.spike)
@@ -122,7 +122,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     view = RunView(
         run=run, folder=folder, is_main=is_main, engine=engine, tokenizer=tokenizer,
         loader=loader, eval_loader=eval_loader,
-        banner=describe(run, model, engine.trained, mesh, reason, ranks, loader, eval_loader, meter),
+        banner=describe(run, model, engine.trained, mesh, why, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     validator = answer_judge(
         run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
