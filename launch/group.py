@@ -114,19 +114,22 @@ class Group:
     def interrogate(self) -> None:
         """Let hanging ranks leave their stacks, and what they wait for; wake stopped ones for it.
 
-        A signal that was sent to a stopped process is the first thing that it meets.
+        A signal that was sent to a stopped process is the first thing that it meets. Stacks come
+        first: they are read without Python's lock, and what answers the question moves its own.
         """
         self.note_failure()
-        for rank, (worker, place) in enumerate(zip(self.workers, self.places_then, strict=True)):
-            if worker.poll() is None:
-                worker.send_signal(signal.SIGUSR2)
-                if place["state"] == STOPPED:
-                    self.woken.add(rank)
-                    worker.send_signal(signal.SIGCONT)
-                else:
-                    with suppress(BrokenPipeError):  # it has ended meanwhile
-                        os.write(self.pipes[rank], ASK)
-        time.sleep(STACKS_SECONDS)
+        left = [rank for rank, worker in enumerate(self.workers) if worker.poll() is None]
+        for rank in left:
+            self.workers[rank].send_signal(signal.SIGUSR2)
+            if self.places_then[rank]["state"] == STOPPED:
+                self.woken.add(rank)
+                self.workers[rank].send_signal(signal.SIGCONT)
+        time.sleep(STACKS_SECONDS / 2)
+        for rank in left:
+            if rank not in self.woken:
+                with suppress(BrokenPipeError):  # it has ended meanwhile
+                    os.write(self.pipes[rank], ASK)
+        time.sleep(STACKS_SECONDS / 2)
 
     def kill(self) -> None:
         """Kill what is left, and what a rank that failed has left behind."""
