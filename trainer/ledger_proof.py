@@ -82,8 +82,11 @@ def prove(
             f"step {last_step}: its checkpoint goes on with sample {end}, the ledger with {place}"
         )
     for earlier, later, step in _repeated(lives, last_step):
+        same = agreement(earlier, later)
+        if later is not owners.get(step):  # it died as well, and may lack some rank's line
+            same = tuple(each for each in same if each != SAMPLES)
         proof.reexecuted += 1
-        if same := agreement(earlier, later):
+        if same:
             proof.compared += NUMBERS in same
             _compare(proof, earlier.lines[step], later.lines[step], same)
     return proof

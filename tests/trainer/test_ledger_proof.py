@@ -82,6 +82,14 @@ def test_torn_line_of_a_rank_that_died_counts_for_nothing(tmp_path: Path) -> Non
     assert max(read_lives(tmp_path)[0].lines) == 3
 
 
+def test_start_that_died_between_two_others_may_lack_a_line_of_a_rank(tmp_path: Path) -> None:
+    objects = lived((1, 2, range(1, 4)), (2, 2, range(3, 4)), (3, 2, range(3, 6)))
+    objects[1] = [each for each in objects[1] if each["attempt"] != 2]
+    proof = proof_of(tmp_path, objects, 5)
+    assert proof.holds, proof.findings
+    assert proof.reexecuted == proof.compared == 2
+
+
 def test_ranks_that_share_a_data_rank_have_its_samples_once(tmp_path: Path) -> None:
     objects = lived((1, 2, range(1, 4)))
     objects |= {rank + 2: list(lines) for rank, lines in objects.items()}
