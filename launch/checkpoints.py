@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import CHECK_FAILED
+from launch.truth import truth
 
 USAGE = """usage: tessera checkpoints run=DIR [hash=true] [json=true]
 
@@ -27,8 +28,9 @@ def main(arguments: list[str]) -> int:
         print(USAGE, end="")
         return 0
     options = _options(arguments)
-    found = [_examined(step, with_hash=options["hash"] == "true") for step in _steps(options)]
-    if options["json"] == "true":
+    with_hash, is_json = (truth(key, options[key]) for key in ("hash", "json"))
+    found = [_examined(step, with_hash=with_hash) for step in _steps(options["run"])]
+    if is_json:
         print("\n".join(json.dumps(each) for each in found))
     else:
         print("\n".join(_line(each) for each in found))
@@ -44,20 +46,17 @@ def _options(arguments: list[str]) -> dict[str, str]:
         options[key] = value
     if "run" not in options:
         raise ValueError("run is missing; set run=DIR")
-    for key in ("hash", "json"):
-        if options[key] not in ("true", "false"):
-            raise ValueError(f"{key}={options[key]} is neither true nor false; set it to one")
     return options
 
 
-def _steps(options: dict[str, str]) -> list[Path]:
+def _steps(run: str) -> list[Path]:
     from trainer.checkpoint.commit import committed_steps, step_folder
     from trainer.directory import CHECKPOINTS
 
-    parent = Path(options["run"]).expanduser() / CHECKPOINTS
+    parent = Path(run).expanduser() / CHECKPOINTS
     steps = [step_folder(parent, step) for step in committed_steps(parent)]
     if not steps:
-        raise ValueError(f"run={options['run']} has no checkpoint; give the folder of a run")
+        raise ValueError(f"run={run} has no checkpoint; give the folder of a run")
     return steps
 
 

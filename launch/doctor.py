@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from launch.floors import FLOORS, PYTHON, is_below
+from launch.truth import truth
 
 USAGE = """usage: tessera doctor [runs=DIR] [json=true]
 
@@ -48,10 +49,9 @@ def main(arguments: list[str]) -> int:
         if key not in options or not separator:
             raise ValueError(f"{word!r} is no option of doctor; set runs=DIR or json=true")
         options[key] = value
-    if options["json"] not in ("true", "false"):
-        raise ValueError(f"json={options['json']} is neither true nor false; set it to one of them")
+    is_json = truth("json", options["json"])
     findings = list(examine(Path(options["runs"]).expanduser()))
-    if options["json"] == "true":
+    if is_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         print("\n".join(map(_line, findings)))

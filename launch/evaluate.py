@@ -103,7 +103,7 @@ def _labels(folder: Path) -> list[str] | None:
 def _of_run(config: Path, words: list[str]) -> dict[str, Any]:
     """Return a run's own settings with changes."""
     from launch.compose import parsed
-    from launch.stored_config import read_stored
+    from trainer.stored_config import read_stored
 
     tree: dict[str, Any] = {"validation": _NO_ANSWERS, **read_stored(config)}
     for word in words:

@@ -107,10 +107,10 @@ def _history(folder: Path) -> "History | None":
     if step.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
         return None
 
-    from launch.stored_config import read_stored
     from trainer.export.source import History
     from trainer.files import read_json
     from trainer.record import read_lines
+    from trainer.stored_config import read_stored
 
     facts = run / "environment.json"
     return History(

@@ -28,15 +28,16 @@ def describe(
     """Return the exit record of a failure: what, when, where, on which samples."""
     from trainer.errors import MemoryExhaustedError, NumericError
 
+    code = code_of(error)
     is_consequence = placement.world_size > 1 and lost_the_others(error)
     return {
-        "code": code_of(error),
+        "code": code,
         "reason": redact(f"{type(error).__name__}: {error}"),
         "time": time.time(),
         **whereabouts.place,
         "provenance": whereabouts.provenance,
         "is_consequence": is_consequence,
-        "is_final": code_of(error) != INTERNAL or isinstance(error, NumericError),
+        "is_final": code != INTERNAL or isinstance(error, NumericError),
         "is_oom": isinstance(error, MemoryError | MemoryExhaustedError),
         "collective": last_collective() if is_consequence else None,
     }

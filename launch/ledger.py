@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import CHECK_FAILED, FINISHED
+from launch.truth import truth
 
 if TYPE_CHECKING:
     from trainer.ledger import Life
@@ -44,10 +45,9 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"unknown key {key}; see tessera ledger --help")
     if not options.get("run"):
         raise ValueError("run is missing; give the folder of a run: tessera ledger run=DIR")
-    if options.get("json", "false") not in ("true", "false"):
-        raise ValueError(f"json={options['json']} is neither true nor false; set it to one of them")
+    is_json = truth("json", options.get("json", "false"))
     proof, attempts = proved(Path(options["run"]).expanduser(), options.get("step"))
-    if options.get("json") == "true":
+    if is_json:
         print(json.dumps(asdict(proof) | {"attempts": attempts, "holds": proof.holds}))
     else:
         print("\n".join(_said(proof, attempts)))
@@ -93,16 +93,15 @@ def _last_step(folder: Path, step: str | None, newest: int | None) -> int:
 
 def _agreement_in(folder: Path) -> Any:
     """Return what says on what two starts of a run agree: their configs tell."""
-    import yaml
-
     from trainer.directory import CONFIG
     from trainer.drift import difference, fits
     from trainer.ledger_proof import NUMBERS, SAMPLES
+    from trainer.stored_config import read_stored
 
     @cache
     def config(attempt: int) -> dict[str, Any] | None:
         path = folder / "attempts" / f"{attempt:03d}" / CONFIG
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_stored(path) if path.exists() else None
 
     def agreement(earlier: "Life", later: "Life") -> tuple[str, ...]:
         old, new = config(earlier.attempt), config(later.attempt)

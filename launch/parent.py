@@ -1,6 +1,5 @@
 """What ties a worker to its supervisor: it ends with it, and tells it where it hangs."""
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -10,20 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.exit_codes import INTERNAL
+from trainer import parent_death
 
 if TYPE_CHECKING:
     from trainer.whereabouts import Whereabouts
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
 
 def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies; leave if it is dead already.
+    """End when the supervisor does; leave if it is dead already.
 
-    It is the parent's thread that counts: supervisors start workers in their main thread.
+    Supervisors start workers in their main thread, whose end counts.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not parent_death.die_with(parent):
         os._exit(INTERNAL)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import CHECK_FAILED, FINISHED
+from launch.truth import truth
 from launch.visible_text import visible
 
 if TYPE_CHECKING:
@@ -68,19 +69,18 @@ def _options(arguments: list[str]) -> tuple[Path, int, bool]:
             raise ValueError(f"{key} is missing; give run=DIR and step=N")
     if not given["step"].isdecimal() or int(given["step"]) < 1:
         raise ValueError(f"step={given['step']} is no step; the first is step=1")
-    if given.get("json", "false") not in ("true", "false"):
-        raise ValueError(f"json={given['json']} is neither true nor false; set it to one of them")
+    is_json = truth("json", given.get("json", "false"))
     folder = Path(given["run"]).expanduser()
     if not (folder / "ledger").is_dir():
         raise ValueError(f"run={folder} has no ledger; give the folder of a run, as in runs/NAME")
-    return folder, int(given["step"]), given.get("json") == "true"
+    return folder, int(given["step"]), is_json
 
 
 def _replay(folder: Path, step: int) -> "Replayed":
     from launch.binding import bind
-    from launch.stored_config import read_stored
     from launch.terminal import configure_logging
     from trainer.replay import recorded_step, replay
+    from trainer.stored_config import read_stored
 
     configure_logging(rank=0)
     recorded = recorded_step(folder, step)

@@ -54,11 +54,11 @@ class Request:
     def choose(self, num_steps: int) -> Path:
         """Return the folder of a run so long; ValueError when it is in use or belongs to another
         config."""
-        from launch.stored_config import read_stored
         from trainer.checkpoint.commit import committed_steps
         from trainer.checkpoint.lock import refuse_if_locked
         from trainer.directory import CHECKPOINTS, CONFIG, choose_run, read_rewind
         from trainer.drift import check_drift
+        from trainer.stored_config import read_stored
 
         tree = self.tree
         folder = choose_run(tree["runs"], tree["name"], num_steps, tree["resume"])

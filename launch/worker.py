@@ -115,7 +115,7 @@ def main() -> None:
     die_with(int(os.environ[PARENT]))
     redact_tracebacks()
     from launch.binding import bind
-    from launch.stored_config import read_stored
+    from trainer.stored_config import read_stored
 
     attempt = Path(os.environ[ATTEMPT])
     tree = read_stored(attempt / "config.yaml")

@@ -101,11 +101,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     mesh = mesh_spec.build(ranks=ranks)
     progress = Progress(ranks.device, tuple(run.data.named_sources))
     guard = Guard(run.spike)
-    engine = PhasedEngine(
-        run,
-        lambda model, values: build_engine(run, model, ranks, mesh, values, guard),
-        progress.stopwatch,
-    )
+    engine = phased_engine(run, ranks, mesh, guard, progress)
     model = run.trained_model()
     meter = _meter(run, engine, ranks)
     contents = contents_of(run, ranks)
@@ -160,6 +156,17 @@ def _meter(run: Run, engine: PhasedEngine, ranks: Ranks) -> Meter:
         world_size=ranks.placement.world_size,
         device=ranks.device,
         has_peak=PRECISIONS[run.precision].compute == torch.bfloat16,
+    )
+
+
+def phased_engine(
+    run: Run, ranks: Ranks, mesh: Mesh, guard: Guard, progress: Progress
+) -> PhasedEngine:
+    """Return the engine of all phases of a run, which one guard judges."""
+    return PhasedEngine(
+        run,
+        lambda model, values: build_engine(run, model, ranks, mesh, values, guard),
+        progress.stopwatch,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainer.checkpoint.commit import committed_steps
 from trainer.evaluation_due import read_due
+from trainer.files import read_number
 
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
@@ -62,10 +63,7 @@ def _refuse_open(parent: Path) -> None:
 
 def read_rewind(folder: Path) -> int | None:
     """Return the step that this run was last taken back to by `resume_step`, if any."""
-    try:
-        return int((folder / REWIND).read_text())
-    except (OSError, ValueError):
-        return None
+    return read_number(folder / REWIND)
 
 
 def is_unfinished(folder: Path, max_steps: int) -> bool:

@@ -5,17 +5,14 @@ Standard library only.
 
 from pathlib import Path
 
-from trainer.files import write_text
+from trainer.files import read_number, write_text
 
 FILE = "evaluation_due"
 
 
 def read_due(folder: Path) -> int | None:
     """Return the step whose evaluation is to be repeated, if any."""
-    try:
-        return int((folder / FILE).read_text())
-    except (OSError, ValueError):
-        return None
+    return read_number(folder / FILE)
 
 
 def write_due(folder: Path, step: int | None) -> None:

@@ -25,6 +25,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_number(path: Path) -> int | None:
+    """Return the whole number that a file holds; None where none can be read."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def read_keys(path: Path, advice: str = "give another folder") -> dict[str, Any]:
     """Return what a JSON file of keys holds; ValueError in one line where it holds none."""
     try:

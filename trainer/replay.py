@@ -13,7 +13,7 @@ from trainer.batch import Batch
 from trainer.best import Best
 from trainer.checkpoint.commit import committed_steps
 from trainer.checkpoint.loading import restore
-from trainer.construct import build_engine
+from trainer.construct import phased_engine
 from trainer.data.examples import PREFERENCE, Labels
 from trainer.data.loader import Step, StepLoader
 from trainer.data.tokenizers import Tokenizer
@@ -158,11 +158,7 @@ def _before(
     """Return the run at the newest intact checkpoint before a step, and that one's step."""
     mesh = run.chosen_mesh(1)[0].build(ranks=ranks)
     guard, progress = Guard(run.spike), Progress(ranks.device, tuple(run.data.named_sources))
-    engine = PhasedEngine(
-        run,
-        lambda model, values: build_engine(run, model, ranks, mesh, values, guard),
-        progress.stopwatch,
-    )
+    engine = phased_engine(run, ranks, mesh, guard, progress)
     steps = [saved for saved in committed_steps(folder / CHECKPOINTS) if saved < step]
     contents = contents_of(run, ranks)
     # is_main would set what is damaged aside.

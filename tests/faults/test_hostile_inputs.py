@@ -28,7 +28,6 @@ from pyarrow import parquet
 from launch.binding import bind
 from launch.cli import main
 from launch.exit_codes import BAD_CONFIG
-from launch.stored_config import read_stored
 from tests.conftest import Figure, tiny_spec
 from tests.token_folders import write_folder
 from trainer.adapters.pretrained import PretrainedAdapter
@@ -50,6 +49,7 @@ from trainer.errors import DataError, StorageError
 from trainer.flax_file import read_npz
 from trainer.hf_auto import HFAutoModel
 from trainer.pretrained import MAX_LAYERS, read_hf_config, spec_from
+from trainer.stored_config import read_stored
 from trainer.weights import weight_entries
 
 MAX_MEMORY = 1 << 30

@@ -15,18 +15,24 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint import lock as lock_module
-from trainer.checkpoint.lock import EXPIRED_SECONDS, RunLock, read_lease, refuse_if_locked
+from trainer.checkpoint.lock import (
+    EXPIRED_SECONDS,
+    RunLock,
+    check_generation,
+    read_lease,
+    refuse_if_locked,
+)
 from trainer.errors import LockedError, StorageError
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from trainer.checkpoint.lock import RunLock
+from trainer.checkpoint.lock import RunLock, check_generation
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.readline()
-lock.check()
+check_generation(lock.folder, lock.generation)
 print("unaffected", flush=True)
 sys.stdin.readline()
 lock.release()
@@ -164,7 +170,7 @@ def test_expired_lease_of_another_host_is_taken_over(tmp_path: Path) -> None:
     refuse_if_locked(tmp_path)
     with held(tmp_path) as lock:
         assert lock.generation == 7
-        lock.check()
+        check_generation(lock.folder, lock.generation)
         assert read_lease(tmp_path)["host"] == socket.gethostname()
         assert read_lease(tmp_path)["pid"] == os.getpid()
 
@@ -173,7 +179,7 @@ def test_generation_rises_at_each_taking(tmp_path: Path) -> None:
     generations = []
     for _ in range(4):
         with held(tmp_path) as lock:
-            lock.check()
+            check_generation(lock.folder, lock.generation)
             generations.append(lock.generation)
     assert generations == [1, 2, 3, 4]
 
@@ -184,15 +190,15 @@ def test_unreadable_lease_stops_nobody(tmp_path: Path, text: str) -> None:
     (tmp_path / "lock").touch()
     refuse_if_locked(tmp_path)
     with held(tmp_path) as lock:
-        lock.check()
+        check_generation(lock.folder, lock.generation)
 
 
 def test_check_raises_once_another_generation_took_over(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
-    lock.check()
+    check_generation(lock.folder, lock.generation)
     write_lease(tmp_path, **foreign_lease(0))
     with pytest.raises(StorageError, match=r"taken over by generation 6 \(this is 1\)") as caught:
-        lock.check()
+        check_generation(lock.folder, lock.generation)
     assert str(tmp_path) in str(caught.value)
     lock.release()
 

@@ -72,13 +72,9 @@ class RunLock:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             found = read_lease(self.folder).get("generation")  # None: could not be read, just now
             if isinstance(found, int) and found > self.generation:
-                return  # taken over: `check` tells the writer
-            with suppress(OSError):  # a full disk passes; `check` guards every commit
+                return  # taken over: `check_generation` tells the writer
+            with suppress(OSError):  # a full disk passes; every commit looks by itself
                 self._beat()
-
-    def check(self) -> None:
-        """Raise StorageError unless this lock is still the newest."""
-        check_generation(self.folder, self.generation)
 
     @property
     def descriptor(self) -> int:

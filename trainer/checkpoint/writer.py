@@ -4,12 +4,10 @@ Standard library and xxhash only: it starts in a fraction of a second, shares no
 with training, and fault sweeps can kill it at every system call. `background.Writer` starts it.
 """
 
-import ctypes
 import json
 import mmap
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,8 +27,8 @@ from trainer.checkpoint.writing import (
 )
 from trainer.errors import StorageError
 from trainer.files import fsync_file
+from trainer.parent_death import die_with
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 10  # training comes first where cores are few
 
 
@@ -148,8 +146,7 @@ def job_from(fields: list[Any]) -> Job:
 def main() -> None:
     """Take one job per line until the rank that started this process is gone."""
     memory, parent = map(int, sys.argv[1:])
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not die_with(parent):
         return
     os.nice(NICENESS)
     for line in sys.stdin:

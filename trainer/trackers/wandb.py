@@ -14,6 +14,7 @@ from trainer.directory import CONFIG, read_rewind
 from trainer.files import read_json, write_json
 from trainer.numerics.rewinds import REWINDS
 from trainer.redaction import redact_tree
+from trainer.stored_config import read_stored
 from trainer.trackers.protocol import FOLDER, Row
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ class WandbTracker:
     def open(self, folder: Path) -> "WandbSink":
         """Connect the run; raises whatever wandb does."""
         import wandb
-        import yaml
 
         identity = _identity(folder)
         series = identity["series"]
@@ -73,7 +73,7 @@ class WandbTracker:
             name=name if series == 1 else f"{name}-r{series}",
             id=identity["id"] if series == 1 else f"{identity['id']}-r{series}",
             resume="allow", dir=str(folder / FOLDER), settings=_settings(),
-            config=redact_tree(yaml.safe_load((folder / CONFIG).read_text())),
+            config=redact_tree(read_stored(folder / CONFIG)),
         )  # fmt: skip
         if run.offline or run.disabled:
             run.finish()
