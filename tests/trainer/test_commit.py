@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from trainer.checkpoint import commit, writing
 from trainer.checkpoint.commit import MANIFEST, FilePiece
-from trainer.checkpoint.lock import RunLock
+from trainer.checkpoint.lock import RunLock, check_generation
 from trainer.checkpoint.retention import retain, set_aside
 from trainer.errors import StorageError
 
@@ -255,13 +256,14 @@ def test_commit_whose_fence_raises_leaves_nothing_visible(tmp_path: Path) -> Non
     """The lock was taken over while this process wrote: its step must not appear."""
     parent = tmp_path / "checkpoints"
     lock = RunLock(tmp_path)
-    save(parent, 1, lock.check)
+    fence = partial(check_generation, tmp_path, lock.generation)
+    save(parent, 1, fence)
     lease = json.loads((tmp_path / "lease.json").read_text())
     (tmp_path / "lease.json").write_text(
         json.dumps(lease | {"generation": lock.generation + 1, "host": "elsewhere"})
     )
     with pytest.raises(StorageError, match=r"taken over by generation 2 \(this is 1\)"):
-        save(parent, 2, lock.check)
+        save(parent, 2, fence)
     assert commit.committed_steps(parent) == [1]
     assert not commit.step_folder(parent, 2).exists()
     lock.release()
