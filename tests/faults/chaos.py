@@ -34,7 +34,7 @@ TINY = [
     "experiment=demo", "model.hidden_size=32", "model.intermediate_size=64",
     "model.num_hidden_layers=1", "data.row_tokens=32", "data.global_rows=8", "data.micro_rows=2",
     "data.max_documents=10", "callbacks.ngrams=null", "callbacks.closing.sample_tokens=0",
-    "eval_every=null", "log_every=1", "save_every=50", "deterministic=topology_free",
+    "eval_every=null", "log_every=1", "save_every=10", "deterministic=topology_free",
     "precision=fp32", "mesh=ddp",
 ]  # fmt: skip
 
@@ -65,6 +65,8 @@ class Soak:
     kills: int = 0
     recoveries: list[float] = field(default_factory=list)
     """Seconds from each kill to the first step of the next start, as the ledger shows it."""
+    seen: list[int] = field(default_factory=list)
+    """The step that each start was first seen at."""
     code: int | None = None
 
     @property
@@ -77,13 +79,13 @@ class Soak:
 
 
 class Attempts:
-    """Says which start the newest line of rank 0's ledger is of."""
+    """Says which start, and which step, the newest line of rank 0's ledger is of."""
 
     def __init__(self, run: Path) -> None:
         self._path, self._place, self._rest = run / "ledger/rank00000.jsonl", 0, b""
 
-    def newest(self) -> int | None:
-        """Return the start of the newest line since the last call; None: there is no new one."""
+    def newest(self) -> tuple[int, int] | None:
+        """Return start and step of the newest line since the last call; None: there is none."""
         if not self._path.exists():
             return None
         with open(self._path, "rb") as file:
@@ -93,7 +95,8 @@ class Attempts:
         *lines, self._rest = (self._rest + new).split(b"\n")
         for line in reversed(lines):
             try:
-                return int(json.loads(line)["attempt"])
+                found = json.loads(line)
+                return int(found["attempt"]), int(found["step"])
             except ValueError:
                 continue  # torn by a kill
         return None
@@ -105,7 +108,8 @@ def soak(starts: Starts, run: Path, *, kills: int, seed: int, ranks: int) -> Soa
     killed_at: float | None = None
     starts.start()
     try:
-        for _ in _new_starts(starts, attempts):
+        for step in _new_starts(starts, attempts):
+            found.seen.append(step)
             if killed_at is not None:
                 found.recoveries.append(time.monotonic() - killed_at)
                 killed_at = None
@@ -122,13 +126,13 @@ def soak(starts: Starts, run: Path, *, kills: int, seed: int, ranks: int) -> Soa
 
 
 def _new_starts(starts: Starts, attempts: Attempts) -> Iterator[int]:
-    """Yield each start that has made a step; start again whenever one has ended but with 0."""
+    """Yield the step that each start is seen at; start again when one has ended but with 0."""
     known, deadline, failures = 0, time.monotonic() + STUCK_SECONDS, 0
     while starts.code != 0:
         newest = attempts.newest()
-        if newest is not None and newest > known:
-            known, deadline, failures = newest, time.monotonic() + STUCK_SECONDS, 0
-            yield newest
+        if newest is not None and newest[0] > known:
+            known, deadline, failures = newest[0], time.monotonic() + STUCK_SECONDS, 0
+            yield newest[1]
         elif starts.code is not None:
             failures += 1
             if failures > 3:
@@ -174,6 +178,7 @@ def experiment(
         "codes": [whole.code, killed.code],
         "attempts": attempts,
         "seconds": round(seconds, 1),
+        "last_start_at": killed.seen[-1],
         "recovery_median": round(median(killed.recoveries), 2) if killed.recoveries else None,
         "recovery_p95": round(killed.p95, 2),
         **asdict(proof),

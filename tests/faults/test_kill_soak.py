@@ -18,6 +18,7 @@ def check(found: dict[str, Any], kills: int, steps: int) -> None:
     assert (found["kills"], found["codes"]) == (kills, [0, 0])
     assert found["last_step"] == found["points"] == steps
     assert found["reexecuted"] == found["compared"] > 0
+    assert found["last_start_at"] > 2 * kills  # not from step 0 again and again
     assert found["is_curve_equal"]
     assert found["are_weights_equal"]
     assert found["holds"]
@@ -41,6 +42,7 @@ def test_run_killed_a_hundred_times_under_its_supervisor_is_the_run_that_nobody_
     )  # fmt: skip
     check(found, kills=100, steps=6000)
     figure("A1 kills", found["kills"], "")
+    figure("A1 step at which the last of these was over", found["last_start_at"], "")
     for name in ("lost", "doubled", "mismatched", "reexecuted"):
         figure(
             f"A1 {name}",

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -29,6 +29,9 @@ from trainer.checkpoint.lock import RunLock
 from trainer.checkpoint.retention import collect_debris
 from trainer.checkpoint.writer import Commit, Job, perform
 from trainer.errors import StorageError
+
+if TYPE_CHECKING:
+    from tests.conftest import Figure  # the bare interpreter has no pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(xxhash.__file__).parents[1]
@@ -327,11 +330,13 @@ def experiment(what: str) -> Any:
     return json.loads(found.stdout)
 
 
-def check_sweep(found: dict[str, Any], harmed_code: int, survivors: set[int]) -> None:
+def check_sweep(found: dict[str, Any], harmed_code: int, survivors: set[int]) -> int:
+    """Return the number of calls that were harmed, each in a save of its own."""
     assert found["complaints"] == []
     assert set(found["codes"]) == {UNHARMED, harmed_code}
     assert len(found["survivors"]) >= 60
     assert set(found["survivors"]) == survivors
+    return len(found["survivors"]) - 1  # the last one ended unharmed
 
 
 def test_counter_sees_every_kind_of_call_of_a_save_and_its_retention() -> None:
@@ -340,18 +345,27 @@ def test_counter_sees_every_kind_of_call_of_a_save_and_its_retention() -> None:
     assert len(calls) >= 60
 
 
-def test_save_killed_at_any_call_leaves_the_old_or_the_new_step_and_nothing_to_clean() -> None:
-    check_sweep(experiment("kill"), KILLED, {2, 3})
+def test_save_killed_at_any_call_leaves_the_old_or_the_new_step_and_nothing_to_clean(
+    figure: "Figure",
+) -> None:
+    points = check_sweep(experiment("kill"), KILLED, {2, 3})
+    figure("A2 calls of Python at each of which a save was killed; no step lost", points, "")
 
 
-def test_save_on_a_disk_that_fails_from_any_call_on_leaves_the_old_or_the_new_step() -> None:
+def test_save_on_a_disk_that_fails_from_any_call_on_leaves_the_old_or_the_new_step(
+    figure: "Figure",
+) -> None:
     for reason in ("ENOSPC", "EIO"):
-        check_sweep(experiment(f"failing_save {reason}"), GAVE_UP, {2, 3})
+        points = check_sweep(experiment(f"failing_save {reason}"), GAVE_UP, {2, 3})
+        figure(f"A3 calls of Python from each of which all failed with {reason}", points, "")
 
 
-def test_process_whose_save_failed_at_any_call_saves_again_and_leaves_nothing_to_clean() -> None:
+def test_process_whose_save_failed_at_any_call_saves_again_and_leaves_nothing_to_clean(
+    figure: "Figure",
+) -> None:
     for reason in ("ENOSPC", "EIO"):  # 4: what failed came after the commit of step 3
-        check_sweep(experiment(f"retried_save {reason}"), GAVE_UP, {3, 4})
+        points = check_sweep(experiment(f"retried_save {reason}"), GAVE_UP, {3, 4})
+        figure(f"A3 calls of Python each of which failed once with {reason}", points, "")
 
 
 def test_hundred_kills_in_a_row_lose_no_step_and_leave_nothing_to_clean() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED
+from tests.conftest import Figure
 from tests.faults.injected import WORKER, Fault, prepare
 from tests.launch.test_supervisor import Command, curve, ledger, started, until
 from trainer.checkpoint.commit import committed_steps
@@ -52,14 +53,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def test_run_whose_rank_is_killed_comes_back_by_itself_with_the_same_numbers(
-    whole: Path, tmp_path: Path, cache: Path
+    whole: Path, tmp_path: Path, cache: Path, figure: Figure
 ) -> None:
     with started(tmp_path, cache, *WORDS) as command:
         until(lambda: len(ledger(command.run)) > 25, LIMIT_SECONDS)
         os.kill(command.workers()[1], signal.SIGKILL)
         seconds = back_after(command)
         assert command.wait(LIMIT_SECONDS) == FINISHED, command.text
-    print(f"killed: back after {seconds:.1f} s")
+    figure("A1 one killed rank of `tessera train`: from its end to the next step", seconds, "s")
     assert curve(command.run) == curve(whole)
     assert "tessera: rank 1 of 2 failed first in step " in command.text
     assert command.text.splitlines()[-1].startswith("tessera: finished after 1 restart(s), the ")
@@ -67,7 +68,7 @@ def test_run_whose_rank_is_killed_comes_back_by_itself_with_the_same_numbers(
 
 
 def test_stopped_rank_is_named_within_seconds_and_the_run_comes_back(
-    whole: Path, tmp_path: Path, cache: Path
+    whole: Path, tmp_path: Path, cache: Path, figure: Figure
 ) -> None:
     with started(tmp_path, cache, *WORDS, *WATCHED) as command:
         until(lambda: len(ledger(command.run)) > 25, LIMIT_SECONDS)
@@ -77,7 +78,8 @@ def test_stopped_rank_is_named_within_seconds_and_the_run_comes_back(
         back_after(command)
         seconds = time.monotonic() - start
         assert command.wait(LIMIT_SECONDS) == FINISHED, command.text
-    print(f"stopped: named after {found:.1f} s, back after {seconds:.1f} s")
+    figure("A12 a stopped rank: until it is named", found, "s")
+    figure("A12 a stopped rank: until the next step", seconds, "s")
     assert curve(command.run) == curve(whole)
     assert "rank 1 of 2 did not arrive: it is stopped (SIGSTOP) in step " in command.text
     stacks = sorted((command.run / "attempts" / "001").glob("stacks.*.txt"))
@@ -88,12 +90,13 @@ def test_stopped_rank_is_named_within_seconds_and_the_run_comes_back(
 
 
 def test_run_ends_by_itself_before_its_slurm_job_does(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
     end = time.time() + 60.0
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(end)))
     with started(tmp_path, cache, "launch.processes=2", "max_steps=1000000") as command:
         assert command.wait(LIMIT_SECONDS) == PREEMPTED, command.text
+    figure("A11 a run in a Slurm job: before its end", end - time.time(), "s")
     assert time.time() < end
     (step,) = committed_steps(command.run / "checkpoints")
     assert f"stopped by its time limit; last committed step: {step};" in command.text

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, NO_PROGRESS, PREEMPTED
+from tests.conftest import Figure
 from tests.faults.plain_worker import WORKER, Plan
 from trainer.checkpoint.commit import committed_steps
 
@@ -192,11 +193,13 @@ def test_signal_to_the_supervisor_is_told_and_ends_the_run_with_its_last_step_sa
     )
 
 
-def test_workers_end_with_a_killed_supervisor(tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_supervisor(tmp_path: Path, figure: Figure) -> None:
     with started(tmp_path, Plan(steps=1000)) as run:
         pids = run.pids()
         run.process.kill()
-        assert gone_after(pids) < 5.0
+        seconds = gone_after(pids)
+    figure("A10 a supervisor killed with signal 9: until its workers are gone", seconds, "s")
+    assert seconds < 5.0
 
 
 def test_worker_ends_with_the_pipe_to_its_supervisor_alone(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Figure
 from tests.faults.test_kill_sweep import (
     GAVE_UP,
     PACKAGES,
@@ -139,9 +140,10 @@ def test_save_whose_system_call_fails_is_told_and_the_next_one_is_good(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_save_killed_at_every_system_call_leaves_the_old_or_the_new_step(
-    base: Path, calls: list[tuple[str, int]]
+    base: Path, calls: list[tuple[str, int]], figure: Figure
 ) -> None:
     assert check_kills(base, calls) == {2, 3}
+    figure("A2 system calls at each of which a save was killed; no step lost", len(calls), "")
 
 
 @pytest.mark.slow
@@ -149,6 +151,8 @@ def test_save_killed_at_every_system_call_leaves_the_old_or_the_new_step(
 @pytest.mark.parametrize("when", ["", "+"])
 @pytest.mark.parametrize("reason", ["ENOSPC", "EIO"])
 def test_save_at_which_every_system_call_fails_in_turn_loses_no_step(
-    base: Path, calls: list[tuple[str, int]], reason: str, when: str
+    base: Path, calls: list[tuple[str, int]], reason: str, when: str, figure: Figure
 ) -> None:
     assert {RECOVERED, GAVE_UP} & check_errors(base, calls, reason, when)
+    how = "from each of which all failed" if when else "each of which failed once"
+    figure(f"A3 system calls {how} with {reason}; no step lost", len(calls), "")
