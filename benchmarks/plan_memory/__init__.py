@@ -1,0 +1,1 @@
+"""What `tessera plan` says of memory, beside what runs really held."""

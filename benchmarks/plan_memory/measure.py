@@ -1,0 +1,94 @@
+"""What the ranks of a real run held at most: tensor bytes by torch's profiler, RSS by Linux."""
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.plan_memory.cases import Case
+from tests.runs import train
+from trainer.callbacks.protocol import Callback
+from trainer.distributed import Placement
+from trainer.meter import peak_memory_gib
+from trainer.progress import Progress
+from trainer.verify.forked import run_ranks
+
+FIRST, LAST = "plan_memory.first", "plan_memory.last"
+
+
+class _Over(Exception):  # noqa: N818  no error: enough was seen
+    """The last step is done; what saves it is not measured."""
+
+
+@dataclass
+class Marks(Callback):
+    """Marks in the profile where the steps begin and where they end: its own spec and callback."""
+
+    kept: list[Any] = field(default_factory=list)
+
+    def build(self) -> "Marks":
+        return self
+
+    def on_start(self, view: Any, progress: Progress) -> None:
+        with record_function(FIRST):
+            pass
+
+    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        if progress.step == 2:
+            with record_function(LAST):
+                pass
+            raise _Over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """The most that one rank held."""
+
+    tensor_bytes: int
+    """During the steps, by torch's profiler."""
+    rss_bytes: int
+    """Of the whole process, above what it had before the run."""
+
+
+def measured(case: Case, folder: Path, limit_seconds: float = 1800.0) -> list[Held]:
+    """Train two steps of a case in forked ranks; return what each held at most."""
+    run = replace(case.run(folder), callbacks={"marks": Marks()}, timeout_seconds=limit_seconds)
+    with tempfile.TemporaryDirectory(dir=folder) as runs:
+        return run_ranks(
+            case.processes, _held, Path(runs) / "run", run, limit_seconds=limit_seconds
+        )
+
+
+def _held(placement: Placement, folder: Path, run: Any) -> Held:
+    before = _rss()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        try:
+            train(placement, folder, run)
+        except _Over:
+            pass
+        rss = peak_memory_gib(torch.device("cpu")) * 2**30
+    return Held(tensor_bytes=_peak(profiled), rss_bytes=int(rss - before))
+
+
+def _rss() -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0]) * 2**10  # Linux counts KiB
+
+
+def _peak(profiled: Any) -> int:
+    """Return the most that was allocated at once between the marks."""
+    events = profiled.profiler.kineto_results.events()
+    first = next(event.start_ns() for event in events if event.name() == FIRST)
+    last = next(event.start_ns() for event in events if event.name() == LAST)
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    held = peak = 0
+    for at, change in changes:
+        held += change
+        if first <= at <= last:
+            peak = max(peak, held)
+    return peak

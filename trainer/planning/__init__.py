@@ -1,0 +1,1 @@
+"""What a run would cost, found without starting it: memory, work, time."""
