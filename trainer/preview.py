@@ -1,10 +1,12 @@
 """What a rank of a large mesh would hold, found in one process without memory or messages."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from trainer.mesh import Mesh
 from trainer.parallel.laid_out import LaidOut
@@ -23,16 +25,20 @@ class Shard:
     dtype: torch.dtype
 
 
-def lay_out(run: Run, world_size: int, rank: int) -> tuple[LaidOut, Mesh]:
+def lay_out(
+    run: Run, world_size: int, rank: int, change: Callable[[nn.Module], None] | None = None
+) -> tuple[LaidOut, Mesh]:
     """Lay the meta model out as `rank` of `world_size` would, over a process group that is none.
 
-    The caller destroys the process group.
+    `change` is done to the model before. The caller destroys the process group.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = Mesh("cpu", run.chosen_mesh(world_size)[0].axes(world_size))
     model = run.trained_model()
+    if change is not None:
+        change(model)
     return run.engine.lay_out(model, run.surroundings(model, mesh, torch.device("cpu"))), mesh
 
 

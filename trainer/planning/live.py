@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 BUILD, FORWARD, BACKWARD, UPDATE = "build", "forward", "backward", "update"
+GATHERED = "gathered"
+"""Holds a storage whose size was changed: weights that FSDP2 gathers and lets go."""
 
 
 @dataclass(slots=True)
@@ -104,6 +106,3 @@ class Ledger:
             yield
         finally:
             torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
-
-
-GATHERED = "gathered"

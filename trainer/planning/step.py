@@ -1,6 +1,6 @@
-"""Two steps of one rank as the engine really takes them, on tensors without memory."""
+"""A step of one rank as the engine really takes it, on tensors without memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.parallel.pieces import local_tensor
+from trainer.parallel.pieces import is_dtensor, local_tensor
 from trainer.planning.live import FORWARD, UPDATE, Ledger
 from trainer.planning.pretend import Pretend
 from trainer.planning.rows import full_batches, with_images
@@ -17,87 +17,115 @@ from trainer.preview import lay_out
 from trainer.run import Run
 
 WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimizer", "buffers"
-STEPS = 2  # DDP makes its buckets anew after the first one
+HOST = "host"
+"""Holds what an offloaded optimizer keeps in the host's memory."""
 
 
-def pretend(run: Run, world_size: int, rank: int) -> tuple[Ledger, list[nn.Module]]:
-    """Return what `rank` of `world_size` would hold over two steps, and its parts of the model."""
-    laid_out, mesh = lay_out(run, world_size, rank)
-    batches = full_batches(run, mesh.dp_size, is_pipeline=mesh.size("pp") > 1)
-    ledger = Ledger()
-    mode = Pretend(ledger)
+def pretend(
+    run: Run, world_size: int, rank: int, change: Callable[[nn.Module], None]
+) -> tuple[Ledger, list[nn.Module]]:
+    """Return what `rank` of `world_size` would hold, and its parts of the model.
+
+    `change` is done to the planned model before it is laid out.
+    """
+    laid_out, mesh = lay_out(run, world_size, rank, change)
     try:
+        batches = full_batches(run, mesh.dp_size, is_pipeline=mesh.size("pp") > 1)
+        ledger = Ledger()
+        mode, device = Pretend(ledger), torch.device("cpu")
+        around = run.surroundings(laid_out.parts[0], mesh, device)
         with ledger.watching_sizes(), _staying(), mode:
-            device = torch.device("cpu")
             with mode.shapes:
                 laid_out.fill(device, lambda _, start, stop: torch.empty(stop - start))
-            model = laid_out.parts[0]
-            around = run.surroundings(model, mesh, device)
-            for part in laid_out.parts:
-                _mark_weights(part, ledger)
-            engine: Any = run.engine.build(laid_out, around)
-            for called in engine.passes.called:
-                _answer_at_once(called)
-            if hasattr(engine, "update"):
-                for value in engine.optimizer_state().values():
-                    ledger.mark(value.local, OPTIMIZER)
-                _mark_gradients(engine.update, ledger)
-            with mode.shapes:
                 batches = [with_images(batch, run) for batch in batches]
-            for step in range(1, STEPS + 1):
+            for part in laid_out.parts:
+                _mark_parts(part, ledger)
+            engine: Any = run.engine.build(laid_out, around)
+            _mark_engine(engine, ledger, is_offloaded=getattr(run.engine, "offload_optimizer", 0))
+            num_tokens = sum(batch.input_ids.numel() for batch in batches)
+            for step in range(1, _num_steps(engine) + 1):
                 ledger.enter(FORWARD)
-                engine.train_step(step, batches, sum(batch.input_ids.numel() for batch in batches))
+                engine.train_step(step, batches, num_tokens)
         return ledger, laid_out.parts
     finally:
         dist.destroy_process_group()
 
 
+def _num_steps(engine: Any) -> int:
+    """DDP makes its buckets anew after the first step."""
+    return 2 if any(isinstance(c, DistributedDataParallel) for c in engine.passes.called) else 1
+
+
 @contextmanager
 def _staying() -> Iterator[None]:
     """Let modules stay where they are: tensors without memory cannot move."""
-    plain = nn.Module.to
+    plain: Any = nn.Module.to
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         is_move = len(args) == 1 and isinstance(args[0], torch.device | str | int) and not kwargs
         return module if is_move else plain(module, *args, **kwargs)
 
-    nn.Module.to = to  # type: ignore[method-assign]
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         nn.Module.to = plain  # type: ignore[method-assign]
 
 
-def _answer_at_once(called: nn.Module) -> None:
-    """Let DDP go on with its own gradients: messages to nobody have no result."""
-
-    def hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
-    if isinstance(called, DistributedDataParallel):
-        called.register_comm_hook(None, hook)
+def _mark_parts(part: nn.Module, ledger: Ledger) -> None:
+    kinds = ((WEIGHTS, part.parameters()), (BUFFERS, part.buffers()))
+    for kind, tensors in kinds:
+        for tensor in tensors:
+            ledger.note(local_tensor(tensor))
+            ledger.mark(local_tensor(tensor), kind)
 
 
-def _mark_weights(part: nn.Module, ledger: Ledger) -> None:
-    for parameter in part.parameters():
-        ledger.note(local_tensor(parameter))
-        ledger.mark(local_tensor(parameter), WEIGHTS)
-    for buffer in part.buffers():
-        ledger.note(buffer)
-        ledger.mark(buffer, BUFFERS)
+def _mark_engine(engine: Any, ledger: Ledger, *, is_offloaded: bool) -> None:
+    """Say which tensors are the optimizer's, and let gradients be marked when they are there."""
+    for called in engine.passes.called:
+        if isinstance(called, DistributedDataParallel):
+            called.register_comm_hook(None, _at_once)
+    kept = HOST if is_offloaded else OPTIMIZER
+    update = getattr(engine, "update", None)
+    if update is None:  # DeepSpeed's optimizer has flat weights of its own
+        base = engine.state.base
+        groups = [weight for group in base.param_groups for weight in group["params"]]
+        own = {id(p) for p in engine.engine.module.parameters()}
+        _mark(ledger, [weight for weight in groups if id(weight) not in own], kept)
+        _mark(ledger, [v for state in base.state.values() for v in state.values()], kept)
+        return
+    _mark(ledger, [piece.local for piece in engine.optimizer_state().values()], kept)
+    if update.host:
+        _mark(ledger, [piece.local for piece in update.host.pieces.values()], HOST)
+    _mark_gradients(update, ledger)
+
+
+def _mark(ledger: Ledger, tensors: list[Any], kind: str) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not is_dtensor(tensor):
+            ledger.mark(tensor, kind)
+
+
+def _at_once(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Let DDP go on with its own gradients: a message to nobody has no result."""
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def _mark_gradients(update: Any, ledger: Ledger) -> None:
     """Note where the update begins, and which gradients it finds."""
-    norm = update.grad_norm
+    norm, give = update.grad_norm, update._give
 
     def grad_norm() -> Tensor:
         ledger.enter(UPDATE)
-        for parameter in update.parameters.values():
-            if parameter.grad is not None:
-                ledger.mark(local_tensor(parameter.grad), GRADIENTS)
+        found = [p.grad for p in update.parameters.values() if p.grad is not None]
+        _mark(ledger, [local_tensor(gradient) for gradient in found], GRADIENTS)
         return cast(Tensor, norm())
 
-    update.grad_norm = grad_norm
+    def given(gradients: dict[str, Tensor]) -> None:
+        give(gradients)
+        if update.host:
+            _mark(ledger, list(update.host.buffers.values()), HOST)
+
+    update.grad_norm, update._give = grad_norm, given
