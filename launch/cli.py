@@ -27,6 +27,10 @@ COMMANDS = {
         "launch.verify",
         "show that every layout computes the same: tessera verify experiment=demo",
     ),
+    "plan": (
+        "launch.plan",
+        "memory, work and time of a run, starting nothing: tessera plan experiment=demo",
+    ),
     "inspect": (
         "launch.inspect",
         "show a step as it is trained on: tessera inspect experiment=demo",

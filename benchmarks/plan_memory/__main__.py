@@ -28,8 +28,13 @@ def main(words: list[str]) -> int:
             for case in cases:
                 held = measured(case, Path(folder))
                 most = max(held, key=lambda one: one.tensor_bytes)
-                row = {"case": case.name, "ranks": case.processes, "words": list(case.words),
-                       "tensor_bytes": most.tensor_bytes, "rss_bytes": most.rss_bytes}
+                row = {
+                    "case": case.name,
+                    "ranks": case.processes,
+                    "words": list(case.words),
+                    "tensor_bytes": most.tensor_bytes,
+                    "rss_bytes": most.rss_bytes,
+                }
                 print(row, flush=True)
                 with open(RESULTS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")

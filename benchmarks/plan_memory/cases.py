@@ -1,8 +1,11 @@
 """The runs that are measured: families, layouts, precisions, what trains, what is recomputed."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from launch.compose import compose
 from launch.train import bind_run
@@ -52,18 +55,13 @@ class Case:
 
     @property
     def _rows(self) -> int:
+        """Return the rows of a step: two micro-batches for a data rank, of four ranks one."""
         is_data_parallel = any(word in ("mesh=ddp", "mesh=fsdp") for word in self.words)
-        return 2 * self.processes if is_data_parallel and self.processes == 2 else 2 * 1 + 2 * (
-            self.processes == 4
-        )
+        return 4 if is_data_parallel or self.processes == 4 else 2
 
 
 def pictures(folder: Path) -> Path:
     """Write eight captioned pictures, once; return the file of rows."""
-    import json
-
-    from PIL import Image
-
     path = folder / "captions.jsonl"
     if not path.exists():
         rows: list[dict[str, Any]] = []

@@ -1,6 +1,7 @@
 """What the ranks of a real run held at most: tensor bytes by torch's profiler, RSS by Linux."""
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,8 @@ def measured(case: Case, folder: Path, limit_seconds: float = 1800.0) -> list[He
 def _held(placement: Placement, folder: Path, run: Any) -> Held:
     before = _rss()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        try:
+        with suppress(_Over):
             train(placement, folder, run)
-        except _Over:
-            pass
         rss = peak_memory_gib(torch.device("cpu")) * 2**30
     return Held(tensor_bytes=_peak(profiled), rss_bytes=int(rss - before))
 

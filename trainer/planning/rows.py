@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from models.nn.prompt import virtual_ids
 from trainer.batch import Batch
 from trainer.run import Run
 from trainer.run_images import family_of
@@ -35,8 +34,7 @@ def full_batches(run: Run, dp_size: int, *, is_pipeline: bool) -> list[Batch]:
         packed=labels is not None, relabel=MadeLabels(labels=labels) if labels else None,
         virtual_ids=run.virtual_ids,
     )  # fmt: skip
-    batches = [replace(batch, sources=None, num_sources=0) for batch in made.micro_batches(1, 0, 1)]
-    return batches
+    return [replace(batch, sources=None, num_sources=0) for batch in made.micro_batches(1, 0, 1)]
 
 
 def with_images(batch: Batch, run: Run) -> Batch:

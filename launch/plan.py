@@ -1,0 +1,164 @@
+"""`tessera plan`: what a run would cost in memory, work and time, without starting it."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from launch.compose import compose
+from launch.exit_codes import CHECK_FAILED, FINISHED
+from launch.truth import truth
+from launch.words import split_off
+
+if TYPE_CHECKING:
+    from launch.probe import Probe
+    from trainer.planning.devices import Device
+    from trainer.planning.facts import Facts
+    from trainer.planning.layouts import Row
+    from trainer.planning.memory import Memory
+
+USAGE = """usage: tessera plan [experiment=NAME] [group=choice] [key=value] ...
+
+Says what `tessera train` with the same words would need: parameters, batch, FLOPs, checkpoints,
+and the memory of the rank that holds most, counted by taking its step on tensors without memory.
+Reads no weights, and of the data what labels come from. Exit code 1: the device does not hold it.
+
+  tessera plan experiment=demo
+  tessera plan experiment=sft model.path=FOLDER device=h100 processes=8 mesh=fsdp
+  device=NAME     {devices}; cpu is this machine
+  processes=N     in place of launch.processes
+  mfu=0.4         the share of the device's peak that tokens per second and end are reckoned with
+  layouts=true    a table: every layout that the run may have on N processes, and which GPU holds it
+  probe=true      three real steps on this machine: tokens per second and memory beside the plan
+  json=true       one JSON object
+"""
+OWN = ("device", "processes", "mfu", "layouts", "probe", "json")
+MFU = 0.4  # what well-tuned runs reach on GPUs; an assumption, and said to be one
+MAX_PROCESSES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What belongs to the command, not to the config."""
+
+    device: "Device | None"
+    processes: int
+    mfu: float
+    is_mfu_given: bool
+    layouts: bool
+    probe: bool
+    json: bool
+
+
+def main(arguments: list[str]) -> int:
+    """Run `tessera plan` and return the exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        from trainer.planning.devices import DEVICES
+
+        print(USAGE.format(devices=", ".join(DEVICES)), end="")
+        return FINISHED
+    own, words = split_off("plan", arguments, OWN)
+    composed = compose(words, command="plan", options=OWN)
+    tree = composed.tree | {"name": composed.tree["name"] or composed.experiment or "run"}
+    options = _options(own, tree)
+    run = _run(tree)
+    from launch import plan_text
+    from trainer.planning.facts import facts_of, sized
+    from trainer.planning.memory import memory_of
+
+    device = options.device
+    facts = facts_of(run, options.processes, device)
+    run = sized(run, device)
+    if not options.json:
+        plan_text.show_facts(run, facts, options)
+    is_gpu = device is not None and device.name != "cpu"
+    memory = memory_of(run, options.processes, is_gpu=is_gpu)
+    if not options.json:
+        plan_text.show_memory(memory)
+    rows = _rows(run, options) if options.layouts else []
+    probe = _probe(words, options) if options.probe else None
+    if options.json:
+        print(json.dumps(_numbers(run, facts, memory, rows, probe, options)))
+    else:
+        plan_text.show_end(run, facts, memory, rows, probe, options)
+    is_too_large = device is not None and memory.peak > device.memory_gib * 2**30
+    return CHECK_FAILED if is_too_large else FINISHED
+
+
+def _options(own: dict[str, str], tree: dict[str, Any]) -> Options:
+    from trainer.planning.devices import device
+
+    given = own.get("processes") or tree.get("launch", {}).get("processes", 1)
+    if not str(given).isdecimal() or not 1 <= int(given) <= MAX_PROCESSES:
+        raise ValueError(f"processes={given} is no number of processes; set it to 1 or more")
+    processes = int(given)
+    return Options(
+        device=device(own["device"], processes) if "device" in own else None,
+        processes=processes, mfu=_mfu(own.get("mfu", str(MFU))), is_mfu_given="mfu" in own,
+        **{key: truth(key, own.get(key, "false")) for key in ("layouts", "probe", "json")},
+    )  # fmt: skip
+
+
+def _mfu(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError(f"mfu={text} is no share of a peak; set it above 0, and to 1 at most")
+    return value
+
+
+def _run(tree: dict[str, Any]) -> Any:
+    from launch.binding import bind
+    from trainer.run import Run
+
+    run = bind({key: value for key, value in tree.items() if key != "launch"})
+    assert isinstance(run, Run)
+    return run
+
+
+def _rows(run: Any, options: Options) -> "list[Row]":
+    from trainer.planning.layouts import rows_of
+
+    rows = []
+    for row in rows_of(run, options.processes):
+        rows.append(row)
+        if not options.json and sys.stderr.isatty():
+            print(f"planned {row.name}", file=sys.stderr)
+    return rows
+
+
+def _probe(words: list[str], options: Options) -> "Probe":
+    from launch.probe import probe
+
+    return probe(words, options.processes)
+
+
+def _numbers(
+    run: Any,
+    facts: "Facts",
+    memory: "Memory",
+    rows: "list[Row]",
+    probe: "Probe | None",
+    options: Options,
+) -> dict[str, Any]:
+    """Return the plan as one JSON object; sizes in bytes."""
+    device = options.device
+    rate = facts.tokens_per_second(run, device, options.mfu, options.processes) if device else 0
+    return {
+        "processes": options.processes,
+        **{key: value for key, value in asdict(facts).items() if key != "flops"},
+        "flops_per_token": facts.flops.per_token,
+        "flops": facts.flops.describe(),
+        "memory": asdict(memory),
+        "device": asdict(device) if device else None,
+        "fits": memory.peak <= device.memory_gib * 2**30 if device else None,
+        "mfu": options.mfu if rate else None,
+        "tokens_per_second": rate or None,
+        "layouts": [
+            {"name": r.name, "peak": r.memory and r.memory.peak, "problem": r.problem or None}
+            for r in rows
+        ],
+        "probe": asdict(probe) if probe else None,
+    }
