@@ -50,7 +50,7 @@ DEVICES = {
         _device("rtx4090", 24_564, 165.2, 82.6, "NVIDIA Ada architecture paper, appendix A"),
     )
 }
-TABLE = ("rtx4090", "l40s", "a100-40", "a100", "h100", "h200", "mi300x")
+TABLE = ("rtx4090", "a100-40", "l40s", "h100", "a100", "h200", "mi300x")
 """Columns of the table over layouts, from the smallest memory on."""
 
 

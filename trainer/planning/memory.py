@@ -117,9 +117,7 @@ class _Kinds:
         self.wide = max((local_tensor(p).element_size() for p in weights), default=4)
         self.shapes = {tuple(p.shape) for p in weights}
         self.vocabularies = {
-            len(module.weight)
-            for part in parts
-            if isinstance(module := _head(part), nn.Linear)
+            len(module.weight) for part in parts if isinstance(module := _head(part), nn.Linear)
         }
 
     def __call__(self, block: Block) -> str:

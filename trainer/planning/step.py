@@ -41,7 +41,7 @@ def pretend(
             for part in laid_out.parts:
                 _mark_parts(part, ledger)
             engine: Any = run.engine.build(laid_out, around)
-            _mark_engine(engine, ledger, is_offloaded=getattr(run.engine, "offload_optimizer", 0))
+            _mark_engine(engine, ledger, HOST if _offloads(run) else OPTIMIZER)
             num_tokens = sum(batch.input_ids.numel() for batch in batches)
             for step in range(1, _num_steps(engine) + 1):
                 ledger.enter(FORWARD)
@@ -52,8 +52,14 @@ def pretend(
 
 
 def _num_steps(engine: Any) -> int:
-    """DDP makes its buckets anew after the first step."""
-    return 2 if any(isinstance(c, DistributedDataParallel) for c in engine.passes.called) else 1
+    """Return 1 where a step leaves nothing behind but what it began with; else 2.
+
+    DDP and DeepSpeed make buckets, pipelines and offloaded optimizers buffers, in the first one.
+    """
+    leaves = any(isinstance(called, DistributedDataParallel) for called in engine.passes.called)
+    update = getattr(engine, "update", None)
+    is_plain = update is not None and update.host is None and len(engine.passes.called) == 1
+    return 1 if is_plain and not leaves and not hasattr(engine.passes, "schedule") else 2
 
 
 @contextmanager
@@ -80,14 +86,20 @@ def _mark_parts(part: nn.Module, ledger: Ledger) -> None:
             ledger.mark(local_tensor(tensor), kind)
 
 
-def _mark_engine(engine: Any, ledger: Ledger, *, is_offloaded: bool) -> None:
-    """Say which tensors are the optimizer's, and let gradients be marked when they are there."""
+def _offloads(run: Run) -> bool:
+    return bool(getattr(run.engine, "offload_optimizer", False))
+
+
+def _mark_engine(engine: Any, ledger: Ledger, kept: str) -> None:
+    """Say that the optimizer's tensors are `kept`, and let gradients be marked once they are there.
+
+    DeepSpeed's optimizer has flat weights of its own.
+    """
     for called in engine.passes.called:
         if isinstance(called, DistributedDataParallel):
             called.register_comm_hook(None, _at_once)
-    kept = HOST if is_offloaded else OPTIMIZER
     update = getattr(engine, "update", None)
-    if update is None:  # DeepSpeed's optimizer has flat weights of its own
+    if update is None:
         base = engine.state.base
         groups = [weight for group in base.param_groups for weight in group["params"]]
         own = {id(p) for p in engine.engine.module.parameters()}
@@ -106,7 +118,7 @@ def _mark(ledger: Ledger, tensors: list[Any], kind: str) -> None:
             ledger.mark(tensor, kind)
 
 
-def _at_once(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _at_once(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
     """Let DDP go on with its own gradients: a message to nobody has no result."""
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())

@@ -1,0 +1,140 @@
+"""What a plan counts is what closed formulas say, and nothing is started or allocated for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from models.llama import LlamaSpec
+from tests.runs import tiny_run
+from trainer.engines.native import NativeEngine
+from trainer.mesh import MeshSpec
+from trainer.optim import SGD
+from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.planning.devices import DEVICES, TABLE, device
+from trainer.planning.facts import facts_of, state_tensors
+from trainer.planning.layouts import layouts
+from trainer.planning.live import FORWARD, Ledger
+from trainer.planning.memory import Memory, memory_of
+from trainer.planning.pretend import Pretend
+from trainer.run import Run
+
+SPEC = LlamaSpec(
+    vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    tie_word_embeddings=False,
+)  # fmt: skip
+# Embedding and head; per layer q, o, k, v, three of the feed-forward layer, two norms; a norm.
+PARAMETERS = 2 * 258 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+FP32 = 4
+
+
+def planned(run: Run, processes: int = 1) -> Memory:
+    found = memory_of(run, processes, is_gpu=False)
+    assert not dist.is_initialized()
+    assert sum(found.by_category.values()) == found.peak
+    return found
+
+
+@pytest.fixture
+def run(cache: Path) -> Run:
+    return tiny_run(cache, model=SPEC)
+
+
+def test_one_process_holds_weights_and_two_moments_of_each(run: Run) -> None:
+    held = planned(run).by_category
+    assert held["weights"] == FP32 * PARAMETERS
+    # And a step counter of each of the 21 weights.
+    assert held["optimizer"] == FP32 * (2 * PARAMETERS + 21)
+
+
+def test_plain_gradient_descent_keeps_nothing(run: Run) -> None:
+    assert planned(replace(run, optim=SGD(lr=0.1))).by_category["optimizer"] == 0
+    assert state_tensors(SGD(lr=0.1), torch.float32) == 0
+    assert state_tensors(run.optim, torch.float32) == 2
+
+
+def test_shards_are_of_so_many_ranks(run: Run) -> None:
+    run = replace(run, mesh=MeshSpec(dp_shard=2))
+    held = planned(run, 2).by_category
+    assert held["weights"] == FP32 * PARAMETERS / 2
+    assert held["optimizer"] == FP32 * (2 * PARAMETERS / 2 + 21)
+    assert held["copies of weights"] > 0
+
+
+def test_copies_have_whole_weights_and_a_bucket_of_gradients(run: Run) -> None:
+    held = planned(run, 2).by_category
+    assert held["weights"] == FP32 * PARAMETERS
+    assert held["gradients"] >= FP32 * PARAMETERS
+
+
+def test_the_stage_that_holds_most_of_a_pipeline_is_named(run: Run) -> None:
+    memory = planned(replace(run, mesh=MeshSpec(pp=2)), 2)
+    assert memory.rank in (0, 1)
+    assert memory.by_category["weights"] < FP32 * PARAMETERS
+
+
+def test_longer_rows_need_more_and_recomputing_less(run: Run) -> None:
+    engine = NativeEngine(activation_checkpointing=ActivationCheckpointing(mode="full"))
+    long = replace(run, data=replace(run.data, row_tokens=64, micro_rows=8))
+    peaks = [planned(one).peak for one in (replace(long, engine=engine), long)]
+    assert planned(run).peak < peaks[0] < peaks[1]
+
+
+def test_on_a_gpu_attention_keeps_no_mask_and_the_host_what_is_offloaded(run: Run) -> None:
+    long = replace(run, data=replace(run.data, row_tokens=64, micro_rows=8))
+    assert memory_of(long, 1, is_gpu=True).peak < planned(long).peak
+    away = replace(run, engine=NativeEngine(offload_optimizer=True))
+    memory = memory_of(away, 1, is_gpu=True)
+    assert memory.by_category["optimizer"] == 0
+    # Copies of weights and gradients, and two moments.
+    assert memory.host == FP32 * (4 * PARAMETERS + 21)
+
+
+def test_a_ledger_knows_what_was_alive_when() -> None:
+    ledger = Ledger()
+    ledger.enter(FORWARD)
+    with Pretend(ledger):
+        first = torch.zeros(1 << 40)  # 4 TiB: nothing has them
+        second = first + 1
+        del first
+        third = second * 2
+        ids = torch.arange(3)
+    assert ids.tolist() == [0, 1, 2]
+    assert third.shape == second.shape
+    one, two, three = (block for block in ledger.blocks if block.num_bytes > 1 << 40)
+    assert one.died is not None
+    assert two.born < one.died <= three.born
+    assert two.died is three.died is None
+
+
+def test_facts_follow_from_the_config_alone(run: Run) -> None:
+    facts = facts_of(replace(run, save_every=5), 2, None)
+    assert (facts.trainable, facts.frozen) == (PARAMETERS, 0)
+    assert (facts.global_samples, facts.micro_rows, facts.micro_batches) == (8, 2, 2)
+    assert facts.step_tokens == 8 * 32
+    assert facts.checkpoint == FP32 * 3 * PARAMETERS
+    assert facts.saves == "every 5 steps, the newest 2 stay"
+    rate = facts.tokens_per_second(run, DEVICES["h100"], 0.5, 2)
+    assert rate == pytest.approx(0.5 * 67e12 * 2 / facts.flops.per_token)
+
+
+def test_an_impossible_mesh_is_refused_with_what_is_legal(run: Run) -> None:
+    with pytest.raises(ValueError, match="not divisible by 3"):
+        facts_of(run, 3, None)
+
+
+def test_devices_are_known_by_name() -> None:
+    assert set(TABLE) == set(DEVICES)
+    assert device("cpu", 2).memory_gib * 2 == pytest.approx(device("cpu", 1).memory_gib)
+    with pytest.raises(ValueError, match="did you mean h100"):
+        device("h10", 1)
+
+
+def test_layouts_of_eight_processes_cover_every_axis(run: Run) -> None:
+    names = set(layouts(run, 8))
+    assert {"ddp", "fsdp", "hsdp 2x4", "tp8", "tp2 x fsdp4", "cp2 x fsdp4", "pp4 x fsdp2"} <= names
+    assert {"zero1", "zero2", "zero3"} <= names
+    assert set(layouts(run, 1)) == {"single"}
