@@ -26,17 +26,22 @@ class Shard:
 
 
 def lay_out(
-    run: Run, world_size: int, rank: int, change: Callable[[nn.Module], None] | None = None
+    run: Run,
+    world_size: int,
+    rank: int,
+    *,
+    step: int = 1,
+    change: Callable[[nn.Module], None] | None = None,
 ) -> tuple[LaidOut, Mesh]:
     """Lay the meta model out as `rank` of `world_size` would, over a process group that is none.
 
-    `change` is done to the model before. The caller destroys the process group.
+    `step` says what trains; `change` is done to the model before. The caller destroys the process group.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = Mesh("cpu", run.chosen_mesh(world_size)[0].axes(world_size))
-    model = run.trained_model()
+    model = run.trained_model(step)
     if change is not None:
         change(model)
     return run.engine.lay_out(model, run.surroundings(model, mesh, torch.device("cpu"))), mesh

@@ -1,4 +1,4 @@
-"""`tessera plan` says what a run would need on one screen, and exits with 1 where it does not fit."""
+"""`tessera plan` says what a run would need, and exits with 1 where that does not fit."""
 
 import json
 from dataclasses import replace

@@ -29,6 +29,7 @@ class Facts:
     why: str
     """Why mesh=auto came to it."""
     trainable: int
+    """In the last phase, as `frozen` and all that follows."""
     frozen: int
     unit: str
     """rows or documents."""
@@ -73,7 +74,7 @@ def facts_of(run: Run, processes: int, device: Device | None) -> Facts:
     spec, why = run.chosen_mesh(processes)
     axes = spec.axes(processes)
     dp_size = axes["dp_replicate"] * axes["dp_shard"]
-    model, data = run.trained_model(), run.data
+    model, data = run.trained_model(run.freeze.last_phase), run.data
     micro_batches = data.micro_batches(dp_size)
     run.rules(model)
     run.engine.check(

@@ -22,7 +22,8 @@ class Pretend(TorchDispatchMode):
     """Runs what is about floating-point tensors on shapes alone.
 
     Ids, positions and segments are small and stay real: what is read off them on the host, as the
-    lengths of documents, is there. A number that is asked of a pretended tensor is 0.
+    lengths of documents, is there. A number that is asked of a pretended tensor is 1, a truth value
+    false: nothing is skipped.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -43,7 +44,7 @@ class Pretend(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         is_pretended = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         if is_pretended and func is _aten._local_scalar_dense.default:
-            return 0.0 if tensors[0].is_floating_point() else 0
+            return tensors[0].dtype != torch.bool and 1
         if func in _UPDATES:
             return None
         if func.name() == "c10d::recv_" and not is_pretended:

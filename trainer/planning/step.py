@@ -26,9 +26,12 @@ def pretend(
 ) -> tuple[Ledger, list[nn.Module]]:
     """Return what `rank` of `world_size` would hold, and its parts of the model.
 
-    `change` is done to the planned model before it is laid out.
+    `change` is done to the planned model before it is laid out. Of several phases the last one is
+    taken, which as a rule trains most.
     """
-    laid_out, mesh = lay_out(run, world_size, rank, change)
+    laid_out, mesh = lay_out(
+        run, world_size, rank, step=run.freeze.last_phase, change=change
+    )
     try:
         batches = full_batches(run, mesh.dp_size, is_pipeline=mesh.size("pp") > 1)
         ledger = Ledger()
