@@ -64,13 +64,14 @@ def main(arguments: list[str]) -> int:
     run = _run(tree)
     from launch import plan_text
     from trainer.planning.facts import facts_of, sized
-    from trainer.planning.memory import memory_of
 
     device = options.device
     facts = facts_of(run, options.processes, device)
     run = sized(run, device)
     if not options.json:
         plan_text.show_facts(run, facts, options)
+    from trainer.planning.memory import memory_of  # imports for a second: behind the first lines
+
     is_gpu = device is not None and device.name != "cpu"
     memory = memory_of(run, options.processes, is_gpu=is_gpu)
     if not options.json:

@@ -1,20 +1,22 @@
 """A plan on the terminal: aligned, one screen, each number with where it is from."""
 
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launch.plan import Options
-from launch.probe import Probe
 from trainer.planning.devices import DEVICES, TABLE
-from trainer.planning.facts import Facts
-from trainer.planning.layouts import Row
-from trainer.planning.memory import Memory
+
+if TYPE_CHECKING:  # memory imports torch's fake tensors: over a second, behind the first lines
+    from launch.plan import Options
+    from launch.probe import Probe
+    from trainer.planning.facts import Facts
+    from trainer.planning.layouts import Row
+    from trainer.planning.memory import Memory
 
 GIB = 1 << 30
 WIDTH = 19
 
 
-def show_facts(run: Any, facts: Facts, options: Options) -> None:
+def show_facts(run: Any, facts: "Facts", options: "Options") -> None:
     """Print what the config alone says."""
     model = type(getattr(run.model, "spec", run.model)).__name__.removesuffix("Spec")
     ranks = f"{options.processes} process{'es' * (options.processes > 1)}"
@@ -32,7 +34,7 @@ def show_facts(run: Any, facts: Facts, options: Options) -> None:
     print(flush=True)
 
 
-def show_memory(memory: Memory) -> None:
+def show_memory(memory: "Memory") -> None:
     """Print the memory of a rank by what it is."""
     where = f"rank {memory.rank} holds most, in the {memory.phase} pass of a step of full rows"
     if memory.phase == "update":
@@ -48,11 +50,11 @@ def show_memory(memory: Memory) -> None:
 
 def show_end(
     run: Any,
-    facts: Facts,
-    memory: Memory,
-    rows: list[Row],
-    probe: Probe | None,
-    options: Options,
+    facts: "Facts",
+    memory: "Memory",
+    rows: "list[Row]",
+    probe: "Probe | None",
+    options: "Options",
 ) -> None:
     """Print table, time and verdict."""
     if rows:
@@ -73,13 +75,13 @@ def _line(name: str, text: str) -> None:
     print(f"{name:<12} {text}")
 
 
-def _mesh(facts: Facts) -> str:
+def _mesh(facts: "Facts") -> str:
     used = [f"{axis} {length}" for axis, length in facts.mesh.items() if length > 1]
     why = f" (mesh=auto: {facts.why})" if facts.why else ""
     return (" x ".join(used) or "no axis") + why
 
 
-def _batch(facts: Facts, processes: int) -> str:
+def _batch(facts: "Facts", processes: int) -> str:
     data = facts.mesh["dp_replicate"] * facts.mesh["dp_shard"]
     one = f"micro-batches of {facts.micro_rows} row{'s' * (facts.micro_rows > 1)}"
     many = "as many as the documents of a step fill" if facts.micro_batches is None else (
@@ -92,7 +94,7 @@ def _batch(facts: Facts, processes: int) -> str:
     )
 
 
-def _length(facts: Facts) -> str:
+def _length(facts: "Facts") -> str:
     most = "" if facts.is_exact else "at most "
     each = f"{most}{facts.step_tokens:,} tokens a step"
     if facts.steps is None:
@@ -100,7 +102,7 @@ def _length(facts: Facts) -> str:
     return f"{facts.steps:,} steps x {each} = {most}{facts.steps * facts.step_tokens:,} tokens"
 
 
-def _rate(run: Any, facts: Facts, probe: Probe | None, options: Options) -> tuple[float, str]:
+def _rate(run: Any, facts: "Facts", probe: "Probe | None", options: "Options") -> tuple[float, str]:
     """Return tokens per second, and where the number is from."""
     if probe is not None and (options.device is None or options.device.name == "cpu"):
         return probe.tokens_per_second, "as three real steps went on this machine"
@@ -112,7 +114,7 @@ def _rate(run: Any, facts: Facts, probe: Probe | None, options: Options) -> tupl
     return rate, f"at an MFU of {options.mfu:.0%} ({kind}) of the peak in the {device.source}"
 
 
-def _end(facts: Facts, rate: float) -> str:
+def _end(facts: "Facts", rate: float) -> str:
     if facts.steps is None:
         return ""
     took = timedelta(seconds=round(facts.steps * facts.step_tokens / rate))
@@ -123,7 +125,7 @@ def _end(facts: Facts, rate: float) -> str:
     return f"; {took} for all steps, started now they end {end}"
 
 
-def _verdict(memory: Memory, options: Options) -> str:
+def _verdict(memory: "Memory", options: "Options") -> str:
     device = options.device
     if device is None:
         return f"needs {_size(memory.peak)} per rank; device=h100 (or another) says if it fits"
@@ -135,7 +137,7 @@ def _verdict(memory: Memory, options: Options) -> str:
     return f"fits: {numbers} ({device.name}){note}"
 
 
-def _show_layouts(rows: list[Row], processes: int) -> None:
+def _show_layouts(rows: "list[Row]", processes: int) -> None:
     """Print which layout fits which device."""
     print(f"layouts on {processes} processes, GiB per rank; - does not fit")
     heads = "".join(f"{name:>10}" for name in TABLE)

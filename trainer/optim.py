@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class OptimSpec(Protocol):
         ...
 
     @property
+    def state_tensors(self) -> int:
+        """Tensors of its size that are kept for each weight."""
+        ...
+
+    @property
     def max_grad_norm(self) -> float | None:
         """Gradients are scaled down to this global norm; None: no clipping."""
         ...
@@ -65,6 +70,8 @@ class OptimSpec(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
     """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019, algorithm 2."""
+
+    state_tensors: ClassVar[int] = 2
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
@@ -90,6 +97,8 @@ class AdamW:
 @dataclass(frozen=True, kw_only=True)
 class SGD:
     """Plain gradient descent: its update shows a wrong gradient scale, which Adam's hides."""
+
+    state_tensors: ClassVar[int] = 0
 
     lr: float
     weight_decay: float = 0.0

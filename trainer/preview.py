@@ -35,7 +35,8 @@ def lay_out(
 ) -> tuple[LaidOut, Mesh]:
     """Lay the meta model out as `rank` of `world_size` would, over a process group that is none.
 
-    `step` says what trains; `change` is done to the model before. The caller destroys the process group.
+    `step` says what trains; `change` is done to the model before. The caller destroys the process
+    group.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

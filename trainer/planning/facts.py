@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from trainer.adapters.protocol import NoAdapter
@@ -12,9 +11,7 @@ from trainer.checkpoint.contents import is_trained_alone
 from trainer.checkpoint.interval import GPU_HOURS_PER_FAILURE
 from trainer.checkpoint.spec import AUTO_INTERVAL
 from trainer.flops import Flops, training_flops
-from trainer.optim import OptimSpec, Rules
 from trainer.parallel.pieces import unique_parameters
-from trainer.pieces import Piece
 from trainer.planning.devices import Device
 from trainer.planning.rows import micro_rows_of
 from trainer.precision import PRECISIONS
@@ -118,17 +115,7 @@ def _checkpoint(run: Run, model: nn.Module, trainable: int) -> tuple[int, int]:
     )
     saved = [p for p in parameters if p.requires_grad or not is_alone]
     size = PRECISIONS[run.precision].master.itemsize
-    kinds = state_tensors(run.optim, PRECISIONS[run.precision].master)
-    return sum(p.numel() * p.element_size() for p in saved), trainable * size * kinds
-
-
-def state_tensors(optim: OptimSpec, dtype: torch.dtype) -> int:
-    """Return how many tensors of its size an optimizer keeps for each weight."""
-    weight = torch.zeros(2, 2, dtype=dtype)
-    optimizer = optim.build(pieces={"": Piece.of(weight)}, rules=Rules())
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    return sum(value.shape == weight.shape for value in optimizer.state[weight].values())
+    return sum(p.numel() * p.element_size() for p in saved), trainable * size * run.optim.state_tensors
 
 
 def _saves(run: Run, processes: int) -> str:

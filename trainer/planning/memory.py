@@ -61,19 +61,19 @@ def _of_rank(run: Run, world_size: int, rank: int, *, is_gpu: bool) -> Memory:
     ledger, parts = pretend(
         run, world_size, rank, without_masks if is_gpu and not is_masked else _as_it_is
     )
-    away = {HOST} if is_gpu else set()
-    peak, at = _peak(ledger, away)
-    alive = [block for block in ledger.blocks if _is_alive(block, at)]
+    on_host = [block for block in ledger.blocks if is_gpu and block.kind == HOST]
+    here = [block for block in ledger.blocks if not (is_gpu and block.kind == HOST)]
+    first = ledger.starts[FORWARD][0]
+    peak, at = _peak(here, first)
+    alive = [block for block in here if _is_alive(block, at)]
     kind_of = _Kinds(parts)
     sums: Counter[str] = Counter()
     for block in alive:
         sums[kind_of(block)] += block.num_bytes
-    host = sums.pop(HOST, 0)
-    if not is_gpu:
-        sums[OPTIMIZER] += host
+    sums[OPTIMIZER] += sums[HOST]  # of a CPU
     return Memory(
         rank=rank, peak=peak, phase=_phase_at(ledger, at),
-        by_category={name: sums[name] for name in CATEGORIES}, host=host if is_gpu else 0,
+        by_category={name: sums[name] for name in CATEGORIES}, host=_peak(on_host, first)[0],
     )  # fmt: skip
 
 
@@ -82,22 +82,21 @@ def _as_it_is(_: nn.Module) -> None:
 
 
 def _is_alive(block: Block, at: int) -> bool:
-    return block.born <= at and (block.died is None or block.died > at)
+    return block.born <= at and (block.died is None or block.died >= at)
 
 
-def _peak(ledger: Ledger, away: set[str]) -> tuple[int, int]:
-    """Return the most bytes at once in the steps, and after which operation."""
-    changes = sorted(_changes(block for block in ledger.blocks if block.kind not in away))
-    first = ledger.starts[FORWARD][0]
+def _peak(blocks: list[Block], first: int) -> tuple[int, int]:
+    """Return the most bytes at once from operation `first` on, and after which one."""
     held = peak = at = 0
-    for now, change in changes:
+    # What dies behind an operation was still there beside its results.
+    for now, change in sorted(_changes(blocks), key=lambda pair: (pair[0], pair[1] < 0)):
         held += change
         if now >= first and held > peak:
             peak, at = held, now
     return peak, at
 
 
-def _changes(blocks: Iterator[Block]) -> Iterator[tuple[int, int]]:
+def _changes(blocks: list[Block]) -> Iterator[tuple[int, int]]:
     for block in blocks:
         yield block.born, block.num_bytes
         if block.died is not None:

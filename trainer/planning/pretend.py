@@ -14,6 +14,7 @@ _aten = torch.ops.aten
 # They change their arguments alone, whose shapes stay: nothing is to be found out.
 _UPDATES = {_aten._fused_adamw_.default, _aten._fused_adam_.default, _aten._fused_sgd_.default}
 
+_ANSWERS = {torch.bool: False, torch.int64: 1}
 _BY_VALUE = {_aten.arange, _aten.full, _aten.scalar_tensor}
 """Take the dtype of their arguments, where none is given."""
 
@@ -44,7 +45,7 @@ class Pretend(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         is_pretended = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         if is_pretended and func is _aten._local_scalar_dense.default:
-            return tensors[0].dtype != torch.bool and 1
+            return _ANSWERS.get(tensors[0].dtype, 1.0)
         if func in _UPDATES:
             return None
         if func.name() == "c10d::recv_" and not is_pretended:

@@ -29,9 +29,7 @@ def pretend(
     `change` is done to the planned model before it is laid out. Of several phases the last one is
     taken, which as a rule trains most.
     """
-    laid_out, mesh = lay_out(
-        run, world_size, rank, step=run.freeze.last_phase, change=change
-    )
+    laid_out, mesh = lay_out(run, world_size, rank, step=run.freeze.last_phase, change=change)
     try:
         batches = full_batches(run, mesh.dp_size, is_pipeline=mesh.size("pp") > 1)
         ledger = Ledger()
@@ -121,7 +119,10 @@ def _mark(ledger: Ledger, tensors: list[Any], kind: str) -> None:
             ledger.mark(tensor, kind)
 
 
-def _at_once(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _at_once(
+    _: Any,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch looks at the annotation
+) -> torch.futures.Future[Tensor]:
     """Let DDP go on with its own gradients: a message to nobody has no result."""
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
