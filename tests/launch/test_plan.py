@@ -22,7 +22,7 @@ def test_a_plan_shows_facts_memory_speed_and_verdict(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "plan of demo: Llama on 2 processes, dp_replicate 2, precision fp32" in out
     for needed in (
-        "17,504: 17,504 trainable, 0 frozen",
+        "17,568: 17,568 trainable, 0 frozen",
         "4 rows of 32 tokens a step = 2 data ranks x micro-batches of 2 rows, 1 accumulated",
         "400 steps x 128 tokens a step = 51,200 tokens",
         "M per token = per matmul weight 2 forward",

@@ -41,10 +41,12 @@ def layouts(run: Run, processes: int) -> dict[str, Run]:
     native = NativeEngine(activation_checkpointing=recompute)
     engine: Any = run.engine if isinstance(run.engine, NativeEngine) else native
     found = {name: replace(run, mesh=mesh, engine=engine) for name, mesh in meshes.items()}
+    zero = DeepSpeedEngine(activation_checkpointing=recompute)
+    if isinstance(run.engine, DeepSpeedEngine):
+        zero = replace(run.engine, offload_parameters=False)
     copies = MeshSpec(dp_replicate=processes)
     for stage in (1, 2, 3) if processes > 1 else ():
-        zero = DeepSpeedEngine(stage=stage, activation_checkpointing=recompute)
-        found[f"zero{stage}"] = replace(run, mesh=copies, engine=zero)
+        found[f"zero{stage}"] = replace(run, mesh=copies, engine=replace(zero, stage=stage))
     return found
 
 
