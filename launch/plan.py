@@ -89,15 +89,25 @@ def main(arguments: list[str]) -> int:
 def _options(own: dict[str, str], tree: dict[str, Any]) -> Options:
     from trainer.planning.devices import device
 
-    given = own.get("processes") or tree.get("launch", {}).get("processes", 1)
-    if not str(given).isdecimal() or not 1 <= int(given) <= MAX_PROCESSES:
-        raise ValueError(f"processes={given} is no number of processes; set it to 1 or more")
-    processes = int(given)
+    processes = _processes(own.get("processes"), tree)
     return Options(
         device=device(own["device"], processes) if "device" in own else None,
         processes=processes, mfu=_mfu(own.get("mfu", str(MFU))), is_mfu_given="mfu" in own,
         **{key: truth(key, own.get(key, "false")) for key in ("layouts", "probe", "json")},
     )  # fmt: skip
+
+
+def _processes(given: str | None, tree: dict[str, Any]) -> int:
+    """Return the ranks to plan for: as many as `launch` starts, though it need not be able to."""
+    if given is None:
+        from launch.binding import convert
+        from launch.protocol import Launch
+
+        launch: Launch = convert(tree["launch"], Launch, "launch")
+        return launch.world_size
+    if not given.isdecimal() or not 1 <= int(given) <= MAX_PROCESSES:
+        raise ValueError(f"processes={given} is no number of processes; set it to 1 or more")
+    return int(given)
 
 
 def _mfu(text: str) -> float:
