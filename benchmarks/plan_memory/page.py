@@ -24,13 +24,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         lines.append(
             f"| {row['case']} | {row['ranks']} | {row['planned'] / 1e6:.1f} | "
-            f"{row['tensor_bytes'] / 1e6:.1f} | {_off(row):+.1%} | {row['phase']} | "
+            f"{row['tensor_bytes'] / 1e6:.1f} | {_off(row):+.2%} | {row['phase']} | "
             f"{row['rss_bytes'] / 1e6:.0f} |"
         )
     offs = [abs(_off(row)) for row in rows]
     lines += [
         "",
-        f"{len(rows)} runs: off by {median(offs):.2%} in the median, {max(offs):.1%} at most.",
+        f"{len(rows)} runs: off by {median(offs):.2%} in the median, {max(offs):.2%} at most.",
     ]
     return lines
 

@@ -115,7 +115,9 @@ def _checkpoint(run: Run, model: nn.Module, trainable: int) -> tuple[int, int]:
     )
     saved = [p for p in parameters if p.requires_grad or not is_alone]
     size = PRECISIONS[run.precision].master.itemsize
-    return sum(p.numel() * p.element_size() for p in saved), trainable * size * run.optim.state_tensors
+    return sum(
+        p.numel() * p.element_size() for p in saved
+    ), trainable * size * run.optim.state_tensors
 
 
 def _saves(run: Run, processes: int) -> str:
