@@ -19,8 +19,10 @@ from launch.group import Group
 from launch.restarts import Failure, Restarts, failure_of, last_step
 from launch.signals import STOP_SIGNALS
 from launch.stragglers import Stragglers
+from launch.terminal import show_cursor
 from launch.traces import read_records
 from launch.watchdog import Hang, Watchdog, WatchdogSpec
+from trainer.screen import clean
 
 GRACE_SECONDS = 5.0  # for the other ranks, once one has failed
 POLL_SECONDS = 0.05
@@ -82,6 +84,7 @@ class Supervisor:
             hang = self._wait(group)
         finally:
             group.kill()
+            show_cursor()  # rank 0 may have had no time for it
         return self._judge(group, hang)
 
     def _wait(self, group: Group) -> Hang | None:
@@ -186,6 +189,7 @@ class Supervisor:
 
     @staticmethod
     def _say(text: str) -> None:
+        clean(sys.stderr.fileno())
         print(f"tessera: {text}", file=sys.stderr, flush=True)
 
 

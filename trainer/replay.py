@@ -20,12 +20,12 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import bits_of, fix_bits
 from trainer.directory import CHECKPOINTS
 from trainer.distributed import Placement, Ranks
+from trainer.files import read_lines
 from trainer.inspection.pieces import Piece, pieces_of
 from trainer.numerics.guard import Guard
 from trainer.numerics.rewinds import kept, read_rewinds
 from trainer.phases import PhasedEngine
 from trainer.progress import Progress
-from trainer.record import read_lines
 from trainer.resume import Place
 from trainer.run import Run
 from trainer.run_data import data_of
