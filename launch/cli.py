@@ -47,6 +47,10 @@ COMMANDS = {
     ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "doctor": ("launch.doctor", "versions, memory, disk and clock of this machine"),
+    "explain": (
+        "launch.explain",
+        "a setting, who set it and what it means: tessera explain optim.lr experiment=demo",
+    ),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("trainer", "models", "launch")
 
@@ -21,7 +22,7 @@ class Field:
     kind: str
     """Its type, as the source writes it."""
     default: str | None
-    """As the source writes it; None: it must be set."""
+    """As a config would write it; None: it must be set."""
     meaning: str
     place: str
     """File and line."""
@@ -81,8 +82,9 @@ def fields_of(target: str) -> dict[str, Field]:
     where, node = found
     fields: dict[str, Field] = {}
     for base in node.bases:
-        if isinstance(base, ast.Name) and (inherited := where.definition(base.id)):
-            fields |= fields_of(f"{inherited[0].name}.{base.id}")
+        name = ast.unparse(base).partition("[")[0]  # Base[int] is Base
+        if inherited := where.definition(name):
+            fields |= fields_of(f"{inherited[0].name}.{name}")
     return fields | {field.name: field for field in _own_fields(where, node)}
 
 
@@ -114,12 +116,24 @@ def _own_fields(source: Source, node: ast.ClassDef) -> Iterator[Field]:
 def _default(line: ast.AnnAssign) -> str | None:
     if line.value is None:
         return None
-    if isinstance(line.value, ast.Call):  # field(default_factory=...)
-        for keyword in line.value.keywords:
-            if keyword.arg == "default_factory":
-                made = ast.unparse(keyword.value)
-                return {"dict": "{}", "list": "[]", "tuple": "()"}.get(made, f"{made}()")
-    return ast.unparse(line.value)
+    for keyword in line.value.keywords if isinstance(line.value, ast.Call) else []:
+        if keyword.arg == "default_factory":
+            made = ast.unparse(keyword.value)
+            return {"dict": "{}", "list": "[]", "tuple": "[]"}.get(made, made)
+    try:
+        value = ast.literal_eval(line.value)
+    except ValueError:
+        return ast.unparse(line.value)
+    return in_yaml(value)
+
+
+def in_yaml(value: Any) -> str:
+    """Return a plain value as a config would write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_yaml, value))}]"
+    return repr(value) if value == "" else str(value)
 
 
 def _text(node: ast.stmt | None) -> str:
@@ -136,8 +150,9 @@ def _choices(source: Source, annotation: ast.expr) -> Iterator[str]:
             yield from (str(value.value) for value in values if isinstance(value, ast.Constant))
         elif isinstance(node, ast.Name) and node.id == "bool":
             yield from ("true", "false")
-        elif isinstance(node, ast.Name) and (found := source.definition(node.id)):
-            if isinstance(found[1], ast.Assign):
+        elif isinstance(node, ast.Name):
+            found = source.definition(node.id)
+            if found and isinstance(found[1], ast.Assign):
                 yield from _choices(found[0], found[1].value)
     if ast.unparse(annotation).endswith("| None"):
         yield "null"

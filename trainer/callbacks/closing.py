@@ -12,7 +12,7 @@ from trainer.files import read_lines
 from trainer.generation import sample
 from trainer.progress import Progress
 from trainer.protocols import Saved
-from trainer.screen import labelled
+from trainer.screen import labelled, width
 from trainer.trackers.spool import METRICS
 from trainer.validation.spec import VALIDATION
 
@@ -92,7 +92,7 @@ class ClosingCallback(Callback):
         if self.checkpoint is not None:
             for name, note in CONTENTS.items():
                 if (self.checkpoint / name).exists():
-                    log.info("  %-12s %s  (%s)", name, self.checkpoint / name, note)
+                    log.info("%s", _place(name, self.checkpoint / name, note))
             log.info("  %-12s %s", "checkpoint", self.checkpoint)
             best = self.checkpoint.with_name("best")
             if best.is_file():
@@ -116,3 +116,10 @@ class ClosingCallback(Callback):
             virtual_ids=self.view.run.virtual_ids,
         )
         return tokenizer.decode(ids)
+
+
+def _place(name: str, path: Path, note: str) -> str:
+    """Return a line on a folder; a narrow terminal gets the path alone, which can be copied."""
+    line, columns = f"  {name:<12} {path}", width()
+    whole = f"{line}  ({note})"
+    return whole if columns is None or len(whole) <= columns else line

@@ -83,7 +83,7 @@ class StatusLine:
 
         step, last = self.progress.step, self.pace.max_steps
         text = f" {step}/{last}  {self.numbers}ETA {self.pace.left(step)}"
-        columns = rich.get_console().width - 1  # the last one would make some terminals wrap
+        columns = rich.get_console().width - len("^C ")  # which would make the line wrap
         bar = ProgressBar(total=last, completed=step, width=max(MIN_BAR, columns - len(text)))
         line = Table.grid()
         line.add_column(no_wrap=True)
