@@ -86,6 +86,46 @@ def layers(overrides: list[str]) -> list[Layer]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """The words of one run of a sweep."""
+
+    words: list[str]
+    varied: dict[str, str]
+    """Keys of which the sweep has several values, with the one of this run."""
+
+
+def combinations(overrides: list[str], *, command: str) -> list[Combination]:
+    """Return every combination of what varies, as Hydra's basic sweeper does: the last key varies
+    fastest."""
+    for override in overrides:
+        _check_key(override, command, ())
+    from hydra import initialize_config_module
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    with initialize_config_module("configs", version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        found = []
+        for override in overrides:
+            try:
+                found.append(parser.parse_override(override))
+            except HydraException as error:
+                raise ValueError(_unreadable(override, str(error))) from None
+        (jobs,) = BasicSweeper.split_arguments(found, max_batch_size=None)
+    keys = [each.get_key_element() for each in found if each.is_sweep_override()]
+    return [
+        Combination(words=job, varied={k: v for k, _, v in _parted(job) if k in keys})
+        for job in jobs
+    ]
+
+
+def _parted(words: list[str]) -> Iterable[tuple[str, str, str]]:
+    return (word.partition("=") for word in words)
+
+
 def _for_hydra(overrides: list[str]) -> list[str]:
     return [_settable(override) for override in [*overrides, *other_length(overrides)]]
 

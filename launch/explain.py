@@ -2,13 +2,12 @@
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
 
 from launch.compose import compose
 from launch.exit_codes import FINISHED
-from launch.fields import Field, fields_of, in_yaml, summary_of
+from launch.fields import in_yaml, summary_of
+from launch.known_keys import TARGET, UNSET, Known, known_keys
 from launch.menu import groups
 from launch.origins import Setting, settings_of
 
@@ -18,18 +17,8 @@ USAGE = """usage: tessera explain KEY [experiment=NAME] [group=choice] [key=valu
                                                took the place of, its meaning and legal values
   tessera explain optim experiment=demo        a group: its choice, its keys and their values
 """
-TARGET, MISSING, UNSET, ANY_NAME = "_target_", "???", object(), "NAME"
+MISSING = "???"
 WIDTH, LABEL, MAX_TEXT = 100, 10, 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """A key of the config."""
-
-    value: Any
-    """UNSET: no file and no word says it."""
-    field: Field | None
-    """None: a name of the user's own, or of another tool."""
 
 
 def main(arguments: list[str]) -> int:
@@ -44,49 +33,15 @@ def main(arguments: list[str]) -> int:
             "experiment=demo"
         )
     overrides = [word for word in arguments if "=" in word]
-    tree = compose(overrides, command="explain", is_partial=True).tree
-    print("\n".join(lines_of(keys[0], tree, overrides)))
+    composed = compose(overrides, command="explain", is_partial=True)
+    known = known_keys(composed.tree)
+    known["experiment"] = Known(value=composed.experiment, field=None)  # makes a config, is no part
+    print("\n".join(lines_of(keys[0], known, overrides)))
     return FINISHED
 
 
-def known_keys(tree: dict[str, Any]) -> dict[str, Known]:
-    """Return every key of a composed config, also those that stay at the default of their spec."""
-    own = {key: value for key, value in tree.items() if key != "launch"}
-    launch = tree.get("launch") or {}
-    return {
-        **dict(_below(own, str(own[TARGET]), "")),
-        "launch": Known(value=launch, field=None),
-        **dict(_below(launch, str(launch.get(TARGET)), "launch")),
-    }
-
-
-def _below(tree: dict[str, Any], target: str, prefix: str) -> Iterator[tuple[str, Known]]:
-    for name, field in fields_of(target).items():
-        key = f"{prefix}.{name}" if prefix else name
-        value = tree.get(name, UNSET)
-        yield key, Known(value=value, field=field)
-        if not field.is_named:
-            yield from _inside(value, field.spec, key)
-            continue
-        named = value if isinstance(value, dict) else {}
-        for own_name, inner in {**named, **({ANY_NAME: UNSET} if field.spec else {})}.items():
-            yield f"{key}.{own_name}", Known(value=inner, field=None)
-            yield from _inside(inner, field.spec, f"{key}.{own_name}")
-
-
-def _inside(value: Any, spec: str | None, key: str) -> Iterator[tuple[str, Known]]:
-    tree = value if isinstance(value, dict) else {}
-    if target := tree.get(TARGET) or spec:
-        yield from _below(tree, str(target), key)
-    else:
-        for name, inner in tree.items():
-            yield f"{key}.{name}", Known(value=inner, field=None)
-            yield from _inside(inner, None, f"{key}.{name}")
-
-
-def lines_of(key: str, tree: dict[str, Any], overrides: list[str]) -> Iterator[str]:
+def lines_of(key: str, known: dict[str, Known], overrides: list[str]) -> Iterator[str]:
     """Yield what is to be said of a key; ValueError with the nearest names for one that is none."""
-    known = known_keys(tree)
     if key not in known:
         raise ValueError(_unknown(key, known))
     found = known[key]

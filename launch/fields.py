@@ -6,7 +6,7 @@ Nothing is imported, so that a shell's completion and `tessera explain` need no 
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,23 @@ class Field:
     meaning: str
     place: str
     """File and line."""
-    choices: tuple[str, ...]
-    """Legal values, where the type lists them."""
-    spec: str | None
-    """Full name of the dataclass that it holds, alone or by name, where it is a known one."""
-    is_named: bool
-    """Whether it holds several by names of the user's own."""
+    source: "Source"
+    annotation: ast.expr
+
+    @cached_property
+    def choices(self) -> tuple[str, ...]:
+        """Legal values, where the type lists them."""
+        return tuple(dict.fromkeys(_choices(self.source, self.annotation)))
+
+    @cached_property
+    def spec(self) -> str | None:
+        """Full name of the dataclass that it holds, alone or by name, where it is a known one."""
+        return _spec_in(self.source, self.annotation)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it holds several by names of the user's own."""
+        return self.kind.startswith("dict[")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +75,12 @@ def source_of(module: str) -> Source | None:
     spec = find_spec(package) if package in PACKAGES else None
     if spec is None or spec.origin is None:
         return None
-    path = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py") if rest else spec.origin
-    if not Path(path).is_file():
+    path = Path(spec.origin).parent.joinpath(*rest)
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_file():
         return None
-    text = Path(path).read_text(encoding="utf-8")
-    return Source(name=module, path=Path(path), tree=ast.parse(text))
+    text = path.read_text(encoding="utf-8")
+    return Source(name=module, path=path, tree=ast.parse(text))
 
 
 @cache
@@ -76,10 +88,9 @@ def fields_of(target: str) -> dict[str, Field]:
     """Return the fields of a spec by name, those of its bases first; none of what is unknown."""
     module, _, name = target.rpartition(".")
     source = source_of(module)
-    found = source.definition(name) if source else None
-    if found is None or not isinstance(found[1], ast.ClassDef):
+    where, node = (source.definition(name) if source else None) or (None, None)
+    if where is None or not isinstance(node, ast.ClassDef):
         return {}
-    where, node = found
     fields: dict[str, Field] = {}
     for base in node.bases:
         name = ast.unparse(base).partition("[")[0]  # Base[int] is Base
@@ -108,8 +119,7 @@ def _own_fields(source: Source, node: ast.ClassDef) -> Iterator[Field]:
         yield Field(
             name=line.target.id, kind=kind, default=_default(line), meaning=_text(following),
             place=f"{source.name.replace('.', '/')}.py:{line.lineno}",
-            choices=tuple(dict.fromkeys(_choices(source, line.annotation))),
-            spec=_spec_in(source, line.annotation), is_named=kind.startswith("dict["),
+            source=source, annotation=line.annotation,
         )  # fmt: skip
 
 
@@ -138,8 +148,9 @@ def in_yaml(value: Any) -> str:
 
 def _text(node: ast.stmt | None) -> str:
     """Return a docstring below a field as one line."""
-    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return " ".join(str(node.value.value).split()) if is_text else ""  # type: ignore[union-attr, attr-defined]
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+        return ""
+    return " ".join(str(node.value.value).split())
 
 
 def _choices(source: Source, annotation: ast.expr) -> Iterator[str]:

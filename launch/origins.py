@@ -83,5 +83,5 @@ def _choice(root: "Node", group: str) -> "Node | None":
     for entry in defaults.value if isinstance(defaults, yaml.SequenceNode) else []:
         for name, value in entry.value if isinstance(entry, yaml.MappingNode) else []:
             if name.value.removeprefix("override ").lstrip("/") == group:
-                return value  # type: ignore[no-any-return]
+                return value
     return None

@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE + "\n".join(lines()))
         return 0
     with leaving_on_signals():
-        return _train(_request(arguments))
+        return _train(read_request(arguments))
 
 
 def _train(request: Request) -> int:
@@ -108,7 +108,7 @@ def _train(request: Request) -> int:
     folder = None if max_steps is None else request.choose(max_steps)
     run, local = bind_run(request.tree)
     run.check(local.processes)
-    run = _settled(run)
+    run = settled(run)
     folder = folder or request.choose(run.num_steps)
     if request.is_dry:
         import yaml
@@ -132,7 +132,7 @@ def _train(request: Request) -> int:
     return execute(run, Placement(), lambda _: attempt)
 
 
-def _settled(run: Any) -> Any:
+def settled(run: Any) -> Any:
     """Return the run with what its data says, before anything is started."""
     from launch.terminal import configure_logging
     from trainer.settle import settle
@@ -153,7 +153,8 @@ def _print_shards(run: Any, processes: int) -> None:
         print(f"#   {shard.name}{times}: {list(shard.local)} of {list(shard.whole)}")
 
 
-def _request(arguments: list[str]) -> Request:
+def read_request(arguments: list[str]) -> Request:
+    """Compose a command line; ValueError for what does not fit."""
     options = [word for word in arguments if word.startswith("dry_run=")]
     composed = compose([word for word in arguments if word not in options])
     tree = composed.tree

@@ -45,9 +45,14 @@ def card(
 def best_of(evaluations: Points, spec: BestSpec) -> tuple[str, dict[str, Any]]:
     """Return the number that evaluations are judged by, and the best of them by it."""
     metric = spec.metric or "loss"
-    lower = spec.lower_is_better if spec.metric else True
     judged = [point for point in evaluations if metric in point] or list(evaluations)
+    lower = is_lower_better(spec)
     return metric, min(judged, key=lambda point: _rank(point.get(metric), lower))
+
+
+def is_lower_better(spec: BestSpec) -> bool:
+    """Return which way evaluations are judged; by the loss where nothing else is said."""
+    return spec.metric is None or spec.lower_is_better
 
 
 def _rank(value: Any, lower: bool) -> float:

@@ -100,13 +100,11 @@ class ConsoleCallback(Callback):
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         elapsed = timedelta(seconds=round(time.monotonic() - self.started))
-        verdict = (
-            f"finished after {elapsed}"
-            if finished
-            else f"stopped after {elapsed} and saved; the same command goes on from here"
-        )
+        verdict = f"finished after {elapsed}" if finished else f"stopped after {elapsed} and saved"
+        if not finished and width() is None:  # on a screen stands a card
+            verdict += "; the same command goes on from here"
         log.info("%s", columns_of([self._step(progress.step)], verdict))
 
     def _step(self, step: int, kind: str = "step") -> str:
-        width = len(str(self.max_steps))
-        return f"{kind} {step:>{width}}/{self.max_steps}"
+        digits = len(str(self.max_steps))
+        return f"{kind} {step:>{digits}}/{self.max_steps}"
