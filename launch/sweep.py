@@ -7,9 +7,10 @@ from pathlib import Path
 from launch.compose import parsed
 from launch.exit_codes import CHECK_FAILED, FINISHED, PREEMPTED
 from launch.sweep_crew import DEVICES, Crew
-from launch.sweep_plan import Job, plan
+from launch.sweep_plan import SweepJob, plan
 from launch.sweep_table import record, results, table
 from launch.truth import truth
+from launch.words import split_off
 
 USAGE = """usage: tessera sweep [experiment=NAME] KEY=A,B[,..] [key=value] ... [option=value] ...
 
@@ -36,14 +37,8 @@ def main(arguments: list[str]) -> int:
         return FINISHED
     if "RANK" in os.environ:
         raise ValueError("a sweep starts processes itself; run it without torchrun, or unset RANK")
-    options = dict(OPTIONS)
-    overrides = []
-    for word in arguments:
-        key, _, value = word.partition("=")
-        if key in options:
-            options[key] = value
-        else:
-            overrides.append(word)
+    given, overrides = split_off("sweep", arguments, OPTIONS)
+    options = {**OPTIONS, **given}
     stop_on_failure = truth("stop_on_failure", options["stop_on_failure"])
     is_dry = truth("dry_run", options["dry_run"])
     slots = _count(options["jobs"])
@@ -92,14 +87,14 @@ def _devices(slots: int, processes: int) -> list[str]:
     return given.split(",")[:count] if given else [str(number) for number in range(count)]
 
 
-def _listed(jobs: list[Job]) -> list[str]:
+def _listed(jobs: list[SweepJob]) -> list[str]:
     states = {True: "finished", False: "to run"}
     lines = [f"{states[job.is_finished]:<8}  {job.name}" for job in jobs]
     waiting = sum(not job.is_finished for job in jobs)
     return [*lines, f"# {len(jobs)} jobs checked, {waiting} to run; nothing was started"]
 
 
-def _run(jobs: list[Job], folder: Path, crew: Crew, *, stop_on_failure: bool) -> int:
+def _run(jobs: list[SweepJob], folder: Path, crew: Crew, *, stop_on_failure: bool) -> int:
     waiting = [job for job in jobs if not job.is_finished]
 
     def tell(text: str) -> None:

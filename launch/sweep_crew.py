@@ -13,7 +13,7 @@ from typing import IO
 from launch.exit_codes import FINISHED
 from launch.group import safe_paths
 from launch.signals import STOP_SIGNALS
-from launch.sweep_plan import Job
+from launch.sweep_plan import SweepJob
 
 POLL_SECONDS = 0.1
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -31,9 +31,11 @@ class Crew:
         self.signals: list[int] = []
         self.codes: dict[str, int] = {}
         """Exit codes of the jobs that have ended, by name."""
-        self._running: dict[int, tuple[Job, subprocess.Popen[bytes], IO[bytes] | None]] = {}
+        self._running: dict[int, tuple[SweepJob, subprocess.Popen[bytes], IO[bytes] | None]] = {}
 
-    def run(self, jobs: list[Job], *, stop_on_failure: bool, tell: Callable[[str], None]) -> None:
+    def run(
+        self, jobs: list[SweepJob], *, stop_on_failure: bool, tell: Callable[[str], None]
+    ) -> None:
         """Run all jobs, or those that start before a signal, or before one fails."""
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         waiting, forwarded = list(jobs), 0
@@ -58,7 +60,7 @@ class Crew:
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signals.append(number)
 
-    def _start(self, job: Job) -> str:
+    def _start(self, job: SweepJob) -> str:
         """Start a job in a free slot; return where its output is, if it is not here."""
         slot = next(number for number in range(self.slots) if number not in self._running)
         output: IO[bytes] | None = None
@@ -73,7 +75,7 @@ class Crew:
         self._running[slot] = job, process, output
         return f", output in {output.name}" if output else ""
 
-    def _environment(self, job: Job, slot: int) -> dict[str, str]:
+    def _environment(self, job: SweepJob, slot: int) -> dict[str, str]:
         environment = dict(os.environ) | safe_paths(os.environ)
         if self.slots > 1:
             cores = (os.cpu_count() or 1) // (self.slots * job.processes)

@@ -14,7 +14,7 @@ from launch.train import bind_run, read_request, settled
 if TYPE_CHECKING:
     from trainer.best import BestSpec
 
-LOCAL = "launch.local.LocalLaunch"
+LOCAL = "launch.local.LocalSpec"
 MAX_NAME = 80  # characters; a run's name may have 100, and NAME-2 is a name too
 # Of no weight for the numbers of a job that has ended.
 _IDLE = (
@@ -24,7 +24,7 @@ _IDLE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SweepJob:
     """One run of a sweep."""
 
     name: str
@@ -39,7 +39,7 @@ class Job:
     """What its evaluations are judged by."""
 
 
-def plan(overrides: list[str], base: str, runs: Path) -> list[Job]:
+def plan(overrides: list[str], base: str, runs: Path) -> list[SweepJob]:
     """Return the jobs of a sweep in `runs`; ValueError for the first that cannot be trained."""
     found = combinations(overrides, command="sweep")
     names = [name_of(base, each.varied) for each in found]
@@ -62,7 +62,7 @@ def name_of(base: str, varied: dict[str, str]) -> str:
     return f"{safe[: MAX_NAME - 9]}-{sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def _job(name: str, combination: Combination, runs: Path) -> Job:
+def _job(name: str, combination: Combination, runs: Path) -> SweepJob:
     words = [*combination.words, f"name={name}", f"runs={quoted(str(runs))}"]
     request = read_request(words)
     tree = request.tree
@@ -70,16 +70,16 @@ def _job(name: str, combination: Combination, runs: Path) -> Job:
         raise ValueError("a sweep starts its jobs on this machine; set launch=local")
     if tree["resume"] != "auto" or tree["resume_step"] is not None:
         raise ValueError("jobs of a sweep go on by themselves; set resume=auto resume_step=null")
-    run, local = bind_run(tree)
-    run.check(local.processes)
+    run, launch = bind_run(tree)
+    run.check(launch.world_size)
     num_steps = (run if run.max_steps else settled(run)).num_steps
     folder = runs / name
     is_finished = _has_finished(folder, tree, num_steps)
     if not is_finished:
         request.choose(num_steps)  # refuses a run in use, or of another config
-    return Job(
+    return SweepJob(
         name=name, varied=combination.varied, words=words, folder=folder, is_finished=is_finished,
-        processes=local.processes, best=run.best,
+        processes=launch.world_size, best=run.best,
     )  # fmt: skip
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.sweep_plan import Job, exit_code
+from launch.sweep_plan import SweepJob, exit_code
 
 
-def results(jobs: list[Job], codes: Mapping[str, int]) -> list[dict[str, Any]]:
+def results(jobs: list[SweepJob], codes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return a row for each job, sorted by its best number; `codes` are those of this sweep."""
     from trainer.callbacks.card import is_lower_better
 
@@ -22,7 +22,7 @@ def _rank(best: Any, sign: int) -> float:
     return sign * best if isinstance(best, float) and math.isfinite(best) else math.inf
 
 
-def _row(job: Job, code: int | None) -> dict[str, Any]:
+def _row(job: SweepJob, code: int | None) -> dict[str, Any]:
     """Return what a job has to show; what it has not is None."""
     from trainer.callbacks.card import best_of
     from trainer.files import read_lines

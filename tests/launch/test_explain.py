@@ -122,7 +122,7 @@ def test_fields_are_read_off_the_source_as_python_has_them() -> None:
     from importlib import import_module
 
     for target in ("trainer.run.Run", "trainer.data.document_data.DocumentData",
-                   "models.llama.LlamaSpec", "launch.local.LocalLaunch"):  # fmt: skip
+                   "models.llama.LlamaSpec", "launch.local.LocalSpec"):  # fmt: skip
         module, _, name = target.rpartition(".")
         spec = getattr(import_module(module), name)
         assert list(fields_of(target)) == [field.name for field in fields(spec)]

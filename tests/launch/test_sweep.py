@@ -11,7 +11,7 @@ import pytest
 from launch.cli import main
 from launch.compose import combinations
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
-from launch.sweep_plan import Job, name_of, quoted
+from launch.sweep_plan import SweepJob, name_of, quoted
 from launch.sweep_table import results, table
 from trainer.best import BestSpec
 
@@ -92,7 +92,7 @@ def test_a_dry_run_lists_the_jobs_and_starts_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def job_with(folder: Path, name: str, best: BestSpec, *numbers: float | str) -> Job:
+def job_with(folder: Path, name: str, best: BestSpec, *numbers: float | str) -> SweepJob:
     """Return a job that has evaluated these numbers, one at each step."""
     (folder / name).mkdir()
     points = [
@@ -102,7 +102,7 @@ def job_with(folder: Path, name: str, best: BestSpec, *numbers: float | str) -> 
     ]
     text = "".join(json.dumps(point) + "\n" for point in points)
     (folder / name / "metrics.jsonl").write_text(text)
-    return Job(name=name, varied={"seed": name}, words=[], folder=folder / name,
+    return SweepJob(name=name, varied={"seed": name}, words=[], folder=folder / name,
                is_finished=False, processes=1, best=best)  # fmt: skip
 
 
