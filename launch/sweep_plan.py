@@ -70,6 +70,9 @@ def _job(name: str, combination: Combination, runs: Path) -> SweepJob:
         raise ValueError("a sweep starts its jobs on this machine; set launch=local")
     if tree["resume"] != "auto" or tree["resume_step"] is not None:
         raise ValueError("jobs of a sweep go on by themselves; set resume=auto resume_step=null")
+    wandb = (tree.get("tracker") or {}).get("wandb")
+    if wandb and wandb.get("group") is None:  # so that the server shows them side by side
+        words.append(f"tracker.wandb.group={quoted(runs.name)}")
     run, launch = bind_run(tree)
     run.check(launch.world_size)
     num_steps = (run if run.max_steps else settled(run)).num_steps

@@ -20,7 +20,6 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import bits_of, fix_bits
 from trainer.directory import CHECKPOINTS
 from trainer.distributed import Placement, Ranks
-from trainer.files import read_lines
 from trainer.inspection.pieces import Piece, pieces_of
 from trainer.ledger import read_lives, surviving
 from trainer.numerics.guard import Guard

@@ -11,7 +11,7 @@ import pytest
 from launch.cli import main
 from launch.compose import combinations
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
-from launch.sweep_plan import SweepJob, name_of, quoted
+from launch.sweep_plan import SweepJob, name_of, plan, quoted
 from launch.sweep_table import results, table
 from trainer.best import BestSpec
 
@@ -90,6 +90,16 @@ def test_a_dry_run_lists_the_jobs_and_starts_nothing(
         "# 2 jobs checked, 2 to run; nothing was started",
     ]  # fmt: skip
     assert not (tmp_path / "runs").exists()
+
+
+def test_jobs_are_a_group_on_a_wandb_server_unless_they_have_one(tmp_path: Path) -> None:
+    def words(*more: str) -> list[str]:
+        (job,) = plan([*TINY, *more], "demo", tmp_path / "s")
+        return [word for word in job.words if "group" in word]
+
+    assert words() == []
+    assert words("tracker=wandb") == ['tracker.wandb.group="s"']
+    assert words("tracker=wandb", "tracker.wandb.group=mine") == ["tracker.wandb.group=mine"]
 
 
 def job_with(folder: Path, name: str, best: BestSpec, *numbers: float | str) -> SweepJob:
