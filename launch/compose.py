@@ -112,9 +112,11 @@ def combinations(overrides: list[str], *, command: str) -> list[Combination]:
         found = []
         for override in overrides:
             try:
-                found.append(parser.parse_override(override))
+                (read,) = parser.parse_overrides([override])
+                BasicSweeper.split_arguments([read], max_batch_size=None)  # an interval is refused
             except HydraException as error:
                 raise ValueError(_unreadable(override, str(error))) from None
+            found.append(read)
         (jobs,) = BasicSweeper.split_arguments(found, max_batch_size=None)
     keys = [each.get_key_element() for each in found if each.is_sweep_override()]
     return [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launch.compose import parsed
 from launch.exit_codes import CHECK_FAILED, FINISHED, PREEMPTED
+from launch.signals import leaving_on_signals
 from launch.sweep_crew import DEVICES, Crew
 from launch.sweep_plan import SweepJob, plan
 from launch.sweep_table import record, results, table
@@ -44,8 +45,9 @@ def main(arguments: list[str]) -> int:
     slots = _count(options["jobs"])
     runs, base, overrides = _base(overrides)
     folder = runs / (options["sweep"] or f"{base}-sweep")
-    jobs = plan(overrides, base, folder)
-    devices = _devices(slots, max(job.processes for job in jobs))
+    with leaving_on_signals():
+        jobs = plan(overrides, base, folder)
+        devices = _devices(slots, max(job.processes for job in jobs))
     if is_dry:
         print("\n".join(_listed(jobs)))
         return FINISHED
@@ -108,7 +110,8 @@ def _run(jobs: list[SweepJob], folder: Path, crew: Crew, *, stop_on_failure: boo
     rows = results(jobs, crew.codes)
     record(folder / RESULTS, rows)
     print("\n".join(["", *table(rows), "", f"{folder / RESULTS}"]), flush=True)
-    if crew.signals:
+    codes = {row["exit_code"] for row in rows} - {FINISHED}
+    if crew.signals or codes == {PREEMPTED}:
         tell(f"stopped; the same command goes on from here (exit code {PREEMPTED})")
         return PREEMPTED
-    return FINISHED if all(row["exit_code"] == FINISHED for row in rows) else CHECK_FAILED
+    return CHECK_FAILED if codes else FINISHED

@@ -111,12 +111,14 @@ def _has_finished(folder: Path, tree: dict[str, Any], num_steps: int) -> bool:
 def exit_code(folder: Path) -> int | None:
     """Return the exit code of rank 0 in a run's newest start; None: it left none."""
     attempts = sorted(path for path in (folder / "attempts").glob("*") if path.name.isdigit())
-    record = read_records(attempts[-1], 1)[0] if attempts else {}
+    record = read_records(attempts[-1], [0])[0] if attempts else {}
     code = record.get("code")
     return code if isinstance(code, int) else None
 
 
 def quoted(text: str) -> str:
-    """Return a value that Hydra's grammar reads as this text."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    """Return a value that Hydra's grammar reads as this text: a backslash counts before quotes."""
+    escaped = re.sub(
+        r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), text
+    )
     return f'"{escaped}"'

@@ -69,6 +69,7 @@ def test_a_quoted_text_is_read_back_as_it_was(text: str) -> None:
         (["sed=0,1"], ["unknown key sed; did you mean seed?"]),
         (["jobs=0"], ["jobs=0 is no number of jobs"]),
         (["stop_on_failure=yes"], ["stop_on_failure=yes is neither true nor false"]),
+        (["optim.lr=interval(0,1)"], ["optim.lr=interval(0,1): ", "does not support sweep type"]),
         (["resume=never"], ["set resume=auto"]),
     ],
 )
@@ -125,7 +126,7 @@ def test_the_table_begins_with_the_best_and_ends_with_those_that_have_nothing(
 ) -> None:
     jobs = [
         job_with(tmp_path, "c", best, "NaN"), job_with(tmp_path, "a", best, 3.0, 4.0),
-        job_with(tmp_path, "d", best), job_with(tmp_path, "b", best, 2.0, 9.0),
+        job_with(tmp_path, "d", best), job_with(tmp_path, "b", best, 2.0, 3.5),
     ]  # fmt: skip
     rows = results(jobs, {"a": 0, "b": 70})
     assert [row["name"] for row in rows] == order
