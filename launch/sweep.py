@@ -1,7 +1,7 @@
 """`tessera sweep`: every combination of some settings as a run of its own, and one table."""
 
 import os
-import sys
+import re
 from pathlib import Path
 
 from launch.compose import parsed
@@ -10,6 +10,7 @@ from launch.signals import leaving_on_signals
 from launch.sweep_crew import DEVICES, Crew
 from launch.sweep_plan import SweepJob, plan
 from launch.sweep_table import record, results, table
+from launch.terminal import say
 from launch.truth import truth
 from launch.words import split_off
 
@@ -44,7 +45,12 @@ def main(arguments: list[str]) -> int:
     is_dry = truth("dry_run", options["dry_run"])
     slots = _count(options["jobs"])
     runs, base, overrides = _base(overrides)
-    folder = runs / (options["sweep"] or f"{base}-sweep")
+    name = options["sweep"] or f"{base}-sweep"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"sweep={name!r} is no folder name; set sweep to letters, digits, '.', '_' and '-'"
+        )
+    folder = runs / name
     with leaving_on_signals():
         jobs = plan(overrides, base, folder)
         devices = _devices(slots, max(job.processes for job in jobs))
@@ -100,7 +106,7 @@ def _run(jobs: list[SweepJob], folder: Path, crew: Crew, *, stop_on_failure: boo
     waiting = [job for job in jobs if not job.is_finished]
 
     def tell(text: str) -> None:
-        print(f"tessera: {text}", file=sys.stderr, flush=True)
+        say(text)
         if folder.is_dir():  # also half way: whoever looks in sees what there is
             record(folder / RESULTS, results(jobs, crew.codes))
 

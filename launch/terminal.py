@@ -35,6 +35,16 @@ def show_cursor() -> None:
             os.write(screen, b"\x1b[?25h")
 
 
+def say(text: str) -> None:
+    """Write one line at once, where another process may have left a status line."""
+    from trainer.redaction import redact
+    from trainer.screen import clean
+
+    clean(2)
+    sys.stderr.write(f"tessera: {redact(text)}\n")
+    sys.stderr.flush()
+
+
 def redact_tracebacks() -> None:
     """Print exceptions that nobody catches without the secrets in their texts."""
 

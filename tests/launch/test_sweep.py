@@ -67,6 +67,7 @@ def test_a_quoted_text_is_read_back_as_it_was(text: str) -> None:
         (["optim.lr=1,bad"], ["demo-optim.lr_bad: ", "needed a number"]),
         (["optim.lr=1", "data.micro_rows=1,3"], ["micro_rows=3 does not divide"]),
         (["sed=0,1"], ["unknown key sed; did you mean seed?"]),
+        (["sweep=a/b"], ["sweep='a/b' is no folder name"]),
         (["jobs=0"], ["jobs=0 is no number of jobs"]),
         (["stop_on_failure=yes"], ["stop_on_failure=yes is neither true nor false"]),
         (["optim.lr=interval(0,1)"], ["optim.lr=interval(0,1): ", "does not support sweep type"]),
@@ -96,7 +97,7 @@ def test_a_dry_run_lists_the_jobs_and_starts_nothing(
 def test_jobs_are_a_group_on_a_wandb_server_unless_they_have_one(tmp_path: Path) -> None:
     def words(*more: str) -> list[str]:
         (job,) = plan([*TINY, *more], "demo", tmp_path / "s")
-        return [word for word in job.words if "group" in word]
+        return [word for word in job.words if "wandb.group" in word]
 
     assert words() == []
     assert words("tracker=wandb") == ['tracker.wandb.group="s"']
