@@ -8,12 +8,16 @@ from typing import Any
 
 from launch.sweep_plan import SweepJob, exit_code
 
+TRAIN = "train loss"
+
 
 def results(jobs: list[SweepJob], codes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return a row for each job, sorted by its best number; `codes` are those of this sweep."""
     from trainer.callbacks.card import is_lower_better
 
     rows = [_row(job, codes.get(job.name)) for job in jobs]
+    if any(row["metric"] != TRAIN for row in rows):  # the two are not to be compared
+        rows = [row | {"best": None} if row["metric"] == TRAIN else row for row in rows]
     sign = 1 if is_lower_better(jobs[0].best) else -1
     return sorted(rows, key=lambda row: _rank(row["best"], sign))
 
@@ -38,7 +42,7 @@ def _row(job: SweepJob, code: int | None) -> dict[str, Any]:
         "varied": job.varied,
         "steps": points[-1]["step"] if points else None,
         "train_loss": train[-1]["loss"] if train else None,
-        "metric": f"eval {metric}" if evaluations else "train loss",
+        "metric": f"eval {metric}" if evaluations else TRAIN,
         "best": best.get(metric) if evaluations else train[-1]["loss"] if train else None,
         "best_step": best.get("step"),
         "tokens_per_second": median(float(p[TOKENS]) for p in train) if train else None,
@@ -48,7 +52,7 @@ def _row(job: SweepJob, code: int | None) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the rows as aligned lines, those of equal numbers of columns below each other."""
+    """Return the rows as aligned lines below a line of names."""
     keys = list(rows[0]["varied"])
     metrics = list(dict.fromkeys(row["metric"] for row in rows if row["best"] is not None))
     heads = [*keys, "steps", "train loss", f"best {' or '.join(metrics) or 'loss'}", "at step",
@@ -73,13 +77,9 @@ def _numbers(row: dict[str, Any]) -> list[Any]:
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.4f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if (isinstance(value, int))
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def record(path: Path, rows: list[dict[str, Any]]) -> None:
