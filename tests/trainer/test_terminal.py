@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
+from torch import _dynamo  # noqa: F401  once for all children, which would each take seconds for it
 
 from launch.terminal import configure_logging
 from tests.runs import tiny_run, train
