@@ -206,6 +206,7 @@ def test_tensorboard_shows_each_point_once_after_any_number_of_starts(tmp_path: 
         assert "CI" not in os.environ
         pytest.skip("tensorboard is not installed; it is part of tessera-train[test]")
     from tensorboard.backend.event_processing import event_file_loader as loader
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = run_folder(tmp_path, 1, 2, 3, tracker=TensorBoardTracker())
     assert main(["sync", f"run={run}"]) == 0
@@ -219,3 +220,6 @@ def test_tensorboard_shows_each_point_once_after_any_number_of_starts(tmp_path: 
     ]
     train = [(step, "train/loss", loss) for step, loss in ((1, 1.0), (2, 0.5), (3, 2.0), (4, 1.5))]
     assert sorted(found) == sorted([*train, (2, "eval/loss", 1.0), (4, "eval/loss", 3.0)])
+    curves = EventAccumulator(str(run / "tracker" / "tensorboard"))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("train/loss")] == [1, 2, 3, 4]
