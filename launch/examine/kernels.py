@@ -53,7 +53,7 @@ def check_torch() -> Finding:
     devices = f"{count} x {' and '.join(seen)}" if count else "no GPU"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     if count:
-        built += f" with NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"  # type: ignore[no-untyped-call]
+        built += f" with NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     has_gpu = Path("/dev/nvidiactl").exists()
     return Finding(
         check="torch build", found=f"{torch.__version__} for {built}, {devices}",

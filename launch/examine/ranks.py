@@ -42,7 +42,7 @@ def examine_here(processes: int, runs: Path, *, is_quick: bool) -> Iterator[Find
             )
             for environment, error in zip(_environments(processes), errors, strict=True)
         ]  # fmt: skip
-        timer = Timer(LIMIT_SECONDS, lambda: [rank.kill() for rank in ranks])
+        timer = Timer(LIMIT_SECONDS, _kill, [ranks])
         timer.start()
         try:
             assert ranks[0].stdout
@@ -60,6 +60,11 @@ def examine_here(processes: int, runs: Path, *, is_quick: bool) -> Iterator[Find
             if rank.returncode:
                 error.seek(0)
                 yield _ended(number, rank.returncode, error.read().decode(errors="replace"))
+
+
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        rank.kill()
 
 
 def _ended(rank: int, code: int, text: str) -> Finding:
