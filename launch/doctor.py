@@ -16,6 +16,7 @@ from launch.examine.ranks import default_processes, examine_here
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from launch.floors import FLOORS
 from launch.truth import truth
+from launch.words import options_of
 
 USAGE = """usage: tessera doctor [processes=N] [runs=DIR] [quick=true] [json=true]
 
@@ -81,13 +82,8 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return FINISHED
-    options = {"processes": "", "runs": "runs", "quick": "false", "json": "false"}
-    for word in arguments:
-        key, separator, value = word.partition("=")
-        if key not in options or not separator:
-            known = ", ".join(f"{name}=" for name in options)
-            raise ValueError(f"{word!r} is no option of doctor; set one of {known}")
-        options[key] = value
+    defaults = {"processes": "", "runs": "runs", "quick": "false", "json": "false"}
+    options = options_of("doctor", arguments, defaults=defaults)
     is_json, is_quick = truth("json", options["json"]), truth("quick", options["quick"])
     runs = Path(options["runs"]).expanduser()
     if "RANK" in os.environ:

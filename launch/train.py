@@ -16,6 +16,8 @@ from launch.group import safe_paths
 from launch.local import LocalLaunch
 from launch.menu import lines
 from launch.signals import STOP_SIGNALS, leaving_on_signals
+from launch.truth import truth
+from launch.words import split_off
 
 USAGE = """usage: tessera train [experiment=NAME] [group=choice] [key=value] ...
 
@@ -154,8 +156,8 @@ def _print_shards(run: Any, processes: int) -> None:
 
 
 def _request(arguments: list[str]) -> Request:
-    options = [word for word in arguments if word.startswith("dry_run=")]
-    composed = compose([word for word in arguments if word not in options])
+    own, words = split_off("train", arguments, ["dry_run"])
+    composed = compose(words)
     tree = composed.tree
     if tree.get("name") is None:
         tree["name"] = composed.experiment or "run"
@@ -165,10 +167,7 @@ def _request(arguments: list[str]) -> Request:
         convert(tree[key], kind, key)
     if "launch" not in tree:
         raise ValueError("launch is missing; set launch=local")
-    is_dry = options[-1].partition("=")[2].lower() if options else "false"
-    if is_dry not in ("true", "false"):
-        raise ValueError(f"dry_run={is_dry} is neither true nor false; set it to one of them")
-    return Request(tree=tree, is_dry=is_dry == "true")
+    return Request(tree=tree, is_dry=truth("dry_run", own.get("dry_run", "false").lower()))
 
 
 def bind_run(tree: dict[str, Any]) -> tuple[Any, LocalLaunch]:

@@ -241,7 +241,9 @@ def test_the_verdict_counts_what_is_bad() -> None:
     )
 
 
-@pytest.mark.parametrize("word", ["json=maybe", "fix=true", "--json", "processes=0", "quick=1"])
+@pytest.mark.parametrize(
+    "word", ["json=maybe", "fix=true", "--json", "processes=0", "quick=1", "run=x"]
+)
 def test_unknown_options_are_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", word]) == BAD_CONFIG
     assert len(capsys.readouterr().err.splitlines()) == 1
