@@ -12,6 +12,8 @@ class Request:
     tree: dict[str, Any]
     """The resolved config, `launch` included: what config.yaml stores."""
     is_dry: bool
+    words: tuple[str, ...] = ()
+    """What it was composed of."""
 
     def locate(self, num_steps: int) -> Path:
         """Choose the run's folder, refuse what it cannot go on with; return a new attempt in it."""

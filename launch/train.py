@@ -7,6 +7,7 @@ from launch.binding import bind, convert
 from launch.compose import compose
 from launch.deadline import end_time
 from launch.determinism import hold
+from launch.exit_codes import FINISHED, PREEMPTED
 from launch.menu import lines
 from launch.protocol import Job, Launch
 from launch.request import Request
@@ -56,7 +57,7 @@ def _train(request: Request) -> int:
     run.check(launch.world_size)
     run = _settled(run)
     folder = folder or request.choose(run.num_steps)
-    job = Job(run=run, tree=request.tree, folder=folder, end=end)
+    job = Job(run=run, tree=request.tree, folder=folder, end=end, words=request.words)
     if request.is_dry:
         _show(job, launch)
         return 0
@@ -109,7 +110,8 @@ def _request(arguments: list[str]) -> Request:
         convert(tree[key], kind, key)
     if "launch" not in tree:
         raise ValueError("launch is missing; set launch=local")
-    return Request(tree=tree, is_dry=truth("dry_run", own.get("dry_run", "false").lower()))
+    is_dry = truth("dry_run", own.get("dry_run", "false").lower())
+    return Request(tree=tree, is_dry=is_dry, words=tuple(words))
 
 
 def bind_run(tree: dict[str, Any]) -> tuple[Any, Launch]:
@@ -122,7 +124,9 @@ def bind_run(tree: dict[str, Any]) -> tuple[Any, Launch]:
 
 def _train_as_rank(request: Request) -> int:
     """Train as one rank of torchrun: rank 0 chooses the folder for all."""
+    from launch.agent import AGENT
     from launch.worker import execute, leave, placement_from
+    from trainer.parent_death import die_with
 
     run, launch = bind_run(request.tree)
     placement = placement_from(os.environ)
@@ -131,4 +135,8 @@ def _train_as_rank(request: Request) -> int:
             f"launch asks for {launch.world_size} processes, which has no effect under torchrun, "
             f"which started {placement.world_size}; leave it out"
         )
-    leave(execute(run, placement, request.locate))
+    under_agent = AGENT in os.environ
+    if under_agent:
+        die_with(os.getppid())
+    code = execute(run, placement, request.locate)
+    leave(FINISHED if under_agent and code == PREEMPTED else code)
