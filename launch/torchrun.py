@@ -85,6 +85,8 @@ class TorchrunSpec:
             host, _, port = self.endpoint.partition(":")
             found += ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{port or PORT}"]
             found += [f"--rdzv-id={job.folder.name}"]
+            if self.address:  # torchrun knows as its own only what the machine's name leads to
+                found += [f"--rdzv-conf=is_host={int(self.address == host)}"]
         else:
             found += ["--standalone"]
         if self.address:

@@ -1,6 +1,9 @@
 """`tessera train`: compose, check, then train: here, under our supervisor or as a torchrun rank."""
 
 import os
+import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from launch.binding import bind, convert
@@ -10,7 +13,7 @@ from launch.determinism import hold
 from launch.exit_codes import FINISHED, PREEMPTED
 from launch.menu import lines
 from launch.protocol import Job, Launch
-from launch.request import Request
+from launch.request import LEASE_SECONDS, Request
 from launch.signals import leaving_on_signals
 from launch.truth import truth
 from launch.words import split_off
@@ -52,11 +55,12 @@ def _train(request: Request) -> int:
         return _train_as_rank(request)
     max_steps = request.tree["max_steps"]
     # Before torch is imported, where that is possible: a refusal is fast.
-    folder = None if max_steps is None else request.choose(max_steps)
+    may_join = bool(request.tree["launch"].get("endpoint"))  # a node that comes to others
+    folder = None if max_steps is None else request.choose(max_steps, may_join=may_join)
     run, launch = bind_run(request.tree)
     run.check(launch.world_size)
     run = _settled(run)
-    folder = folder or request.choose(run.num_steps)
+    folder = folder or request.choose(run.num_steps, may_join=may_join)
     job = Job(run=run, tree=request.tree, folder=folder, end=end, words=request.words)
     if request.is_dry:
         _show(job, launch)
@@ -138,5 +142,19 @@ def _train_as_rank(request: Request) -> int:
     under_agent = AGENT in os.environ
     if under_agent:
         die_with(os.getppid())
-    code = execute(run, placement, request.locate)
+    code = execute(run, placement, partial(_locate, request, under_agent))
     leave(FINISHED if under_agent and code == PREEMPTED else code)
+
+
+def _locate(request: Request, is_patient: bool, num_steps: int) -> Path:
+    """Return a new attempt; after the loss of a node, wait for the end of its lease of the run."""
+    from trainer.errors import LockedError
+
+    deadline = time.monotonic() + LEASE_SECONDS * is_patient
+    while True:
+        try:
+            return request.locate(num_steps)
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
