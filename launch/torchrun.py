@@ -17,6 +17,9 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SHUTDOWN_SECONDS = 600
 """For the ranks to save after a signal; torchrun's default is 30."""
 PORT = 29400
+OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Set to 1: else a node that replaces another one waits in vain for MASTER_ADDR, which torch 2.13
+tells only those that were there in the first round (dynamic_rendezvous.py, next_rendezvous)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class TorchrunSpec:
         own = ", each with its own --local-addr" if self.most > 1 and self.address else ""
         words = [shlex.quote(word) for word in self.arguments(job)]
         module = words.index("-m")
-        rows = ["torchrun", *words[:module], " ".join(words[module:])]
+        rows = [f"{OWN_STORES}=1 torchrun", *words[:module], " ".join(words[module:])]
         return f"# on {where}{own}:\n" + " \\\n  ".join(rows) + "\n"
 
     def arguments(self, job: Job) -> list[str]:
@@ -100,7 +103,7 @@ class TorchrunSpec:
         self._check_job(job)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until a handler can say so
         note_end(job.end)
-        os.environ |= safe_paths(os.environ)
+        os.environ |= safe_paths(os.environ) | {OWN_STORES: "1"}
         sys.stdout.flush()
         words = [str(Path(job.folder).absolute()), *self.arguments(job)]
         os.execv(sys.executable, [sys.executable, "-m", "launch.agent", *words])

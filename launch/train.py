@@ -51,8 +51,12 @@ def main(arguments: list[str]) -> int:
 def _train(request: Request) -> int:
     hold(request.tree.get("deterministic"), os.environ)
     end = end_time(request.tree["stop_at"], os.environ)
-    if "RANK" in os.environ and not request.is_dry:
-        return _train_as_rank(request)
+    if not request.is_dry:
+        from launch.worker import refuse_lone_rank
+
+        refuse_lone_rank(os.environ)
+        if "RANK" in os.environ:
+            return _train_as_rank(request)
     max_steps = request.tree["max_steps"]
     # Before torch is imported, where that is possible: a refusal is fast.
     may_join = bool(request.tree["launch"].get("endpoint"))  # a node that comes to others

@@ -37,7 +37,9 @@ def line(spec: TorchrunSpec, *words: str) -> list[str]:
     """Return what a shell makes of the printed line."""
     comment, text = spec.preview(job(*words)).split("\n", 1)
     assert comment.startswith("# on ")
-    return shlex.split(text.replace("\\\n", " "))
+    variable, *words = shlex.split(text.replace("\\\n", " "))
+    assert variable == "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    return words
 
 
 def test_the_printed_line_is_the_one_that_is_run() -> None:
