@@ -86,7 +86,7 @@ def test_the_recorded_step_is_of_the_history_that_survived(tmp_path: Path) -> No
     assert (step_3.attempt, step_3.loss_sum, step_3.num_shares) == (1, 3.0, 2)
     assert (step_5.attempt, step_5.loss_sum, step_5.num_shares) == (1, 5.5, 1)
     assert (step_6.attempt, step_6.samples) == (2, list(range(40, 48)))
-    with pytest.raises(ValueError, match="step=8 .* or was undone; set it to 1 to 6"):
+    with pytest.raises(ValueError, match=r"step=8 .* or was undone; set it to 1 to 6"):
         recorded_step(tmp_path, 8)
 
 
