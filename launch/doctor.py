@@ -15,6 +15,7 @@ from launch.examine.machine import examine_machine
 from launch.examine.ranks import default_processes, examine_here
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from launch.floors import FLOORS
+from launch.slurm_step import ranks_of_step
 from launch.truth import truth
 from launch.words import options_of
 
@@ -86,6 +87,7 @@ def main(arguments: list[str]) -> int:
     options = options_of("doctor", arguments, defaults=defaults)
     is_json, is_quick = truth("json", options["json"]), truth("quick", options["quick"])
     runs = Path(options["runs"]).expanduser()
+    os.environ |= ranks_of_step(os.environ)
     if "RANK" in os.environ:
         return _as_rank(options["processes"], runs, is_json=is_json, is_quick=is_quick)
     processes = _processes(options["processes"])

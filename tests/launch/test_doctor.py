@@ -20,6 +20,7 @@ from launch.examine.ranks import default_processes
 from launch.examine.speed import rounds, slow_devices, slow_links
 from launch.exit_codes import BAD_CONFIG
 from launch.floors import FLOORS, PYTHON, Floor, is_below
+from launch.slurm_step import first_host, ranks_of_step
 from tests.test_architecture import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -217,6 +218,23 @@ def test_as_many_processes_are_started_as_there_are_gpus(tmp_path: Path) -> None
     assert default_processes({}, tmp_path) == 3
     assert default_processes({"CUDA_VISIBLE_DEVICES": "1,2"}, tmp_path) == 2
     assert default_processes({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == few
+
+
+def test_a_process_of_srun_knows_its_rank_and_a_batch_script_has_none() -> None:
+    assert first_host("n[01-03,7],m2") == "n01"
+    assert [first_host(each) for each in ("a", "a,b", "r1n[3,5]-ib,x")] == ["a", "a", "r1n3-ib"]
+    batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    assert ranks_of_step(batch) == {}
+    step = batch | {
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_ID": "1",
+    }  # fmt: skip
+    found = ranks_of_step(step)
+    assert {key: found[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")} == {
+        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1",
+    }  # fmt: skip
+    assert 20_000 <= int(found["MASTER_PORT"]) < 32_000
+    assert ranks_of_step(step | {"RANK": "0"}) == {}
 
 
 BAD = Finding(
