@@ -36,8 +36,8 @@ class Agent:
 
     def run(self) -> int:
         """Return the exit code of the run."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        for each in STOP_SIGNALS:
+            signal.signal(each, self._receive)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # torchrun inherits the mask
         from trainer.parent_death import die_with
 
