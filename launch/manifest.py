@@ -31,24 +31,24 @@ def render(spec: "KubernetesSpec", job: Job, name: str) -> str:
     )  # fmt: skip
     documents: list[tuple[str, Tree]] = [
         ("What to train: the config as it was composed and checked.",
-         _object("v1", "ConfigMap", spec, name) | {"data": {CONFIG: config}}),
+         _document("v1", "ConfigMap", spec, name) | {"data": {CONFIG: config}}),
         ("How the pods start it, and the key by which their launchers know each other.",
-         _object("v1", "Secret", spec, name) | {"stringData": {PLAN: plan}}),
+         _document("v1", "Secret", spec, name) | {"stringData": {PLAN: plan}}),
     ]  # fmt: skip
     pods = _job_set(spec, name)
     if spec.kind == JOBSET:
-        job_set = _object(_JOBSET_API, "JobSet", spec, name) | {"spec": pods}
+        job_set = _document(_JOBSET_API, "JobSet", spec, name) | {"spec": pods}
         documents.append((_PODS, job_set))
     else:
         runtime = {"mlPolicy": {"numNodes": spec.nodes}, "template": {"spec": pods}}
         reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": name}
-        made = _object(_TRAINER_API, "TrainingRuntime", spec, name) | {"spec": runtime}
-        run = _object(_TRAINER_API, "TrainJob", spec, name) | {"spec": {"runtimeRef": reference}}
+        made = _document(_TRAINER_API, "TrainingRuntime", spec, name) | {"spec": runtime}
+        run = _document(_TRAINER_API, "TrainJob", spec, name) | {"spec": {"runtimeRef": reference}}
         documents += [(_PODS, made), ("The run.", run)]
     return "---\n".join(f"# {comment}\n{_yaml(tree)}" for comment, tree in documents)
 
 
-def _object(api: str, kind: str, spec: "KubernetesSpec", name: str) -> Tree:
+def _document(api: str, kind: str, spec: "KubernetesSpec", name: str) -> Tree:
     metadata: Tree = {"name": name, "labels": {"app.kubernetes.io/name": "tessera"}}
     if spec.namespace:
         metadata["namespace"] = spec.namespace
