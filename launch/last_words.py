@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import INTERNAL, code_of
-from launch.terminal import write_traceback
+from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
 from trainer.redaction import redact, redact_tree
@@ -97,12 +96,6 @@ def report(error: Exception, record: dict[str, Any], placement: "Placement") -> 
     else:
         text = str(error)
     say(text)
-
-
-def say(text: str) -> None:
-    """Write one line at once: other ranks write into the same terminal."""
-    sys.stderr.write(f"tessera: {redact(text)}\n")
-    sys.stderr.flush()
 
 
 def judge_here(attempt: Path, num_ranks: int) -> str:
