@@ -54,7 +54,7 @@ COMMANDS = {
         "what a run has saved, every byte checked: tessera checkpoints run=DIR",
     ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
-    "doctor": ("launch.doctor", "versions, memory, disk and clock of this machine"),
+    "doctor": ("launch.doctor", "what would stop or slow a run: versions, limits, kernels, links"),
     "explain": (
         "launch.explain",
         "a setting, who set it and what it means: tessera explain optim.lr experiment=demo",

@@ -1,42 +1,81 @@
-"""`tessera doctor`: what of this machine would stop a run, or let somebody in."""
+"""`tessera doctor`: what of this machine, or of all hosts of a job, would stop a run."""
 
 import json
 import os
 import shutil
-import stat
+import socket
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 
+from launch.examine.finding import Finding, line, screen, verdict
+from launch.examine.folder import examine_folder
+from launch.examine.machine import examine_machine
+from launch.examine.ranks import default_processes, examine_here
 from launch.exit_codes import CHECK_FAILED, FINISHED
-from launch.floors import FLOORS, PYTHON, is_below
+from launch.floors import FLOORS
+from launch.slurm_step import ranks_of_step
 from launch.truth import truth
 from launch.words import options_of
 
-USAGE = """usage: tessera doctor [runs=DIR] [json=true]
+USAGE = """usage: tessera doctor [processes=N] [runs=DIR] [quick=true] [json=true]
 
-Looks at versions, cores, memory, disk, shared memory and clock of this machine; starts nothing.
-Exit code 1: something is below what Tessera needs.
+Looks at versions, limits, memory, the folder of runs and the clock; then starts N processes (one
+per GPU; without GPUs, two), tries every kernel, and times devices, collectives and links.
+
+  tessera doctor                                             this machine
+  tessera doctor quick=true                                  nothing is timed
+  srun tessera doctor                                        all nodes of an allocation
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m launch doctor
+
+Exit code 1: something is below what Tessera needs, or much slower than its peers.
 """
-GIB = 1 << 30
-MIN_MEMORY, MIN_DISK, MIN_SHARED = 1 * GIB, 1 * GIB, 64 << 20
-MAX_SKEW_SECONDS = 2.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one check found."""
+class Report:
+    """What was found, shown as it comes: on a terminal, as plain lines, or not before the end."""
 
-    check: str
-    found: str
-    needed: str = ""
-    """What there should be; empty: the finding is for information."""
-    is_fine: bool = True
-    remedy: str = ""
+    def __init__(self, *, is_shown: bool) -> None:
+        self.findings: list[Finding] = []
+        self._packages: list[str] = []
+        self.is_shown = is_shown
+        self.is_terminal = is_shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.width = min(shutil.get_terminal_size().columns, 120)
+        self.has_colors = self.is_terminal and "NO_COLOR" not in os.environ
+
+    def add(self, said: Finding | str) -> None:
+        """Take in a finding, or what is being done now."""
+        self._clear()
+        if isinstance(said, Finding):
+            self.findings.append(said)
+            if said.is_fine and said.check in FLOORS:  # some twenty: one line in all
+                self._packages.append(f"{said.check} {said.found}")
+                return
+            if self._packages:
+                together, self._packages = ", ".join(self._packages), []
+                self._show(Finding(check="packages", found=together))
+            self._show(said)
+        elif self.is_terminal:
+            print(f"  ...   {said}"[: self.width - 1], end="", flush=True)
+
+    def _show(self, finding: Finding) -> None:
+        is_screen = self.is_terminal
+        self.say(screen(finding, self.width, self.has_colors) if is_screen else line(finding))
+
+    def say(self, text: str) -> None:
+        if self.is_shown:
+            print(text, flush=True)
+
+    def close(self) -> bool:
+        """Say the verdict; return whether all is fine."""
+        self._clear()
+        self.say(verdict(self.findings))
+        return all(finding.is_fine for finding in self.findings)
+
+    def _clear(self) -> None:
+        if self.is_terminal:
+            print("\r\x1b[K", end="")
 
 
 def main(arguments: list[str]) -> int:
@@ -44,138 +83,66 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return FINISHED
-    options = options_of("doctor", arguments, defaults={"runs": "runs", "json": "false"})
-    is_json = truth("json", options["json"])
-    findings = list(examine(Path(options["runs"]).expanduser()))
+    defaults = {"processes": "", "runs": "runs", "quick": "false", "json": "false"}
+    options = options_of("doctor", arguments, defaults=defaults)
+    is_json, is_quick = truth("json", options["json"]), truth("quick", options["quick"])
+    runs = Path(options["runs"]).expanduser()
+    os.environ |= ranks_of_step(os.environ)
+    if "RANK" in os.environ:
+        return _as_rank(options["processes"], runs, is_json=is_json, is_quick=is_quick)
+    processes = _processes(options["processes"])
+    report = Report(is_shown=not is_json)
+    report.say(f"{socket.gethostname()}:")
+    _take(report, _look(runs, is_quick))
+    report.say(f"{processes} process{'es' if processes > 1 else ''}:")
+    report.add("importing torch")
+    _take(report, examine_here(processes, runs, is_quick=is_quick))
+    return _end(report, is_json)
+
+
+def _as_rank(processes: str, runs: Path, *, is_json: bool, is_quick: bool) -> int:
+    """Be one rank of a job: rank 0 speaks for all, and all return the same code."""
+    from launch.examine.rank import examine_ranks
+    from launch.worker import leave, placement_from
+
+    placement = placement_from(os.environ)
+    if processes and int(processes) != placement.world_size:
+        raise ValueError(
+            f"processes={processes} has no effect in a job of {placement.world_size} ranks; "
+            "leave it out"
+        )
+    report = Report(is_shown=placement.is_main and not is_json)
+    report.say(f"{socket.gethostname()}, the first host:")
+    if placement.is_main:
+        _take(report, _look(runs, is_quick))
+    report.say(f"{placement.world_size} ranks:")
+    _take(report, examine_ranks(placement, runs, is_quick=is_quick))
+    leave(_end(report, is_json and placement.is_main))
+
+
+def _look(runs: Path, is_quick: bool) -> Iterator[Finding | str]:
+    yield from examine_machine()
+    yield "looking at the folder of runs"
+    yield from examine_folder(runs, is_quick=is_quick)
+
+
+def _take(report: Report, said: Iterator[Finding | str]) -> None:
+    for each in said:
+        report.add(each)
+
+
+def _end(report: Report, is_json: bool) -> int:
+    is_fine = report.close()
     if is_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
-    else:
-        print("\n".join(map(_line, findings)))
-    return FINISHED if all(finding.is_fine for finding in findings) else CHECK_FAILED
+        findings = [asdict(finding) for finding in report.findings]
+        told = {"is_ready": is_fine, "verdict": verdict(report.findings), "findings": findings}
+        print(json.dumps(told, indent=1))
+    return FINISHED if is_fine else CHECK_FAILED
 
 
-def examine(runs: Path) -> Iterator[Finding]:
-    """Yield what every check finds; `runs` is where runs are written."""
-    yield check_python()
-    yield from check_versions()
-    yield check_torch()
-    yield check_cores()
-    yield check_memory()
-    folder = _existing(runs)
-    yield check_disk(folder)
-    yield check_writers(folder)
-    yield check_shared_memory()
-    yield check_clock(folder)
-
-
-def check_python() -> Finding:
-    found, needed = sys.version_info[:2], ".".join(map(str, PYTHON))
-    return Finding(
-        check="python", found=sys.version.split()[0], needed=f">= {needed}",
-        is_fine=found >= PYTHON, remedy=f"install Python {needed} or newer",
-    )  # fmt: skip
-
-
-def check_versions() -> Iterator[Finding]:
-    """Compare what is installed with launch/floors.py; what others bring may be absent."""
-    for name, floor in FLOORS.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue  # a command that needs it says so, and pip installs it with the floor
-        yield Finding(
-            check=name, found=found, needed=f">= {floor.version}",
-            is_fine=not is_below(found, floor.version),
-            remedy=f"pip install '{name}>={floor.version}': {floor.reason}",
-        )  # fmt: skip
-
-
-def check_torch() -> Finding:
-    """Say what torch was built for, and what it sees."""
-    import torch
-
-    count = torch.cuda.device_count()
-    names = sorted({torch.cuda.get_device_name(number) for number in range(count)})
-    devices = f"{count} x {' and '.join(names)}" if count else "no GPU"
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    has_gpu = Path("/dev/nvidiactl").exists()
-    return Finding(
-        check="torch build", found=f"{torch.__version__} for {built}, {devices}",
-        needed="a build that sees the GPU" if has_gpu else "", is_fine=bool(count) or not has_gpu,
-        remedy="install the build of torch that fits the driver: pytorch.org/get-started",
-    )  # fmt: skip
-
-
-def check_cores() -> Finding:
-    """Say how many cores this process may use: containers and schedulers give fewer."""
-    mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count()
-    return Finding(check="cores", found=f"{mine} of {all_cores}")
-
-
-def check_memory() -> Finding:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
-    free, total = values["MemAvailable"], values["MemTotal"]
-    return _of_size("memory", free, total, MIN_MEMORY, "end other programs, or take a larger node")
-
-
-def check_disk(folder: Path) -> Finding:
-    usage = shutil.disk_usage(folder)
-    return _of_size(f"disk of {folder}", usage.free, usage.total, MIN_DISK,
-                    "delete old runs, or set runs=DIR on another disk")  # fmt: skip
-
-
-def check_writers(folder: Path) -> Finding:
-    """See that no stranger can put links or files in the place of a run's."""
-    mode = folder.stat().st_mode
-    is_open = bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
-    return Finding(
-        check=f"writers of {folder}", found="everybody" if is_open else stat.filemode(mode),
-        needed="not everybody", is_fine=not is_open, remedy=f"chmod o-w {folder}",
-    )  # fmt: skip
-
-
-def check_shared_memory() -> Finding:
-    """See that ranks of one machine can talk through memory; containers often give 64 MB."""
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
-        return Finding(check="/dev/shm", found="none")
-    usage = shutil.disk_usage(folder)
-    remedy = "remove what lies in /dev/shm, or start the container with --shm-size=1g"
-    return _of_size("/dev/shm", usage.free, usage.total, MIN_SHARED, remedy)
-
-
-def check_clock(folder: Path) -> Finding:
-    """Compare the clock with the disk's: by it, locks that other machines hold are judged."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tessera-doctor-") as file:
-            skew = abs(os.stat(file.name).st_mtime - time.time())
-    except OSError as error:
-        return Finding(
-            check=f"clock of {folder}", found=f"cannot be written: {error.strerror}",
-            needed="a folder to write runs in", is_fine=False, remedy="set runs=DIR",
-        )  # fmt: skip
-    return Finding(
-        check=f"clock of {folder}", found=f"{skew:.1f} s apart from this machine's",
-        needed=f"<= {MAX_SKEW_SECONDS:.0f} s", is_fine=skew <= MAX_SKEW_SECONDS,
-        remedy="let both follow the same time server (chrony or ntpd)",
-    )  # fmt: skip
-
-
-def _of_size(check: str, free: int, total: int, least: int, remedy: str) -> Finding:
-    return Finding(
-        check=check, found=f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
-        needed=f">= {least / GIB:.2g} GiB", is_fine=free >= least, remedy=remedy,
-    )  # fmt: skip
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    folder = folder.absolute()
-    return next(each for each in (folder, *folder.parents) if each.is_dir())
-
-
-def _line(finding: Finding) -> str:
-    if finding.is_fine:
-        return f"  ok    {finding.check:<14} {finding.found}"
-    return f"  BAD   {finding.check:<14} {finding.found}, needed {finding.needed}; {finding.remedy}"
+def _processes(text: str) -> int:
+    if not text:
+        return default_processes(os.environ)
+    if not text.isdigit() or not int(text):
+        raise ValueError(f"processes={text} starts nothing; set it to 1 or more")
+    return int(text)

@@ -39,21 +39,34 @@ def hand_over(
     restarts: int, watchdog: WatchdogSpec | None,
 ) -> None:  # fmt: skip
     """Write both files into `place`, for launchers that anybody may start later."""
+    from trainer.directory import CONFIG
+    from trainer.files import write_text
+
+    config, text = handover_texts(
+        tree, folder, nodes=nodes, processes=processes, restarts=restarts, watchdog=watchdog
+    )
+    write_text(place / CONFIG, config)
+    plan = place / PLAN
+    plan.touch(mode=0o600)  # before the key is in it
+    plan.write_text(text)
+
+
+def handover_texts(
+    tree: dict[str, Any], folder: Path, *, nodes: int, processes: int,
+    restarts: int, watchdog: WatchdogSpec | None,
+) -> tuple[str, str]:  # fmt: skip
+    """Return what both files hold."""
     import yaml
 
     from trainer.code_version import git_commit
-    from trainer.directory import CONFIG
-    from trainer.files import write_text
 
     handover = Handover(
         folder=str(folder.absolute()), nodes=nodes, processes=processes, restarts=restarts,
         watchdog=vars(watchdog) if watchdog else None, stop_at=tree["stop_at"],
         deterministic=tree["deterministic"], git_commit=git_commit(), key=secrets.token_hex(16),
     )  # fmt: skip
-    write_text(place / CONFIG, yaml.safe_dump(tree, sort_keys=False))
-    plan = place / PLAN
-    plan.touch(mode=0o600)  # before the key is in it
-    plan.write_text(json.dumps(asdict(handover), indent=1) + "\n")
+    config = yaml.safe_dump(tree, sort_keys=False)
+    return config, json.dumps(asdict(handover), indent=1) + "\n"
 
 
 def read_handover(place: Path) -> Handover:

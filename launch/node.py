@@ -21,12 +21,10 @@ from launch.follower import Follower
 from launch.group import Node, safe_paths
 from launch.handover import OUTCOME, Handover, read_handover
 from launch.meeting import LostError, Meeting, come, ports_of
-from launch.request import new_start, refuse
+from launch.request import LEASE_SECONDS, new_start, refuse
 from launch.signals import STOP_SIGNALS
 from launch.supervisor import WORKER, Supervisor
 from launch.watchdog import WatchdogSpec
-
-LEASE_SECONDS = 75.0  # of a run whose node was lost: longer than its lease
 
 
 def node_of(environ: Mapping[str, str], handover: Handover) -> Node:
@@ -112,7 +110,7 @@ class Launcher:
         from trainer.errors import LockedError
         from trainer.stored_config import read_stored
 
-        if (now := git_commit()) != self.handover.git_commit:
+        if (now := git_commit()) not in (None, self.handover.git_commit):
             say(f"submitted with the code of {self.handover.git_commit}, which is {now} now")
         folder, tree = Path(self.handover.folder), read_stored(self.place / CONFIG)
         deadline = time.monotonic() + LEASE_SECONDS

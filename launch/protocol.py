@@ -21,6 +21,8 @@ class Job:
     """Of the run; it may not be there yet."""
     end: float | None
     """When it has to have stopped, in seconds since 1970."""
+    words: tuple[str, ...] = ()
+    """What was typed, from which a rank composes the same config."""
 
 
 class Launch(Protocol):

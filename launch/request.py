@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+LEASE_SECONDS = 75.0  # of a run whose node was lost: longer than its lease
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -12,31 +14,37 @@ class Request:
     tree: dict[str, Any]
     """The resolved config, `launch` included: what config.yaml stores."""
     is_dry: bool
+    words: tuple[str, ...] = ()
+    """What it was composed of."""
 
     def locate(self, num_steps: int) -> Path:
         """Choose the run's folder, refuse what it cannot go on with; return a new attempt in it."""
         return new_start(self.choose(num_steps), self.tree)
 
-    def choose(self, num_steps: int) -> Path:
+    def choose(self, num_steps: int, *, may_join: bool = False) -> Path:
         """Return the folder of a run so long; ValueError when it is in use or belongs to another
         config."""
         from trainer.directory import choose_run
 
         tree = self.tree
         folder = choose_run(tree["runs"], tree["name"], num_steps, tree["resume"])
-        refuse(folder, tree)
+        refuse(folder, tree, may_join=may_join)
         return folder
 
 
-def refuse(folder: Path, tree: dict[str, Any]) -> None:
-    """Raise ValueError where a start with this config cannot go on with the run of a folder."""
+def refuse(folder: Path, tree: dict[str, Any], *, may_join: bool = False) -> None:
+    """Raise ValueError where a start with this config cannot go on with the run of a folder.
+
+    `may_join`: others may be at work on it already.
+    """
     from trainer.checkpoint.commit import committed_steps
     from trainer.checkpoint.lock import refuse_if_locked
     from trainer.directory import CHECKPOINTS, CONFIG, read_rewind
     from trainer.drift import check_drift
     from trainer.stored_config import read_stored
 
-    refuse_if_locked(folder)
+    if not may_join:
+        refuse_if_locked(folder)
     steps = committed_steps(folder / CHECKPOINTS)
     has_rewound = read_rewind(folder) == tree["resume_step"]
     if tree["resume_step"] is not None and tree["resume_step"] not in steps and not has_rewound:

@@ -1,15 +1,19 @@
 """`tessera train`: compose, check, then train: here, under our supervisor or as a torchrun rank."""
 
 import os
+import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from launch.binding import bind, convert
 from launch.compose import compose
 from launch.deadline import end_time
 from launch.determinism import hold
+from launch.exit_codes import FINISHED, PREEMPTED
 from launch.menu import lines
 from launch.protocol import Job, Launch
-from launch.request import Request
+from launch.request import LEASE_SECONDS, Request
 from launch.signals import leaving_on_signals
 from launch.truth import truth
 from launch.words import split_off
@@ -47,16 +51,21 @@ def main(arguments: list[str]) -> int:
 def _train(request: Request) -> int:
     hold(request.tree.get("deterministic"), os.environ)
     end = end_time(request.tree["stop_at"], os.environ)
-    if "RANK" in os.environ and not request.is_dry:
-        return _train_as_rank(request)
+    if not request.is_dry:
+        from launch.worker import refuse_lone_rank
+
+        refuse_lone_rank(os.environ)
+        if "RANK" in os.environ:
+            return _train_as_rank(request)
     max_steps = request.tree["max_steps"]
     # Before torch is imported, where that is possible: a refusal is fast.
-    folder = None if max_steps is None else request.choose(max_steps)
+    may_join = bool(request.tree["launch"].get("endpoint"))  # a node that comes to others
+    folder = None if max_steps is None else request.choose(max_steps, may_join=may_join)
     run, launch = bind_run(request.tree)
     run.check(launch.world_size)
     run = settled(run)
-    folder = folder or request.choose(run.num_steps)
-    job = Job(run=run, tree=request.tree, folder=folder, end=end)
+    folder = folder or request.choose(run.num_steps, may_join=may_join)
+    job = Job(run=run, tree=request.tree, folder=folder, end=end, words=request.words)
     if request.is_dry:
         _show(job, launch)
         return 0
@@ -110,7 +119,8 @@ def read_request(arguments: list[str]) -> Request:
         convert(tree[key], kind, key)
     if "launch" not in tree:
         raise ValueError("launch is missing; set launch=local")
-    return Request(tree=tree, is_dry=truth("dry_run", own.get("dry_run", "false").lower()))
+    is_dry = truth("dry_run", own.get("dry_run", "false").lower())
+    return Request(tree=tree, is_dry=is_dry, words=tuple(words))
 
 
 def bind_run(tree: dict[str, Any]) -> tuple[Any, Launch]:
@@ -123,7 +133,9 @@ def bind_run(tree: dict[str, Any]) -> tuple[Any, Launch]:
 
 def _train_as_rank(request: Request) -> int:
     """Train as one rank of torchrun: rank 0 chooses the folder for all."""
+    from launch.agent import AGENT
     from launch.worker import execute, leave, placement_from
+    from trainer.parent_death import die_with
 
     run, launch = bind_run(request.tree)
     placement = placement_from(os.environ)
@@ -132,4 +144,22 @@ def _train_as_rank(request: Request) -> int:
             f"launch asks for {launch.world_size} processes, which has no effect under torchrun, "
             f"which started {placement.world_size}; leave it out"
         )
-    leave(execute(run, placement, request.locate))
+    under_agent = AGENT in os.environ
+    if under_agent:
+        die_with(os.getppid())
+    code = execute(run, placement, partial(_locate, request, under_agent))
+    leave(FINISHED if under_agent and code == PREEMPTED else code)
+
+
+def _locate(request: Request, is_patient: bool, num_steps: int) -> Path:
+    """Return a new attempt; after the loss of a node, wait for the end of its lease of the run."""
+    from trainer.errors import LockedError
+
+    deadline = time.monotonic() + LEASE_SECONDS * is_patient
+    while True:
+        try:
+            return request.locate(num_steps)
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)

@@ -44,6 +44,16 @@ def placement_from(environ: Mapping[str, str]) -> "Placement":
         ) from None
 
 
+def refuse_lone_rank(environ: Mapping[str, str]) -> None:
+    """Raise ValueError where accelerate has started one process of several, without a rank."""
+    is_several = "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ
+    if is_several and "RANK" not in environ:
+        raise ValueError(
+            "accelerate launch --cpu starts one process, whatever --num_processes is (MASTER_ADDR "
+            "is set, RANK is not); use --multi_gpu, which starts all of them on CPUs too"
+        )
+
+
 def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -> int:
     """Train as one rank; return the exit code, after leaving a record beside the config."""
     from launch.terminal import configure_logging, show_cursor

@@ -1,0 +1,122 @@
+"""Starts torchrun for one node, tells it of signals, and says how the run ended.
+
+torchrun returns 1 for a run that has saved and stopped, and 0 for one that ended on a single rank:
+what counts is what the ranks left in the folder of their start. Standard library only.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
+from launch.restarts import failure_of
+from launch.signals import STOP_SIGNALS
+from launch.traces import read_places, read_records
+from launch.verdict import Witness
+
+AGENT = "TESSERA_AGENT_PID"
+"""Set for ranks: they end with torchrun, and with 0 where they have saved and stopped, since any
+other code makes torchrun start them again."""
+SETTLE_SECONDS, POLL_SECONDS = 10.0, 0.1  # for ranks of other nodes to leave their records
+
+
+class Agent:
+    """torchrun with its arguments, for the run of a folder."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        self.folder, self.arguments = folder, arguments
+        self.before = set(self._attempts())
+        self.signals: list[int] = []
+
+    def run(self) -> int:
+        """Return the exit code of the run."""
+        for each in STOP_SIGNALS:
+            signal.signal(each, self._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # torchrun inherits the mask
+        from trainer.parent_death import die_with
+
+        torchrun = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *self.arguments],
+            env=os.environ | {AGENT: str(os.getpid())},
+            start_new_session=True,  # the terminal's Ctrl-C reaches us alone: we forward it
+            preexec_fn=partial(die_with, os.getpid()),
+        )
+        forwarded = 0
+        while torchrun.poll() is None:
+            for number in self.signals[forwarded:]:
+                torchrun.send_signal(number)
+                forwarded += 1
+            time.sleep(POLL_SECONDS)
+        code, sentence = self.judge(torchrun.returncode)
+        if sentence:
+            print(f"tessera: {sentence}", file=sys.stderr, flush=True)
+        return code
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.signals.append(number)
+
+    def judge(self, returned: int) -> tuple[int, str]:
+        """Return the exit code of the run and the last words, by what its last start has left."""
+        new = sorted(set(self._attempts()) - self.before)
+        if not new:
+            if self.signals:
+                name = signal.Signals(self.signals[0]).name
+                return PREEMPTED, f"stopped by {name} before anything was started"
+            return INTERNAL, f"torchrun ended with code {returned} before any rank had begun"
+        attempt = new[-1]
+        ranks = range(_size(attempt))
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while not all(records := read_records(attempt, ranks)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        codes = [int(record.get("code", INTERNAL)) for record in records]
+        if set(codes) == {FINISHED}:
+            return FINISHED, ""
+        stopped = [record for record in records if record.get("code") == PREEMPTED]
+        if stopped and set(codes) <= {FINISHED, PREEMPTED}:
+            step = self._committed() or "none"
+            return PREEMPTED, (
+                f"{stopped[0]['reason']}; last committed step: {step}; the same command goes on "
+                f"from there (exit code {PREEMPTED})"
+            )
+        places = read_places(attempt, ranks)
+        witnesses = [
+            Witness(rank=rank, place=place, record=record)
+            for rank, place, record in zip(ranks, places, records, strict=True)
+        ]
+        failure = failure_of(witnesses, codes, self._committed())
+        return failure.code, f"{failure}; exit code {failure.code} ({MEANINGS[failure.code]})"
+
+    def _attempts(self) -> list[Path]:
+        return [path for path in (self.folder / "attempts").glob("*") if path.name.isdigit()]
+
+    def _committed(self) -> int:
+        from trainer.checkpoint.commit import committed_steps
+        from trainer.directory import CHECKPOINTS
+
+        return max(committed_steps(self.folder / CHECKPOINTS), default=0)
+
+
+def _size(attempt: Path) -> int:
+    """Return how many ranks a start had; those that left a trace, where it did not come far."""
+    from trainer.directory import ENVIRONMENT
+
+    try:
+        return int(json.loads((attempt / ENVIRONMENT).read_text())["world_size"])
+    except (OSError, ValueError, KeyError):
+        traces = attempt.glob("*.?????.json")
+        return max((int(path.name.split(".")[1]) + 1 for path in traces), default=1)
+
+
+def main() -> int:
+    folder, *arguments = sys.argv[1:]
+    return Agent(Path(folder), arguments).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

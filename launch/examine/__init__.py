@@ -1,0 +1,1 @@
+"""What `tessera doctor` looks at, one file per question."""

@@ -1,0 +1,76 @@
+"""What the container or the scheduler grants this process, by its cgroups. Needs no torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+_UNLIMITED = 1 << 60  # version 1 writes 2^63 less a page
+
+
+def memory_left(root: Path = ROOT) -> tuple[int, int] | None:
+    """Return the bytes that may still be taken, and the limit; None: there is no limit.
+
+    The narrowest level counts. What files of the disk take can be had back.
+    """
+    found = []
+    for folder, is_new in _levels("memory", root):
+        limit = _number(folder / ("memory.max" if is_new else "memory.limit_in_bytes"))
+        used = _number(folder / ("memory.current" if is_new else "memory.usage_in_bytes"))
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            found.append((max(0, limit - used + _files(folder, is_new)), limit))
+    return min(found, default=None)
+
+
+def cores(root: Path = ROOT) -> float | None:
+    """Return how many cores' worth of time is granted; None: there is no quota."""
+    found = []
+    for folder, is_new in _levels("cpu", root):
+        if is_new:
+            words = _words(folder / "cpu.max")
+        else:
+            words = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            found.append(int(words[0]) / int(words[1]))
+    return min(found, default=None)
+
+
+def _levels(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield our group and all above it, and whether they are of version 2.
+
+    In a container the path may be that of the host, which is not to be seen: its root is ours then.
+    """
+    own: dict[str, str] = {}
+    for text in _lines(root / "proc/self/cgroup"):
+        _, names, path = text.split(":", 2)
+        own |= dict.fromkeys(names.split(","), path)
+    mounts = root / "sys/fs/cgroup"
+    for name, mount, is_new in ((controller, mounts / controller, False), ("", mounts, True)):
+        if name in own:
+            folder = mount / own[name].lstrip("/")
+            yield from ((each, is_new) for each in (folder, *folder.parents) if _is_in(each, mount))
+
+
+def _is_in(folder: Path, mount: Path) -> bool:
+    return folder.is_relative_to(mount) and folder.is_dir()
+
+
+def _files(folder: Path, is_new: bool) -> int:
+    key = "inactive_file" if is_new else "total_inactive_file"
+    values = dict(text.split() for text in _lines(folder / "memory.stat"))
+    return int(values.get(key, 0))
+
+
+def _number(file: Path) -> int | None:
+    words = _words(file)
+    return int(words[0]) if words and words[0].isdigit() else None
+
+
+def _words(file: Path) -> list[str]:
+    return " ".join(_lines(file)).split()
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
