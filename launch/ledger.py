@@ -75,6 +75,10 @@ def proved(folder: Path, step: str | None = None) -> tuple["Proof", int]:
     )
     if saved is not None:
         proof.check_passed_over(saved.get("passed_over", []))
+    if saved is not None and "mix" in saved:
+        from trainer.ledger_sources import prove_sources
+
+        prove_sources(proof, folder, lives, saved)
     return proof, len({life.attempt for life in lives})
 
 
@@ -93,8 +97,9 @@ def _last_step(folder: Path, step: str | None, newest: int | None) -> int:
 
 def _agreement_in(folder: Path) -> Any:
     """Return what says on what two starts of a run agree: their configs tell."""
-    from trainer.directory import CONFIG
+    from trainer.directory import CONFIG, MIX
     from trainer.drift import difference, fits
+    from trainer.files import read_json
     from trainer.ledger_proof import NUMBERS, SAMPLES
     from trainer.stored_config import read_stored
 
@@ -103,6 +108,11 @@ def _agreement_in(folder: Path) -> Any:
         path = folder / "attempts" / f"{attempt:03d}" / CONFIG
         return read_stored(path) if path.exists() else None
 
+    @cache
+    def eras(attempt: int) -> Any:
+        path = folder / "attempts" / f"{attempt:03d}" / MIX
+        return read_json(path)["eras"] if path.exists() else None
+
     def agreement(earlier: "Life", later: "Life") -> tuple[str, ...]:
         old, new = config(earlier.attempt), config(later.attempt)
         if old is None or new is None:
@@ -110,6 +120,8 @@ def _agreement_in(folder: Path) -> Any:
         changed = {key for key in difference(old, new) if not fits(key, _IDLE)}
         if {key for key in changed if not fits(key, ("mesh.",))}:
             return ()
+        if eras(earlier.attempt) != eras(later.attempt):  # other data at the same places
+            return (SAMPLES,)
         mode = new.get("deterministic", "off")
         is_same_layout = not changed and earlier.ranks == later.ranks
         if mode == "topology_free" or (mode != "off" and is_same_layout):
@@ -130,6 +142,9 @@ def _said(proof: "Proof", attempts: int) -> list[str]:
         f"bit, {proof.mismatched} with other numbers or samples",
         *proof.findings[:SHOWN],
     ]
+    if proof.by_source:
+        each = ", ".join(f"{name} {count:,}" for name, count in proof.by_source.items())
+        lines.insert(1, f"by source, over {proof.mixtures} mixture(s): {each}")
     if len(proof.findings) > SHOWN:
         lines.append(f".. and {len(proof.findings) - SHOWN:,} more; see all with json=true")
     lines.append("every sample exactly once" if proof.holds else "NOT exactly once")
