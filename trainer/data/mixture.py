@@ -57,8 +57,8 @@ class Mixture:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one source alone, as ever."""
-        return len(self.names) == 1
+        """Whether it is one source alone, without a name."""
+        return self.names == ("",)
 
     def knowing(self, names: Sequence[str], fingerprints: Sequence[str]) -> "Mixture":
         """Return it with these sources in it; ValueError for one that has become another."""
@@ -89,7 +89,7 @@ class Mixture:
             if name not in numbers:
                 here = [n for n, known in enumerate(self.fingerprints) if known == fingerprint]
                 free = [n for n in here if n not in taken]
-                numbers[name] = free[0] if free else max(len(self.names), *(1 + n for n in taken))
+                numbers[name] = free[0] if free else max((len(self.names), *(1 + n for n in taken)))
         return [numbers[name] for name in names]
 
     def goes_on_as(self, other: "Mixture") -> bool:
