@@ -85,7 +85,7 @@ def _mixture(tree: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """Return what the config says of the share of each source, not yet checked."""
     sources = tree["data"].get("sources")
     if not isinstance(sources, dict) or not sources:
-        return {"data.path": ("alone", 1)}
+        return {"data.path": ("weight", 1)}
     found = {name: source if isinstance(source, dict) else {} for name, source in sources.items()}
     has_weights = any(source.get("weight") is not None for source in found.values())
     key, usual = ("weight", None) if has_weights else ("epochs", 1)

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 
 from tests.mixtures import Stretch, block_of, slow_order
 from tests.token_folders import write_folder
@@ -20,6 +21,7 @@ from trainer.data.named_sources import Source
 from trainer.data.order import permute, round_keys
 from trainer.data.token_folder import TokenFolder
 from trainer.data.tokenizers import ByteTokenizer
+from trainer.progress import Progress
 
 CASES = {"commit": 40, "all": 1000}
 NAMES = ("wiki", "code", "talk", "math")
@@ -283,6 +285,15 @@ def test_a_rewind_over_a_change_leaves_the_order_of_all_samples(folder: Path, be
     again = fresh.resumed(4, known).passing_over(loader.first_sample(8)).mixed(may_change=False)
     assert cited(again, 4) == cited(back, 4)
     assert again.state(6) == back.state(6)
+
+
+def test_a_source_that_is_new_in_an_open_window_had_no_target_there() -> None:
+    old = Progress(torch.device("cpu"), ("wiki", "code"))
+    old.window["num_targets"] += 5
+    old.by_source += 2.0
+    new = Progress(torch.device("cpu"), ("wiki", "talk"))
+    new.load(old.state())
+    assert new.by_source.tolist() == [[2.0, 0.0], [2.0, 0.0]]
 
 
 def test_the_state_of_four_sources_and_five_mixtures_is_small(folder: Path) -> None:

@@ -202,7 +202,9 @@ class StepLoader:
 
     def change_at(self, step: int) -> dict[str, Any] | None:
         """Return what the mixture becomes after `step` steps, and was; None: it stays."""
-        return self.mixture.change_at(self.first_sample(step))
+        first = self.first_sample(step)
+        gap = self._gap_before(step) or (first, first)
+        return self.mixture.change_in(gap[0], first)
 
     def passing_over(self, last: int) -> "StepLoader":
         """Return the loader that goes on at its anchor with global sample `last`.

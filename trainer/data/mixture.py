@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from math import gcd, lcm
 from typing import Any
 
@@ -112,16 +112,16 @@ class Mixture:
             )
         return replace(self, eras=self.eras.then(first, weights))
 
-    def change_at(self, sample: int) -> dict[str, Any] | None:
-        """Return the shares before and from a global sample on, if a later era begins with it, and
-        how many samples of each source came before."""
-        eras = self.eras.eras
-        number = next((n for n, era in enumerate(eras) if n and era.first == sample), None)
-        if number is None:
+    def change_in(self, first: int, last: int) -> dict[str, Any] | None:
+        """Return the shares before and behind the newest change that lies at one of these samples,
+        and how many samples of each source came before it; None: there is none."""
+        pairs = list(pairwise(self.eras.eras))
+        found = [(old, new) for old, new in pairs if first <= new.first <= last]
+        if not found:
             return None
-        old, new = eras[number - 1], eras[number]
+        old, new = found[-1]
         return {
-            "first_sample": sample, "was": self._shares(old.weights),
+            "first_sample": new.first, "was": self._shares(old.weights),
             "becomes": self._shares(new.weights),
             "done": dict(zip(map(_label, self.names), new.done, strict=False)),
         }  # fmt: skip
