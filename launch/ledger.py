@@ -18,7 +18,7 @@ USAGE = """usage: tessera ledger run=DIR [step=N] [json=true]
 Reads what every rank of every start wrote down, and proves of steps 1 to N: each sample was trained
 on exactly once, in order; steps that were executed again, after a crash, had the same samples and,
 where the config promises it (deterministic), the same loss to the last bit. Of named sources: how
-many samples of each, by the mixtures of the newest checkpoint, which every start must have followed.
+many samples of each, by the mixtures of the newest checkpoint, which all starts must have followed.
 Exit code 1: not so; says which samples, step and start.
 
   run=DIR     the run's folder

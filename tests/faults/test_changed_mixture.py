@@ -14,7 +14,7 @@ import yaml
 from launch.cli import main
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from tests.faults.test_wrong_numbers import BACK
-from tests.faults.wrong_numbers import NonsenseLoader
+from tests.faults.wrong_numbers import nonsense_run
 from tests.ledgers import committed, ledgers
 from tests.mixtures import Stretch, slow_order
 from tests.ranks import run_ranks
@@ -238,35 +238,32 @@ def test_going_back_before_a_change_makes_it_there(
     assert found["by_source"] == dict(Counter(source for source, _ in order_of(3)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class NonsenseFolder(TokenFolder):
-    """Some samples are nonsense."""
-
-    nonsense: range
-
-    def build(self, **settings: Any) -> tuple[StepLoader, EvalLoader | None]:
-        loader, eval_loader = super().build(**settings)
-        return NonsenseLoader(**vars(loader), nonsense=self.nonsense), eval_loader
-
-
 @pytest.mark.slow
 def test_a_rewind_over_a_change_keeps_what_follows_also_in_another_process(
-    tokens: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The change lies behind step 24; step 28 is nonsense, and step 20 is gone back to."""
-    old = run_of(cache, tokens, OLD, **(BACK | {"max_steps": 24}))
+    (tmp_path / "more").mkdir()
+    for name in ("decoder", "encoder", "scanner", "tool"):
+        text = Path(json.__file__).with_name(f"{name}.py").read_text()
+        (tmp_path / "more" / f"{name}.txt").write_text(text)
+    old = nonsense_run(cache, range(0), **(BACK | {"max_steps": 24}))
     run_ranks(1, train, tmp_path / "whole", old)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    new = run_of(cache, tokens, NEW, **BACK, resume_allow=["data.mix"])
-    data = NonsenseFolder(**vars(new.data), nonsense=range(27 * SIZE, 28 * SIZE))
-    new = replace(new, data=replace(data, micro_rows=1))
+    sources = {
+        "lib": Source(path="stdlib", weight=3),  # what data.path was
+        "more": Source(path=str(tmp_path / "more"), weight=1),
+    }
+    changes = {"data_path": None, "data_sources": sources, "resume_allow": ["data.mix"]}
+    new = nonsense_run(cache, range(27 * SIZE, 28 * SIZE), **BACK, **changes)
     run_ranks(1, train, tmp_path / "whole", new)
+    assert read_json(tmp_path / "whole/rewinds.json")["20"]["mix"]["eras"][1][0] == 24 * SIZE
     with pytest.raises(RankFailedError, match="died without a result"):
-        # The step has been there before the rewind, too: only behind it was it logged twice.
-        run_ranks(1, train, tmp_path / "killed", replace(new, callbacks={"die": DieAt(29)}))
+        # Only behind the rewind does this start come to that step.
+        run_ranks(1, train, tmp_path / "killed", replace(new, callbacks={"die": DieAt(22)}))
     run_ranks(1, train, tmp_path / "killed", replace(new, resume_allow=[]))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    stretches = [Stretch(OLD, 24 * SIZE), Stretch(NEW, 24 * SIZE)]
+    stretches = [Stretch({"lib": 1}, 24 * SIZE), Stretch({"lib": 3, "more": 1}, 24 * SIZE)]
     trained = [n for n in range(48 * SIZE) if not 20 * SIZE <= n < 28 * SIZE]
     expected = Counter(slow_order(stretches, 0)[n][0] for n in trained)
     for name in ("whole", "killed"):
