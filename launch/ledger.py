@@ -18,7 +18,8 @@ USAGE = """usage: tessera ledger run=DIR [step=N] [json=true]
 
 Reads what every rank of every start wrote down, and proves of steps 1 to N: each sample was trained
 on exactly once, in order; steps that were executed again, after a crash, had the same samples and,
-where the config promises it (deterministic), the same loss to the last bit.
+where the config promises it (deterministic), the same loss to the last bit. Of named sources: how
+many samples of each, by the mixtures of the newest checkpoint, which all starts must have followed.
 Exit code 1: not so; says which samples, step and start.
 
   run=DIR     the run's folder
@@ -71,6 +72,10 @@ def proved(folder: Path, step: str | None = None) -> tuple["Proof", int]:
     )
     if saved is not None:
         proof.check_passed_over(saved.get("passed_over", []))
+    if saved is not None and "mix" in saved:
+        from trainer.ledger_sources import prove_sources
+
+        prove_sources(proof, folder, lives, saved)
     return proof, len({life.attempt for life in lives})
 
 
@@ -89,8 +94,9 @@ def _last_step(folder: Path, step: str | None, newest: int | None) -> int:
 
 def _agreement_in(folder: Path) -> Any:
     """Return what says on what two starts of a run agree: their configs tell."""
-    from trainer.directory import CONFIG
+    from trainer.directory import CONFIG, MIX
     from trainer.drift import difference, fits
+    from trainer.files import read_json
     from trainer.ledger_proof import NUMBERS, SAMPLES
     from trainer.stored_config import read_stored
 
@@ -99,6 +105,11 @@ def _agreement_in(folder: Path) -> Any:
         path = folder / "attempts" / f"{attempt:03d}" / CONFIG
         return read_stored(path) if path.exists() else None
 
+    @cache
+    def eras(attempt: int) -> Any:
+        path = folder / "attempts" / f"{attempt:03d}" / MIX
+        return read_json(path)["eras"] if path.exists() else None
+
     def agreement(earlier: "Life", later: "Life") -> tuple[str, ...]:
         old, new = config(earlier.attempt), config(later.attempt)
         if old is None or new is None:
@@ -106,6 +117,8 @@ def _agreement_in(folder: Path) -> Any:
         changed = {key for key in difference(old, new) if not fits(key, _IDLE)}
         if {key for key in changed if not fits(key, ("mesh.",))}:
             return ()
+        if eras(earlier.attempt) != eras(later.attempt):  # other data at the same places
+            return (SAMPLES,)
         mode = new.get("deterministic", "off")
         is_same_layout = not changed and earlier.ranks == later.ranks
         if mode == "topology_free" or (mode != "off" and is_same_layout):
@@ -126,6 +139,9 @@ def _said(proof: "Proof", attempts: int) -> list[str]:
         f"bit, {proof.mismatched} with other numbers or samples",
         *proof.findings[:SHOWN],
     ]
+    if proof.by_source:
+        each = ", ".join(f"{name} {count:,}" for name, count in proof.by_source.items())
+        lines.insert(1, f"by source, over {proof.mixtures} mixture(s): {each}")
     if len(proof.findings) > SHOWN:
         lines.append(f".. and {len(proof.findings) - SHOWN:,} more; see all with json=true")
     lines.append("every sample exactly once" if proof.holds else "NOT exactly once")

@@ -113,7 +113,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     place = Place(progress=progress, best=best, guard=guard, loader=loader, bits=bits)
     place = resume(run, checkpoints, ranks, engine, place)
     loader = place.loader
-    record = open_record(folder, attempt, ranks, progress, loader.rank)
+    record = open_record(folder, attempt, ranks, progress, loader)
     callbacks = _callbacks(run)
     view = RunView(
         run=run, folder=folder, is_main=is_main, engine=engine, tokenizer=tokenizer,

@@ -14,7 +14,7 @@ from trainer.evaluation_due import read_due
 from trainer.files import read_number
 
 CHECKPOINTS = "checkpoints"
-CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+CONFIG, ENVIRONMENT, MIX = "config.yaml", "environment.json", "mix.json"
 REWIND = "rewound_to"
 AUTO, NEVER = "auto", "never"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")

@@ -1,6 +1,8 @@
 """What may change between the starts of one run: config keys in three classes."""
 
 from collections.abc import Iterator
+from fractions import Fraction
+from math import inf
 from typing import Any
 
 # The first pattern that fits decides; a pattern ending in "." covers everything below.
@@ -17,6 +19,9 @@ _RECORDED = (
     "data.eval_subset", "data.eval_split", "tokenizer",
 )  # fmt: skip
 _EXPLICIT = ("data.global_rows", "data.global_documents")
+_SOURCES = ("data.path", "data.sources.")
+MIX = "data.mix"
+"""In resume_allow: other shares of the sources, or other sources."""
 MISSING = "(absent)"
 
 
@@ -45,6 +50,8 @@ def check_drift(
     """Return the changes that a resumed run may carry; ValueError on the first that it may not."""
     changes = difference(old, new)
     for key, (was, wanted) in changes.items():
+        if fits(key, _SOURCES):
+            _check_mix(old, new, allowed)
         if fits(key, _RECORDED):
             continue
         if not fits(key, _EXPLICIT):
@@ -58,6 +65,40 @@ def check_drift(
                 f"which changes its data order; set it back, or allow it with resume_allow=[{key}]"
             )
     return changes
+
+
+def _check_mix(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
+    was, now = _mixture(old), _mixture(new)
+    if _shares(was) == _shares(now) or MIX in allowed:
+        return
+    before, after = (
+        ", ".join(f"{name} {' '.join(map(str, share))}" for name, share in each.items())
+        for each in (was, now)
+    )
+    raise ValueError(
+        f"the mixture was {before} when this run was saved and is {after} now, which changes its "
+        f"data; set data.sources back, or allow it with resume_allow=[{MIX}]"
+    )
+
+
+def _mixture(tree: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return what the config says of the share of each source, not yet checked."""
+    sources = tree["data"].get("sources")
+    if not isinstance(sources, dict) or not sources:
+        return {"data.path": ("weight", 1)}
+    found = {name: source if isinstance(source, dict) else {} for name, source in sources.items()}
+    has_weights = any(source.get("weight") is not None for source in found.values())
+    key, usual = ("weight", None) if has_weights else ("epochs", 1)
+    return {name: (key, source.get(key) or usual) for name, source in found.items()}
+
+
+def _shares(mixture: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Return the same for all numbers with the same proportions."""
+    numbers = [number for _, number in mixture.values()]
+    if not all(isinstance(number, int | float) and 0 < number < inf for number in numbers):
+        return mixture  # will be refused for it
+    total = sum(Fraction(str(number)) for number in numbers)
+    return {name: (key, Fraction(str(number)) / total) for name, (key, number) in mixture.items()}
 
 
 def fits(key: str, patterns: tuple[str, ...]) -> bool:

@@ -34,6 +34,10 @@ class Proof:
     """Those that had other numbers or samples than before."""
     contradictions: int = 0
     """Of what the ranks of one start tell: ranks that are silent, or say something else."""
+    mixtures: int = 1
+    """How many mixtures of sources the run had."""
+    by_source: dict[str, int] = field(default_factory=dict)
+    """Samples of each source, where there are several."""
     findings: list[str] = field(default_factory=list)
     """Each of the above: which samples, which step, which attempt."""
 

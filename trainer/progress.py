@@ -107,8 +107,9 @@ class Progress:
         self.by_source = self._no_source()
         self._before = {name: saved[name] for name in _RATES.values()}
         # Checkpoints of version 0.1 told no sources apart: those of a window that is open are lost.
-        lost = UNKNOWN if saved["num_targets"] else NONE
         found = state.get("by_source", {})
+        # A source that others were told apart without was not there yet.
+        lost = UNKNOWN if saved["num_targets"] and not found else NONE
         for number, name in enumerate(self.sources):
             for kind, value in enumerate(found.get(name, [lost, lost])):
                 self.by_source[kind, number] += float.fromhex(value)

@@ -11,8 +11,8 @@ import torch
 from trainer.adapters.contents import contents_of
 from trainer.batch import Batch
 from trainer.best import Best
-from trainer.checkpoint.commit import committed_steps
-from trainer.checkpoint.loading import restore
+from trainer.checkpoint.commit import committed_steps, step_folder
+from trainer.checkpoint.loading import STATE, restore
 from trainer.construct import phased_engine
 from trainer.data.examples import PREFERENCE, Labels
 from trainer.data.loader import Step, StepLoader
@@ -20,6 +20,7 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import bits_of, fix_bits
 from trainer.directory import CHECKPOINTS
 from trainer.distributed import Placement, Ranks
+from trainer.files import read_json
 from trainer.inspection.pieces import Piece, pieces_of
 from trainer.ledger import read_lives, surviving
 from trainer.numerics.guard import Guard
@@ -157,7 +158,12 @@ def _before(
     mesh = run.chosen_mesh(1)[0].build(ranks=ranks)
     guard, progress = Guard(run.spike), Progress(ranks.device, tuple(run.data.named_sources))
     engine = phased_engine(run, ranks, mesh, guard, progress)
-    steps = [saved for saved in committed_steps(folder / CHECKPOINTS) if saved < step]
+    saved = committed_steps(folder / CHECKPOINTS)
+    steps = [each for each in saved if each < step]
+    behind = [each for each in saved if each >= step]
+    if behind:  # the mixtures that the step was trained with, whatever its config became
+        path = step_folder(folder / CHECKPOINTS, min(behind)) / STATE / "state.json"
+        loader = loader.following(read_json(path)["data"])
     contents = contents_of(run, ranks)
     # is_main would set what is damaged aside.
     state = restore(
@@ -170,7 +176,9 @@ def _before(
         bits=bits_of(ranks, mesh),
     )  # fmt: skip
     place = place.at(state, kept(read_rewinds(folder), step))
-    return engine, place.loader, progress.step
+    # Nothing was saved since: the step's start followed its own config.
+    loader = place.loader if behind else place.loader.mixed(may_change=True)
+    return engine, loader, progress.step
 
 
 def told_apart(step: Step, labels: Labels | None) -> list[Batch]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from trainer import drift
 from trainer.best import Best
 from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
@@ -20,7 +21,7 @@ from trainer.checkpoint.retention import point, set_aside
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import check_bits
-from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, REWIND, read_rewind
+from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, MIX, REWIND, read_rewind
 from trainer.distributed import Ranks
 from trainer.environment import environment, version_of
 from trainer.evaluation_due import read_due
@@ -87,9 +88,11 @@ class Place:
             self.best.load(state["best"])
         if "spike" in state:  # nor this
             self.guard.load(state["spike"])
-        loader = self.loader.resumed(progress.step, state["data"])
-        if progress.step in rewinds:
-            loader = loader.passing_over(rewinds[progress.step].last)
+        rewound = rewinds.get(progress.step)
+        mix = {"mix": rewound.mix} if rewound and rewound.mix else {}
+        loader = self.loader.resumed(progress.step, state["data"] | mix)
+        if rewound:
+            loader = loader.passing_over(rewound.last)
         return replace(self, loader=loader, skipped_in_a_row=state["skipped_in_a_row"])
 
 
@@ -137,6 +140,8 @@ def restore(
     rewinds = rewinds_of(folder, ranks)
     check_bits(run, state["progress"]["step"], state.get("bits"), place.bits)
     place = place.at(state, kept(rewinds, state["progress"]["step"]))
+    loader = place.loader.mixed(may_change=drift.MIX in run.resume_allow)
+    place = replace(place, loader=loader)
     if ranks.placement.is_main:
         # Newest first: whatever is interrupted here, the newest that is left belongs to the rest.
         for step in commit.committed_steps(checkpoints.folder):
@@ -152,15 +157,22 @@ def restore(
 
 
 def open_record(
-    folder: Path, attempt: Path, ranks: Ranks, progress: Progress, data_rank: int
+    folder: Path, attempt: Path, ranks: Ranks, progress: Progress, loader: StepLoader
 ) -> RunRecord:
-    """Open the run's files; rank 0 makes this start's config and environment the newest ones."""
+    """Open the run's files; rank 0 makes this start's config and environment the newest ones, and
+    notes what mixtures of sources it follows."""
     if ranks.placement.is_main:
         found = environment(ranks.placement.world_size)
         write_json(attempt / ENVIRONMENT, redact_tree(found))
+        if not loader.mixture.is_plain:
+            write_json(attempt / MIX, loader.mixture.state())
         for name in (CONFIG, ENVIRONMENT):
             shutil.copyfile(attempt / name, folder / name)
-    return RunRecord(
-        folder, rank=ranks.placement.rank, data_rank=data_rank, attempt=int(attempt.name),
+    record = RunRecord(
+        folder, rank=ranks.placement.rank, data_rank=loader.rank, attempt=int(attempt.name),
         resumed_step=progress.step,
     )  # fmt: skip
+    if (change := loader.change_at(progress.step)) is not None:
+        # At the first step that has it: where that is lost and trained again, so is the line.
+        record.metrics(progress.step + 1, "mix", change)
+    return record

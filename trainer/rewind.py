@@ -36,12 +36,13 @@ def go_back(loop: Loop, run: Run, engine: PhasedEngine, ranks: Ranks, error: Rew
     loop.loader = place.loader.passing_over(goes_on_with)
     loop.watch.skipped_in_a_row = place.skipped_in_a_row
     first, last = loop.loader.passed_over[-1]
-    rewound = Rewound(first=first, last=last, spikes=(error.spike,))
+    mix = None if loop.loader.mixture.is_plain else loop.loader.mixture.state()
+    rewound = Rewound(first=first, last=last, spikes=(error.spike,), mix=mix)
     rewinds = with_another(rewinds_of(folder, ranks), step, rewound)
     if ranks.placement.is_main:
         write_rewinds(folder, rewinds)
     loop.record = open_record(
-        folder, _another_attempt(folder, ranks), ranks, loop.progress, loop.loader.rank
+        folder, _another_attempt(folder, ranks), ranks, loop.progress, loop.loader
     )
     loop.record.metrics(
         step, "rewind", {"from_step": error.spike, "passed_over": [first, last], "why": error.why}

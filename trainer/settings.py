@@ -77,7 +77,8 @@ class Settings:
     resume_step: int | None
     """Go back to this checkpoint; null: the newest that is intact."""
     resume_allow: list[str]
-    """Config keys that may differ from the run that is resumed."""
+    """What may differ from the run that is resumed: data.global_rows, data.global_documents,
+    data.mix (the sources of the data and their shares), deterministic (what decides bits)."""
     resume_strict: bool = False
     """Stop where the newest checkpoint is damaged, instead of going on from the one before."""
     max_skipped_in_a_row: int

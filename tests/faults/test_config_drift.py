@@ -70,6 +70,39 @@ def test_the_global_batch_changes_when_it_is_allowed_by_name(
     assert "data.global_rows: 8 -> 4" in capsys.readouterr().out
 
 
+MIXES = {
+    "weights": ["data.sources.a.weight=3"],
+    "a new source": ["data.sources.c.path={}/c", "data.sources.c.weight=1"],
+    "one less": [],
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_the_mixture_changes_when_it_is_allowed_by_name(
+    run: tuple[Path, list[str]], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, words = run
+    if not (folder / "c").exists():
+        write_folder(folder / "c", [50] * 10, shard_tokens=600, name="train")
+    if name == "one less":
+        words = [word for word in words if not word.startswith("data.sources.b.")]
+    words = [*words, *(word.format(folder) for word in MIXES[name]), "dry_run=true"]
+    message = (
+        r"^the mixture was a weight 1, b weight 1 when this run was saved and is .*; "
+        r"set data\.sources back, or allow it with resume_allow=\[data\.mix\]$"
+    )
+    with pytest.raises(ValueError, match=message):
+        main(words)
+    assert main([*words, "resume_allow=[data.mix]"]) == 0
+    assert "# changed since this run was saved: data.sources." in capsys.readouterr().out
+
+
+def test_shares_of_the_same_proportions_are_no_other_mixture(run: tuple[Path, list[str]]) -> None:
+    _, words = run
+    scaled = ["data.sources.a.weight=0.5", "data.sources.b.weight=0.5"]
+    assert main([*words, *scaled, "dry_run=true"]) == 0
+
+
 @pytest.mark.parametrize("change", ["shard", "tokenizer", "mix"])
 def test_other_data_behind_the_same_names_is_refused(
     run: tuple[Path, list[str]], change: str
@@ -78,13 +111,13 @@ def test_other_data_behind_the_same_names_is_refused(
     folder, words = run
     saved = {path: path.read_bytes() for name in ("a", "b") for path in (folder / name).iterdir()}
     if change == "shard":
-        message = "the data's fingerprint is"
+        message = r"the data's fingerprint of data\.sources\.b is"
         write_folder(folder / "b", [51] * 40, shard_tokens=600, name="train")
     elif change == "tokenizer":
         message = "another one than made the shards"
         train_bpe(folder / "a", ["some text to learn"], 258)
     else:
-        message = "data.sources have other weights than the checkpoint was made with"
+        message = r"data\.sources had the shares a 1, b 1 .* resume_allow=\[data\.mix\]"
         words = [*words, "data.sources.a.weight=3"]
     try:
         with pytest.raises(Exception, match=message):

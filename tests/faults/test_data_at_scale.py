@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.loader import _loader, _packing, _virtual, _write_virtual
 from tests.conftest import Figure
+from trainer.data.eras import Eras
 from trainer.data.order import permute_all, round_keys
 from trainer.data.packing import best_fit
 from trainer.data.sample_order import SampleOrder
@@ -50,7 +51,7 @@ def test_order_of_two_trillion_samples_is_found_at_four_million_tokens_a_second(
     rate = 10 * 512 * 4096 / (time.process_time() - started)
     assert rate >= 4e6
     figure("A22 order of 2e12 rows of 4,096 tokens, one core", rate, "tokens/s")
-    order = SampleOrder(counts=(count,), weights=(1,), seed=0)  # type: ignore[arg-type]
+    order = SampleOrder(counts=(count,), eras=Eras.begun((1,), seed=0))
     assert order.locate(np.array([10**12]))[0] < count
 
 

@@ -61,6 +61,7 @@ def test_run_that_died_and_went_on_with_more_ranks_is_proved(
     assert found == {
         "last_step": 6, "samples": 48, "end": 48, "passed_over": [], "lost": 0, "doubled": 0,
         "mismatched": 0, "contradictions": 0, "findings": [], "attempts": 2, "holds": True,
+        "mixtures": 1, "by_source": {},
     }  # fmt: skip
     assert main(["ledger", f"run={run}"]) == FINISHED
     assert "every sample exactly once" in capsys.readouterr().out

@@ -29,9 +29,10 @@ from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
 from trainer.data.examples import Example, Labels
 from trainer.data.folder_writer import FolderWriter
-from trainer.data.loader import Rows, StepLoader
+from trainer.data.loader import StepLoader
 from trainer.data.mixing import Mix
 from trainer.data.order import permute, round_keys
+from trainer.data.row_filling import Rows
 from trainer.data.rows import PackedRows
 from trainer.data.shards import Shard
 from trainer.data.tokenise import vocabulary_of

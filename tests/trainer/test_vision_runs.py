@@ -1,7 +1,6 @@
 """Runs on rows with images: the same losses on any ranks and after a resume, and early refusals."""
 
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from tests.trainer.test_documents import numbers
 from tests.trainer.test_mixed_sources import check_sources
+from trainer.data.eras import Eras
 from trainer.data.images.processor import FILE, ImageProcessor
 from trainer.data.images.tokens import TOKENS, image_tokens
 from trainer.data.named_sources import Source
@@ -71,7 +71,7 @@ def test_a_run_whose_first_steps_are_text_alone_goes_on_with_images_elsewhere(
 ) -> None:
     size, count = 6, 24
     image, *_ = write_pictures(tmp_path, 1)
-    order = SampleOrder(counts=(count,), weights=(Fraction(1),), seed=0).locate(np.arange(count))
+    order = SampleOrder(counts=(count,), eras=Eras.begun((1,), seed=0)).locate(np.arange(count))
     rows: list[dict[str, Any]] = [{}] * count
     for place, row in enumerate(order):
         has_image = place >= 2 * size and place % 3 > 0

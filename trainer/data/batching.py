@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from trainer.data.loader import EvalLoader, Rows, StepLoader
+from trainer.data.loader import EvalLoader, StepLoader
 from trainer.data.named_sources import Source, shares
+from trainer.data.row_filling import Rows
 
 
 def check_sizes(**sizes: int | None) -> None:

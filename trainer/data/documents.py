@@ -16,8 +16,8 @@ from models.nn.head import IGNORED
 from trainer.batch import Batch
 from trainer.data.document_store import DocumentStore
 from trainer.data.examples import Example
-from trainer.data.loader import Dealt, Locate
 from trainer.data.packing import best_fit
+from trainer.data.row_filling import Dealt, Locate
 from trainer.data.rows import COLUMNS
 from trainer.data.tokens import TokenStore
 from trainer.errors import DataError

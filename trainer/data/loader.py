@@ -1,19 +1,20 @@
 """Which rows each rank trains on at each step: a pure function of (step, rank), stateless."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from trainer.batch import Batch
+from trainer.data.mixture import Mixture
 from trainer.data.prefetch import Ahead
+from trainer.data.row_filling import Rows
 from trainer.data.sample_order import SampleOrder
-from trainer.data.tokens import TokenStore
 
 VERSION = 1  # of the order: raise it when the same state would give other batches
 EVAL_BLOCK = 512  # samples that are dealt together in an evaluation
@@ -37,39 +38,6 @@ class Step:
         return [source for batch in self.micro_batches for source in batch.provenance]
 
 
-Locate = Callable[[np.ndarray], list[int]]
-"""Returns which row or document each global sample is."""
-Dealt = Iterable[tuple[Batch, list[tuple[int, int]]]]
-"""A rank's micro-batches, each with the ranges [first, last) of samples that it holds. Those with
-images are made one by one: of an evaluation's block they would fill the memory."""
-
-
-class Rows(Protocol):
-    """Rows of a fixed length that samples fill: one each, or several documents in one."""
-
-    store: TokenStore
-    row_tokens: int
-    unit: str
-    """What a sample is, in the plural: `rows` or `documents`."""
-    num_virtual: int
-    """Tokens before each document that are no text."""
-
-    @property
-    def counts(self) -> list[int]:
-        """How many samples each source has."""
-        ...
-
-    def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
-        """Return what is known of one rank's share before anything is read."""
-        ...
-
-    def deal(
-        self, samples: range, locate: Locate, *, micro_rows: int, rank: int, num_ranks: int
-    ) -> Dealt:
-        """Return one rank's share of some samples; every rank gets as many micro-batches."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepLoader:
     """Yields whole steps of this rank.
@@ -83,7 +51,9 @@ class StepLoader:
     rows: Rows
     seed: int
     weights: tuple[Fraction, ...] = (Fraction(1),)
-    """Shares of the samples that come from each source."""
+    """Shares of the samples that come from each source, now."""
+    past: Mixture | None = None
+    """The sources and shares of the run so far; None: these, from its beginning."""
     global_samples: int
     micro_rows: int
     rank: int
@@ -142,16 +112,27 @@ class StepLoader:
         return anchor_sample + (step - anchor_step) * self.global_samples
 
     @cached_property
+    def mixture(self) -> Mixture:
+        """The sources and shares of the whole run."""
+        return self.past or self._begun()
+
+    @cached_property
     def order(self) -> SampleOrder:
-        return SampleOrder(counts=tuple(self.rows.counts), weights=self.weights, seed=self.seed)
+        numbers = tuple(map(self.mixture.names.index, self._sources[0]))
+        return SampleOrder(counts=tuple(self.rows.counts), numbers=numbers, eras=self.mixture.eras)
+
+    @property
+    def _sources(self) -> tuple[list[str], list[str]]:
+        """Names and fingerprints of the sources that are there."""
+        store = self.rows.store
+        return [part.source for part in store.parts], store.part_fingerprints
+
+    def _begun(self) -> Mixture:
+        return Mixture.first(*self._sources, self.weights, self.seed)
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what says where the data stands after `step` steps: no world size in it."""
-        sample = self.first_sample(step)
         done = [int(epoch) for epoch in self.epochs(step).values()]
-        # A hash, like the fingerprint: the state does not grow with the number of sources.
-        weights = "/".join(map(str, self.weights))
-        mix = {"weights": xxhash.xxh3_64_hexdigest(weights.encode())} if self.is_mixed else {}
         return {
             "version": VERSION,
             "fingerprint": self.rows.store.fingerprint,
@@ -159,16 +140,12 @@ class StepLoader:
             "schedule": {
                 f"global_{self.rows.unit}": self.global_samples,
                 "row_tokens": self.rows.row_tokens,
-                **mix,
             },
-            "global_sample": sample,
+            **({} if self.mixture.is_plain else {"mix": self.mixture.state()}),
+            "global_sample": self.first_sample(step),
             **({"passed_over": list(map(list, self.passed_over))} if self.passed_over else {}),
             "epoch": min(done),
         }
-
-    @property
-    def is_mixed(self) -> bool:
-        return len(self.weights) > 1
 
     def epochs(self, step: int) -> dict[str, float]:
         """Return how often each source was gone through after `step` steps."""
@@ -181,23 +158,53 @@ class StepLoader:
         return f"{', '.join(each)} epochs"
 
     def resumed(self, step: int, state: dict[str, Any]) -> "StepLoader":
-        """Return the loader that goes on after `step` steps; ValueError where the data differs."""
-        mine = self.state(step)
-        for key in ("version", "fingerprint", "seed"):
-            if state[key] != mine[key]:
+        """Return the loader that goes on after `step` steps with the mixture of the checkpoint;
+        ValueError where the data differs."""
+        for key, mine in (("version", VERSION), ("seed", self.seed)):
+            if state[key] != mine:
                 raise ValueError(
-                    f"the data's {key} is {mine[key]}, the checkpoint was made with {state[key]}; "
+                    f"the data's {key} is {mine}, the checkpoint was made with {state[key]}; "
                     "bring the old data and tokenizer back, or start anew with name=... or "
                     "resume=never"
                 )
-        if state["schedule"].get("weights") != mine["schedule"].get("weights"):
-            raise ValueError(
-                "data.sources have other weights than the checkpoint was made with, so their order "
-                "is another one; bring the old ones back, or start anew with name=... or "
-                "resume=never"
-            )
+        loader = self.following(state)
+        if self.past is not None and loader.mixture.goes_on_as(self.past):
+            loader = self  # a rewind leaves the order of all samples as it is
         gaps = tuple((first, last) for first, last in state.get("passed_over", ()))
-        return replace(self, anchor=(step, state["global_sample"]), passed_over=gaps)
+        return replace(loader, anchor=(step, state["global_sample"]), passed_over=gaps)
+
+    def following(self, state: dict[str, Any]) -> "StepLoader":
+        """Return the loader with the mixtures of a checkpoint; ValueError where data differs."""
+        return replace(self, past=self._mixture_in(state).knowing(*self._sources))
+
+    def _mixture_in(self, state: dict[str, Any]) -> Mixture:
+        if "mix" in state:
+            return Mixture.load(state["mix"], self.seed)
+        if "weights" not in state["schedule"]:
+            return Mixture.first([""], [state["fingerprint"]], [Fraction(1)], self.seed)
+        # Checkpoints of version 0.1 have a hash of the shares alone.
+        weights = xxhash.xxh3_64_hexdigest("/".join(map(str, self.weights)).encode())
+        found = (state["fingerprint"], state["schedule"]["weights"])
+        if found != (self.rows.store.fingerprint, weights):
+            raise ValueError(
+                "the data's fingerprint or the shares of data.sources are others than this "
+                "checkpoint was made with, which is too old to name them; bring the old ones "
+                "back, or start anew with name=... or resume=never"
+            )
+        return self._begun()
+
+    def mixed(self, *, may_change: bool) -> "StepLoader":
+        """Return the loader that follows its own shares from its anchor on, whatever came before;
+        ValueError where that is a change and may not be one."""
+        shares = dict(zip(self._sources[0], self.weights, strict=True))
+        now = self.mixture.changed(self.anchor[1], shares, is_allowed=may_change)
+        return replace(self, past=now)
+
+    def change_at(self, step: int) -> dict[str, Any] | None:
+        """Return what the mixture becomes after `step` steps, and was; None: it stays."""
+        first = self.first_sample(step)
+        gap = self._gap_before(step) or (first, first)
+        return self.mixture.change_in(gap[0], first)
 
     def passing_over(self, last: int) -> "StepLoader":
         """Return the loader that goes on at its anchor with global sample `last`.

@@ -7,7 +7,9 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from math import lcm
 
-from trainer.data.order import permute, round_keys
+import numpy as np
+
+from trainer.data.order import permute, permute_all, round_keys
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Mix:
     weights: tuple[Fraction, ...]
     """Positive; of samples. They need not sum to 1."""
     seed: int
+    first: int = 0
+    """The run's sample that its place 0 is: another mix of a run is shuffled in another way."""
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Return the source of a place in the run, and which of that source's samples it is.
@@ -42,6 +46,19 @@ class Mix:
         bounds = [(2 * samples * part + total) // (2 * total) for part in self._cumulative]
         return [last - first for first, last in pairwise(bounds)]
 
+    def rest(self, sample: int) -> list[tuple[np.ndarray, int]]:
+        """Return, for each source, its samples that the running block still holds from a place on,
+        ascending, and the first one behind that block. The memory is that of a block."""
+        block, place = divmod(sample, self.block)
+        before, starts, keys = _dealt(self, block)
+        behind = self.counts((block + 1) * self.block)
+        left = np.sort(permute_all(np.arange(place, self.block), self.block, keys))
+        bounds = np.searchsorted(left, [*starts, self.block]).tolist()
+        return [
+            (left[bounds[source] : bounds[source + 1]] - start + first, end)
+            for source, (start, first, end) in enumerate(zip(starts, before, behind, strict=True))
+        ]
+
     @cached_property
     def _cumulative(self) -> list[int]:
         scale = lcm(*(weight.denominator for weight in self.weights))
@@ -50,6 +67,8 @@ class Mix:
     @cached_property
     def block(self) -> int:
         """Places in a block: so many that rounding takes no sample away from the rarest source."""
+        if len(self.weights) == 1:
+            return 1
         rarest = Fraction(min(self.weights)) / sum(self.weights)
         return 1 << (-(-2 // rarest) - 1).bit_length()
 
@@ -60,4 +79,5 @@ def _dealt(mix: Mix, block: int) -> tuple[list[int], list[int], tuple[int, ...]]
     before, after = mix.counts(block * mix.block), mix.counts((block + 1) * mix.block)
     quotas = [last - first for first, last in zip(before, after, strict=True)]
     starts = [0, *accumulate(quotas[:-1])]
-    return before, starts, round_keys("mix", mix.seed, block)
+    later = (mix.first,) if mix.first else ()
+    return before, starts, round_keys("mix", mix.seed, *later, block)

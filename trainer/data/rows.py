@@ -9,7 +9,7 @@ import torch
 
 from models.nn.head import IGNORED
 from trainer.batch import Batch
-from trainer.data.loader import Dealt, Locate
+from trainer.data.row_filling import Dealt, Locate
 from trainer.data.tokens import TokenStore
 
 COLUMNS = ("input_ids", "labels", "position_ids", "segment_ids")

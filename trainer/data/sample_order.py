@@ -1,13 +1,12 @@
 """Which row or document stands at each place of the run: shuffled, and mixed from sources."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
 
-from trainer.data.mixing import Mix
+from trainer.data.eras import Eras
 from trainer.data.order import permute_all, round_keys
 
 
@@ -21,40 +20,53 @@ class SampleOrder:
     """
 
     counts: tuple[int, ...]
-    """Rows or documents of each source; they are numbered through all sources."""
-    weights: tuple[Fraction, ...]
-    """Shares of the samples."""
-    seed: int
-
-    @cached_property
-    def _mix(self) -> Mix:
-        return Mix(self.weights, self.seed)
+    """Rows or documents of each source that is there; they are numbered through all sources."""
+    numbers: tuple[int, ...] = (0,)
+    """Which source of the run each of them is."""
+    eras: Eras
 
     @cached_property
     def _firsts(self) -> list[int]:
         return [0, *accumulate(self.counts)]
 
     def locate(self, samples: np.ndarray) -> list[int]:
-        """Return the row or document of each place of the run."""
-        sources = np.zeros(len(samples), np.int64)
+        """Return the row or document of each place of the run; ValueError where its source is not
+        there."""
+        places = np.zeros(len(samples), np.int64)
         numbers = samples
-        if len(self.counts) > 1:
-            pairs = np.array([self._mix.locate(sample) for sample in samples.tolist()], np.int64)
-            sources, numbers = pairs.reshape(-1, 2).T
-        epochs, indices = np.divmod(numbers, np.array(self.counts)[sources])
+        if not self._is_alone:
+            pairs = np.array([self._place(sample) for sample in samples.tolist()], np.int64)
+            places, numbers = pairs.reshape(-1, 2).T
+        epochs, indices = np.divmod(numbers, np.array(self.counts)[places])
         found = np.empty_like(numbers)
-        for source, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):
-            is_here = (sources == source) & (epochs == epoch)
-            own = permute_all(indices[is_here], self.counts[source], self._keys(source, epoch))
-            found[is_here] = own + self._firsts[source]
+        for place, epoch in set(zip(places.tolist(), epochs.tolist(), strict=True)):
+            is_here = (places == place) & (epochs == epoch)
+            keys = self._keys(self.numbers[place], epoch)
+            own = permute_all(indices[is_here], self.counts[place], keys)
+            found[is_here] = own + self._firsts[place]
         rows: list[int] = found.tolist()
         return rows
 
+    @property
+    def _is_alone(self) -> bool:
+        return len(self.eras.eras) == 1 and len(self.eras.eras[0].present) == 1
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """Return which of the sources that are there a sample is from, and its number there."""
+        source, number = self.eras.locate(sample)
+        if source not in self.numbers:
+            raise ValueError(
+                f"sample {sample} is from a source that data.sources had before (number {source} "
+                "of the run's) and has not now; bring it back"
+            )
+        return self.numbers.index(source), number
+
     def _keys(self, source: int, epoch: int) -> tuple[int, ...]:
         of_source = (source,) if source else ()  # the first is keyed as one alone
-        return round_keys("rows", self.seed, *of_source, epoch)
+        return round_keys("rows", self.eras.seed, *of_source, epoch)
 
     def epochs(self, samples: int) -> list[float]:
         """Return how often each source was gone through after the first `samples` places."""
-        done = [samples] if len(self.counts) == 1 else self._mix.counts(samples)
-        return [number / count for number, count in zip(done, self.counts, strict=True)]
+        done = [*self.eras.done(samples), *[0] * (1 + max(self.numbers))]
+        pairs = zip(self.numbers, self.counts, strict=True)
+        return [done[number] / count for number, count in pairs]

@@ -97,8 +97,8 @@ class TokenStore:
         self.num_tokens = sum(entry.num_tokens for entry in self.entries)
         self.num_documents = sum(entry.num_documents for entry in self.entries)
         self.num_bytes = sum(entry.num_bytes for entry in self.entries)
-        fingerprints = "/".join(entry.fingerprint for entry in self.entries)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(fingerprints.encode())
+        self.fingerprint = _fingerprint(self.entries)
+        self.part_fingerprints = [_fingerprint(entries) for entries in own]
         self.first_documents = [0, *accumulate(entry.num_documents for entry in self.entries)]
         self._shards: dict[int, Shard] = {}
         self._open: dict[int, Shard] = {}  # the oldest first
@@ -165,3 +165,9 @@ class TokenStore:
         """Open every shard: a missing or cut one is found now, not hours later."""
         for number in range(len(self.entries)):
             self.shard(number)
+
+
+def _fingerprint(entries: list[Entry]) -> str:
+    """Return a hash that stands for every byte of some shards."""
+    fingerprints = "/".join(entry.fingerprint for entry in entries)
+    return xxhash.xxh3_128_hexdigest(fingerprints.encode())

@@ -27,6 +27,9 @@ class Rewound:
     """The one that follows instead."""
     spikes: tuple[int, ...]
     """Steps at which it went back, in their order."""
+    mix: dict[str, Any] | None = None
+    """The mixtures of the run so far, if it had several: one may have begun behind the checkpoint,
+    and the samples behind it keep their order."""
 
 
 Rewinds = dict[int, Rewound]
