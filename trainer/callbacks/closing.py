@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.generation import sample
+from trainer.notes import SAMPLE, write_note
 from trainer.progress import Progress
 from trainer.protocols import Saved
 from trainer.validation.spec import VALIDATION
@@ -59,6 +60,10 @@ class ClosingCallback(Callback):
             return
         if self.spec.sample_tokens:
             text = self._sample()
+            if self.view.is_main:
+                said = {"step": progress.step, "temperature": self.spec.temperature}
+                said |= {"prompt": self.spec.prompt, "text": text}
+                write_note(self.view.folder, SAMPLE, said)
             log.info("\nsample at temperature %s:", self.spec.temperature)
             log.info("%s", "\n".join(f"  | {line}" for line in text.splitlines()))
         log.info("\nsaved:")
