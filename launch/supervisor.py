@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -59,6 +60,7 @@ class Supervisor:
             outcome = self._start_once()
             if isinstance(outcome, int):
                 return outcome
+            self._note(outcome)
             end = self.restarts.end(outcome)
             if end is None and self.signals:
                 end = outcome.code, f"{outcome}; not started again, since a stop was asked for"
@@ -177,11 +179,23 @@ class Supervisor:
 
         return max(committed_steps(self.attempt.parent.parent / CHECKPOINTS), default=0)
 
+    def _note(self, failure: Failure) -> None:
+        """Write down what is said of a start that failed: its ranks may have left nothing."""
+        from trainer.directory import VERDICT
+        from trainer.files import write_json
+        from trainer.redaction import redact_tree
+
+        said = redact_tree({"code": failure.code, "sentence": str(failure)})
+        with suppress(OSError):  # the sentence is printed too
+            write_json(self.attempt / VERDICT, said)
+
     def _next_attempt(self) -> Path:
-        from trainer.directory import CONFIG, new_attempt
+        from trainer.directory import COMMAND, CONFIG, new_attempt
 
         attempt = new_attempt(self.attempt.parent.parent)
         shutil.copyfile(self.attempt / CONFIG, attempt / CONFIG)
+        with suppress(FileNotFoundError):  # begun by another version
+            shutil.copyfile(self.attempt / COMMAND, attempt / COMMAND)
         return attempt
 
     @staticmethod
@@ -203,12 +217,16 @@ def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
 def main() -> int:
     processes, attempt, restarts, watchdog = sys.argv[1:]
     limits = json.loads(watchdog)
-    return Supervisor(
+    code = Supervisor(
         int(processes),
         Path(attempt),
         restarts=int(restarts),
         watchdog=WatchdogSpec(**limits) if limits else None,
     ).run()
+    from launch.report.write import try_report
+
+    try_report(Path(attempt).parent.parent)
+    return code
 
 
 if __name__ == "__main__":

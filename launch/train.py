@@ -45,6 +45,8 @@ class Request:
     tree: dict[str, Any]
     """The resolved config, `launch` included: what config.yaml stores."""
     is_dry: bool
+    words: tuple[str, ...] = ()
+    """What was typed, for who wants to type it again."""
 
     def locate(self, num_steps: int) -> Path:
         """Choose the run's folder, refuse what it cannot go on with; return a new attempt in it."""
@@ -81,11 +83,13 @@ class Request:
         """Make a new attempt in `folder`, with the resolved config in it."""
         import yaml
 
-        from trainer.directory import CONFIG, new_attempt
-        from trainer.files import write_text
+        from trainer.directory import COMMAND, CONFIG, new_attempt
+        from trainer.files import write_json, write_text
+        from trainer.redaction import redact_tree
 
         attempt = new_attempt(folder)
         write_text(attempt / CONFIG, yaml.safe_dump(self.tree, sort_keys=False))
+        write_json(attempt / COMMAND, redact_tree({"words": self.words}))
         return attempt
 
 
@@ -168,7 +172,8 @@ def _request(arguments: list[str]) -> Request:
     is_dry = options[-1].partition("=")[2].lower() if options else "false"
     if is_dry not in ("true", "false"):
         raise ValueError(f"dry_run={is_dry} is neither true nor false; set it to one of them")
-    return Request(tree=tree, is_dry=is_dry == "true")
+    words = tuple(word for word in arguments if word not in options)
+    return Request(tree=tree, is_dry=is_dry == "true", words=words)
 
 
 def bind_run(tree: dict[str, Any]) -> tuple[Any, LocalLaunch]:

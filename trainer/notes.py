@@ -12,7 +12,7 @@ from trainer.files import read_json, write_json
 from trainer.redaction import redact_tree
 
 log = logging.getLogger(__name__)
-NOTES = "notes"
+NOTES, REPORT = "notes", "report.html"
 ABOUT = "about"  # what is trained, on what: counts and the banner
 BASELINES = "baselines"  # what any model must beat, of which metric
 SAMPLE = "sample"  # text that the model wrote

@@ -13,7 +13,7 @@ from launch.report.axes import exact, linear_ticks, log_ticks, short
 from launch.report.thin import Curve
 
 WIDTH, HEIGHT = 600, 230
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 54, 20, 18, 24
 MAX_DOTS = 60  # points of a line that are shown as dots too
 NUM_STYLES = 6  # colours and dashes, in turn
 
@@ -109,11 +109,13 @@ def svg(chart: Chart, span: tuple[float, float], marks: Sequence[Mark]) -> str:
     """Return the chart over the steps of `span`."""
     x = Scale(*span, LEFT, WIDTH - RIGHT)
     y = Scale(*_range(chart), HEIGHT - BOTTOM, TOP, chart.is_log)
-    parts = [_grid(x, y), *(_mark(mark, x) for mark in marks), *(_line(l, x, y) for l in chart.lines)]
+    parts = [
+        _grid(x, y),
+        *(_mark(mark, x) for mark in marks),
+        *(_line(line, x, y) for line in chart.lines),
+    ]
     label = escape(f"{chart.title}. {chart.words}")
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _range(chart: Chart) -> tuple[float, float]:
@@ -142,7 +144,7 @@ def _grid(x: Scale, y: Scale) -> str:
     )
     return (
         f'{rows}{columns}<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
-        f'<text class="tick name" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">step</text>'
+        f'<text class="tick name" x="{LEFT - 7}" y="{HEIGHT - BOTTOM + 17}">step</text>'
     )
 
 
@@ -153,7 +155,7 @@ def _mark(mark: Mark, x: Scale) -> str:
     return (
         f'<g class="mark {mark.kind}"><title>{escape(mark.text)}</title>'
         f'<path d="M{place} {TOP}V{HEIGHT - BOTTOM}"/>'
-        f'<use href="#{mark.kind}" x="{place}" y="{HEIGHT - BOTTOM}"/></g>'
+        f'<use href="#{mark.kind}" x="{place}" y="{TOP - 14}"/></g>'
     )
 
 

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const { charts, marks, span } = JSON.parse(document.getElementById("data").textContent);
-  const LEFT = 54, RIGHT = 14, TOP = 10, BOTTOM = 36, HEIGHT = 230, MAX_DOTS = 60;
+  const LEFT = 54, RIGHT = 20, TOP = 18, BOTTOM = 24, HEIGHT = 230, MAX_DOTS = 60;
   const NS = "http://www.w3.org/2000/svg";
   const figures = [...document.querySelectorAll("figure[data-chart]")];
   const by = (id) => document.getElementById(id);
@@ -113,13 +113,13 @@
     for (const tick of linearTicks(view[0], view[1], Math.max(2, Math.min(6, Math.floor(wide / 75)))))
       if (Number.isInteger(tick)) add(svg, "text", { class: "tick", x: x(tick), y: floor + 17 }, short(tick));
     add(svg, "path", { class: "axis", d: `M${LEFT} ${floor}H${right}` });
-    add(svg, "text", { class: "tick name", x: right, y: HEIGHT - 4 }, "step");
+    add(svg, "text", { class: "tick name", x: LEFT - 7, y: floor + 17 }, "step");
     for (const [step, kind, text] of marks) {
       if (step < view[0] || step > view[1]) continue;
       const group = add(svg, "g", { class: "mark " + kind });
       add(group, "title", {}, text);
       add(group, "path", { d: `M${x(step)} ${TOP}V${floor}` });
-      add(group, "use", { href: "#" + kind, x: x(step), y: floor });
+      add(group, "use", { href: "#" + kind, x: x(step), y: TOP - 14 });
     }
     for (const line of chart.lines) drawLine(svg, line, x, y, chart.log, `url(#clip${number})`);
     figure.cross = add(svg, "path", { class: "cross", d: "" });

@@ -99,7 +99,11 @@ def marks_of(history: History) -> list[Mark]:
         for spike, step in past.rewinds
     ]
     marks += [
-        Mark(step=each.step, kind="skipped", text=f"step {each.step} skipped: {each.why or 'no reason noted'}")
+        Mark(
+            step=each.step,
+            kind="skipped",
+            text=f"step {each.step} skipped: {each.why or 'no reason noted'}",
+        )
         for each in past.skipped
     ]
     marks += [

@@ -43,7 +43,9 @@ class History:
         """The last step that is known to have been done."""
         steps = [self.points.train.steps, self.points.evals.steps]
         ends = [start.last_step or 0 for start in self.past.starts[-1:]]
-        return max([*(column[-1] for column in steps if column), *ends, *self.checkpoints[:1]], default=0)
+        return max(
+            [*(column[-1] for column in steps if column), *ends, *self.checkpoints[:1]], default=0
+        )
 
     @property
     def max_steps(self) -> int | None:

@@ -14,6 +14,7 @@ from trainer.page import shown_image, table, terms
 
 MAX_ROWS = 40
 MAX_LABELS = 20
+NUMBERS = "numbers"
 
 
 def section(name: str, body: str, note: str = "") -> str:
@@ -37,7 +38,7 @@ def evaluations(history: History) -> str:
     note = f", {left_out} of them left out" if left_out else ""
     heads = ["step", *(name.replace("_", " ") for name in names)]
     found = table(f"All {len(columns.steps)} evaluations{note}", heads, rows)
-    return _wide(found) + _confusion(history.points.last_eval.get("confusion"))
+    return _wide(found, NUMBERS) + _confusion(history.points.last_eval.get("confusion"))
 
 
 def _some(count: int) -> list[int]:
@@ -54,7 +55,8 @@ def _confusion(found: Any) -> str:
         rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
     except (TypeError, LookupError, ValueError):
         return ""
-    return _wide(table("Last evaluation: rows are the truth, columns the answer", ["", *labels], rows))
+    title = "Last evaluation: rows are the truth, columns the answer"
+    return _wide(table(title, ["", *labels], rows), NUMBERS)
 
 
 def sources(history: History) -> str:
@@ -77,7 +79,7 @@ def sources(history: History) -> str:
     if not rows:
         return terms(_one_source(history))
     heads = ["source", "weight", "targets", "share", "last training loss", "last evaluation loss"]
-    return _wide(table("By source", heads, rows))
+    return _wide(table("By source", heads, rows), NUMBERS)
 
 
 def _one_source(history: History) -> dict[str, str]:
@@ -96,17 +98,27 @@ def faults(history: History) -> str:
     rows = []
     for start in history.past.starts:
         code, reason = start.ending
-        span = "none" if start.first_step is None else f"{start.first_step:,} to {start.last_step:,}"
+        span = (
+            "none" if start.first_step is None else f"{start.first_step:,} to {start.last_step:,}"
+        )
         changed = "; ".join(f"{key}: {was} -> {now}" for key, (was, now) in start.changes.items())
         said = f"{reason}{f' (changed: {changed})' if changed else ''}"
         rows.append([f"{start.number:03d}", span, "-" if code is None else str(code), said])
-    found = _wide(table("Starts", ["start", "steps", "exit code", "how it ended"], rows)) if rows else ""
+    found = (
+        _wide(table("Starts", ["start", "steps", "exit code", "how it ended"], rows))
+        if rows
+        else ""
+    )
     if history.past.skipped:
-        lines = [[f"{e.step:,}", f"{e.attempt:03d}", e.why or "not noted"] for e in history.past.skipped]
+        lines = [
+            [f"{e.step:,}", f"{e.attempt:03d}", e.why or "not noted"] for e in history.past.skipped
+        ]
         found += _wide(table("Skipped steps", ["step", "start", "why"], lines[:MAX_ROWS]))
     if history.past.rewinds:
         pairs = [[f"{spike:,}", f"{step:,}"] for spike, step in history.past.rewinds]
-        found += _wide(table("Rewinds", ["from step", "back to the checkpoint of step"], pairs))
+        found += _wide(
+            table("Rewinds", ["from step", "back to the checkpoint of step"], pairs), NUMBERS
+        )
     return found
 
 
@@ -162,14 +174,13 @@ def _group(name: str, tree: dict[str, Any]) -> str:
     kind = str(leaves.pop("_target_", "")).rpartition(".")[2]
     about = ", ".join(part for part in (kind, f"{len(leaves)} settings" if leaves else "") if part)
     shown = terms({key: _said(value) for key, value in leaves.items()}) if leaves else ""
-    return (
-        f"<details><summary>{escape(name)} <small>{escape(about)}</small></summary>{shown}</details>"
-    )
+    return f"<details><summary>{escape(name)} <small>{escape(about)}</small></summary>{shown}</details>"
 
 
 def environment(history: History) -> str:
     """Return versions, commit and hardware."""
-    return terms({key: _said(value) for key, value in flatten(history.environment)}) if history.environment else ""
+    shown = {key: _said(value) for key, value in flatten(history.environment)}
+    return terms(shown) if history.environment else ""
 
 
 def written(history: History) -> Iterator[str]:
@@ -178,8 +189,9 @@ def written(history: History) -> Iterator[str]:
     yield time.strftime("written %Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
-def _wide(found: str) -> str:
-    return f'<div class="wide" tabindex="0">{found}</div>'
+def _wide(found: str, kind: str = "") -> str:
+    """Return a table that scrolls where it is too wide; `numbers`: all columns but the first."""
+    return f'<div class="{f"wide {kind}".strip()}" tabindex="0">{found}</div>'
 
 
 def _cell(value: float) -> str:

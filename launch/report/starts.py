@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.traces import read_records
-from trainer.directory import CONFIG
+from trainer.directory import COMMAND, CONFIG, VERDICT
 from trainer.drift import difference
 from trainer.files import read_json
 from trainer.stored_config import read_stored
 
-COMMAND, VERDICT = "command.json", "verdict.json"
 MAX_RANKS = 256  # whose records are read, of each start
 MAX_SKIPPED = 1000  # skipped steps that are told apart
 _IDLE = ("launch", "resume", "stop_at")
@@ -29,8 +28,8 @@ class Start:
     last_step: int | None
     records: list[dict[str, Any]]
     """What its ranks left when they ended, those that did."""
-    verdict: str
-    """What the supervisor said of its failure; empty: nothing."""
+    verdict: dict[str, Any]
+    """What the supervisor said of its failure: `code` and `sentence`; empty: nothing."""
     changes: dict[str, tuple[Any, Any]]
     """Settings that differ from the start before."""
 
@@ -39,11 +38,12 @@ class Start:
         """The exit code and the reason; no code where nobody could leave one."""
         failed = [each for each in self.records if each.get("code") not in (0, 75)]
         own = [each for each in failed if not each.get("is_consequence")]
-        for record in sorted(own or failed or self.records, key=_time):
-            code = record.get("code")
-            said = self.verdict or str(record.get("reason", ""))
-            return code if type(code) is int else None, said
-        return None, self.verdict or "left no record: it was killed, or is still running"
+        found = sorted(own or failed or self.records, key=_time)
+        record = found[0] if found else {}
+        code = self.verdict.get("code", record.get("code"))
+        reason = self.verdict.get("sentence", record.get("reason"))
+        unknown = "left no record: it was killed, or is still running"
+        return code if type(code) is int else None, str(reason or unknown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,6 @@ class Past:
     """The step at which the run went back, and the one that it went back to."""
     command: list[str] = field(default_factory=list)
     """The words of the newest start that are known."""
-    experiment: str | None = None
 
     @property
     def restarts(self) -> list[int]:
@@ -87,10 +86,10 @@ def read_past(folder: Path) -> Past:
         starts.append(_start(path, spans.get(int(path.name)), before, config))
         before = config or before
     commands = [found for path in attempts if (found := _json(path / COMMAND))]
-    command = commands[-1] if commands else {}
+    words = commands[-1].get("words") if commands else []
     return Past(
         starts=starts, skipped=list(ledger.skipped()), rewinds=_rewinds(folder),
-        command=list(map(str, command.get("words", []))), experiment=command.get("experiment"),
+        command=list(map(str, words)) if isinstance(words, list) else [],
     )  # fmt: skip
 
 
@@ -107,7 +106,7 @@ def _start(
         first_step=span and span[0],
         last_step=span and span[1],
         records=[record for record in read_records(path, ranks) if record],
-        verdict=str(_json(path / VERDICT).get("sentence", "")),
+        verdict=_json(path / VERDICT),
         changes={key: pair for key, pair in known.items() if not key.startswith(_IDLE)},
     )
 

@@ -4,6 +4,7 @@ import math
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 
 MAX_POINTS = 1200  # a chart is some 600 pixels wide, and half of it can be zoomed into
 
@@ -35,7 +36,7 @@ def thinned(steps: "array[int]", values: "array[float]", most: int = MAX_POINTS)
         )
     first, width = steps[0], (steps[-1] - steps[0]) / most
     borders = [bisect_left(steps, first + width * part) for part in range(most)] + [count]
-    pieces = [(a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]
+    pieces = [(a, b) for a, b in pairwise(borders) if a < b]
     found = [values[a:b] for a, b in pieces]
     return Curve(
         steps=[(steps[a] + steps[b - 1]) / 2 for a, b in pieces],

@@ -1,4 +1,4 @@
-"""What a run did, in plain words: what, on what, how far, how well, how fast, and what went wrong."""
+"""What a run did, in plain words: what, on what, how far, how well, how fast, what went wrong."""
 
 import shlex
 import statistics
@@ -62,7 +62,7 @@ def _data(history: History) -> str:
     parts = [", ".join(paths)]
     if "documents" in about:
         parts.append(f"{about['documents']:,} documents, {about['tokens']:,} tokens")
-        parts.append(f"{about['held_out_documents']:,} documents held out")
+        parts.append(f"documents held out: {about['held_out_documents']:,}")
     return "; ".join(part for part in parts if part)
 
 
@@ -89,13 +89,18 @@ def _how_well(history: History) -> str:
     parts = []
     steps, losses = history.points.train.series(LOSS)
     if len(losses):
-        parts.append(f"training loss {exact(losses[0])} at step {steps[0]:,}, {exact(losses[-1])} at step {steps[-1]:,}")
+        ends = [f"{exact(losses[end])} at step {steps[end]:,}" for end in (0, -1)]
+        parts.append(f"training loss {', '.join(ends)}")
     steps, losses = history.points.evals.series(LOSS)
     if len(losses):
         best = min(range(len(losses)), key=losses.__getitem__)
         parts.append(
             f"evaluation loss {exact(losses[-1])} at step {steps[-1]:,}"
-            + (f" (lowest: {exact(losses[best])} at step {steps[best]:,})" if losses[best] < losses[-1] else ", its lowest")
+            + (
+                f" (lowest: {exact(losses[best])} at step {steps[best]:,})"
+                if losses[best] < losses[-1]
+                else ", its lowest"
+            )
         )
     return "; ".join([*parts, *_compared(history)])
 
@@ -118,7 +123,7 @@ def _how_fast(history: History) -> str:
     parts = []
     _, rates = train.series("tokens_per_second")
     if len(rates):
-        parts.append(f"{exact(round(statistics.median(rates)))} tokens/s (median of all points)")
+        parts.append(f"{statistics.median(rates):,.0f} tokens/s (median of all points)")
     _, shares = train.series("mfu")
     if len(shares):
         parts.append(f"MFU {statistics.median(shares):.1%}")
@@ -137,21 +142,23 @@ def _how_fast(history: History) -> str:
 def _mishaps(history: History) -> str:
     past = history.past
     found = [
-        f"start {start.number:03d} ended with {f'exit code {code}' if code else 'no record'}: {reason}"
+        f"start {start.number:03d} ended with {f'exit code {code}' if code else 'no record'}: {why}"
         for start in past.starts
-        for code, reason in [start.ending]
+        for code, why in [start.ending]
         if code != 0 and (code is not None or start is not past.starts[-1])
     ]
     found += [f"went back from step {spike} to {step}" for spike, step in past.rewinds]
-    found += [f"step {each.step} was skipped ({each.why or 'no reason noted'})" for each in past.skipped]
+    found += [
+        f"step {each.step} was skipped ({each.why or 'no reason noted'})" for each in past.skipped
+    ]
     failed = [line["step"] for line in history.points.others if line.get("ckpt_failed")]
     found += [f"the save of step {step} failed" for step in failed]
     found += [f"the loss logged at step {step} is not finite" for step in history.points.not_finite]
     if history.points.num_torn:
         found.append(f"{history.points.num_torn} lines of metrics.jsonl cannot be read")
     found += history.problems
-    more = f"; and {len(found) - SHOWN} more, see below" if len(found) > SHOWN else ""
-    return "; ".join(found[:SHOWN]) + more if found else "nothing that the run knows of"
+    more = [f"and {len(found) - SHOWN} more, see below"] if len(found) > SHOWN else []
+    return "\n".join([*found[:SHOWN], *more]) if found else "nothing that the run knows of"
 
 
 def commands(history: History) -> dict[str, str]:
@@ -164,7 +171,9 @@ def commands(history: History) -> dict[str, str]:
     if history.checkpoints:
         if "CausalLM" in str(history.config.get("task", {})):
             found[f'tessera generate checkpoint={run} prompt="..."'] = "continues a text"
-        found[f"tessera evaluate checkpoint={run} data.eval_path=FILE"] = "loss and metrics of a file"
+        found[f"tessera evaluate checkpoint={run} data.eval_path=FILE"] = (
+            "loss and metrics of a file"
+        )
         found[f"tessera export checkpoint={run} output=FOLDER"] = "a checked Hugging Face folder"
     if history.past.starts:
         found[f"tessera ledger run={run}"] = "proves that every sample was trained on exactly once"
@@ -175,7 +184,9 @@ def commands(history: History) -> dict[str, str]:
 
 def duration(history: History) -> float:
     """Return the seconds from the first point to the last one; 0: unknown."""
-    times = [t for column in (history.points.train, history.points.evals) for t in column.times if t == t]
+    times = [
+        t for column in (history.points.train, history.points.evals) for t in column.times if t == t
+    ]
     return max(times) - min(times) if times else 0.0
 
 

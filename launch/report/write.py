@@ -6,17 +6,17 @@ from pathlib import Path
 
 from launch.report import sections
 from launch.report.axes import exact, short
-from launch.report.chart import Chart, Mark, svg
+from launch.report.chart import NUM_STYLES, Chart, Line, Mark, svg
 from launch.report.charts import LOSS, charts_of, marks_of, span_of
 from launch.report.history import History, read_history
 from launch.report.words import commands, duration, outcome, said_time, summary
 from trainer.files import write_text
+from trainer.notes import REPORT
 from trainer.page import data_block, page
 from trainer.redaction import redact
 
-REPORT = "report.html"
 _HERE = Path(__file__).parent
-_SYMBOLS = {  # of what happened, below the axis: told apart by their shape
+_SYMBOLS = {  # of what happened, above a chart: told apart by their shape
     "restart": ("M0 2L5 10H-5Z", "started again"),
     "rewind": ("M-5 6L4 1V11Z", "went back to a checkpoint"),
     "skipped": ("M-4 2L4 10M4 2L-4 10", "step skipped, or loss not finite"),
@@ -148,11 +148,7 @@ def _tools() -> str:
 
 
 def _figure(number: int, chart: Chart, span: tuple[float, float], marks: list[Mark]) -> str:
-    keys = "".join(
-        f'<span><svg viewBox="0 0 26 8" class="key" aria-hidden="true">'
-        f'<path class="line s{line.style % 6}" d="M0 4H26"/></svg>{escape(redact(line.name))}</span>'
-        for line in chart.lines
-    )
+    keys = "".join(map(_key, chart.lines))
     each = max(line.curve.points_each for line in chart.lines)
     thinned = (
         f'<p class="note">each point is the mean of about {each:,.0f} log points, the band their '
@@ -171,4 +167,12 @@ def _figure(number: int, chart: Chart, span: tuple[float, float], marks: list[Ma
         f'<figure data-chart="{number}"><figcaption><h3>{escape(redact(chart.title))}{unit}</h3>'
         f'{log}<div class="keys">{keys}</div></figcaption>{svg(chart, span, marks)}'
         f'<output aria-live="polite"></output>{thinned}</figure>'
+    )
+
+
+def _key(line: Line) -> str:
+    return (
+        '<span><svg viewBox="0 0 26 8" class="key" aria-hidden="true">'
+        f'<path class="line s{line.style % NUM_STYLES}" d="M0 4H26"/></svg>'
+        f"{escape(redact(line.name))}</span>"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.generation import sample
-from trainer.notes import SAMPLE, write_note
+from trainer.notes import REPORT, SAMPLE, write_note
 from trainer.progress import Progress
 from trainer.protocols import Saved
 from trainer.validation.spec import VALIDATION
@@ -79,6 +79,7 @@ class ClosingCallback(Callback):
             log.info("  %-12s %s", "answers", self.view.folder / VALIDATION)
         log.info("  %-12s %s", "metrics", self.view.folder / "metrics.jsonl")
         log.info("  %-12s %s", "config", self.view.folder / "config.yaml")
+        log.info("  %-12s %s", "report", self.view.folder / REPORT)
         if self.spec.next_commands:
             log.info("\nnext:")
             for command in self.spec.next_commands:
