@@ -104,6 +104,8 @@ def test_the_wheel_holds_the_packages_and_every_yaml_and_nothing_else(tmp_path: 
     [
         ("launch.cli", {"torch", "hydra", "numpy", "yaml", "rich"}),
         ("launch.supervisor", {"torch", "hydra", "numpy"}),
+        ("launch.report.write", {"torch", "hydra", "numpy", "PIL", "yaml"}),
+        ("launch.diff.command", {"torch", "hydra", "numpy", "PIL", "yaml"}),
         ("trainer.checkpoint.commit", {"torch", "hydra", "numpy"}),
         ("trainer.checkpoint.writer", {"torch", "hydra", "numpy", "dataclasses"}),
         (

@@ -24,7 +24,7 @@ USAGE = """usage: tessera diff a=DIR b=DIR [only=losses,data,..] [json=true]
 
 Compares two runs: config, code, environment, data, and the loss of every step, bit for bit: the
 first step that differs, by how much there, the largest difference and the one at the end.
-Exit code 1: something that was compared differs.
+Exit code 1: something that was compared differs, or no loss could be compared.
 
   a=DIR       the folder of a run
   b=DIR       another one, or the trainer_state.json of a Hugging Face Trainer
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
     a, b = (Path(options[key]).expanduser() for key in ("a", "b"))
     pairs, drifts = compared(a, b, _sections(options.get("only")))
     is_equal = not any(pairs.values()) and all(drift.is_equal for drift in drifts)
+    is_equal = is_equal and all(drift.num_common for drift in drifts[:1])  # of the losses
     if is_json:
         found: dict[str, Any] = {"a": str(a), "b": str(b), "equal": is_equal, **pairs}
         print(json.dumps(found | {LOSSES: [drift.plain() for drift in drifts]}))

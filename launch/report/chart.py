@@ -114,8 +114,8 @@ def svg(chart: Chart, span: tuple[float, float], marks: Sequence[Mark]) -> str:
         *(_mark(mark, x) for mark in marks),
         *(_line(line, x, y) for line in chart.lines),
     ]
-    label = escape(f"{chart.title}. {chart.words}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    label, box = escape(f"{chart.title}. {chart.words}"), f"0 0 {WIDTH} {HEIGHT}"
+    return f'<svg viewBox="{box}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _range(chart: Chart) -> tuple[float, float]:

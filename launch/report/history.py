@@ -73,7 +73,8 @@ def read_history(folder: Path) -> History:
         points=read_points(folder),
         past=read_past(folder),
         checkpoints=committed_steps(folder / CHECKPOINTS),
-        **{kind: read_note(folder, kind) for kind in (ABOUT, BASELINES, SAMPLE, ANSWERS)},
+        about=_counts(read_note(folder, ABOUT)),
+        **{kind: read_note(folder, kind) for kind in (BASELINES, SAMPLE, ANSWERS)},
         problems=problems,
     )
 
@@ -89,3 +90,17 @@ def _read(path: Path, reader: Any, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path.name} cannot be read: {error}")
         return {}
     return redact_tree(found) if isinstance(found, dict) else {}
+
+
+def _counts(about: dict[str, Any]) -> dict[str, Any]:
+    """Return a note with what can be counted with, and its words."""
+    numbers = {name: value for name, value in about.items() if type(value) is int}
+    texts = {name: value for name, value in about.items() if isinstance(value, str)}
+    epochs = {n: v for n, v in part(about, "epochs").items() if isinstance(v, int | float)}
+    return numbers | texts | {"epochs": epochs, "banner": part(about, "banner")}
+
+
+def part(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return what lies below a key; nothing where that is no tree."""
+    found = tree.get(key)
+    return found if isinstance(found, dict) else {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.report.axes import exact
 from launch.report.charts import LOSS
-from launch.report.history import History
+from launch.report.history import History, part
 from launch.report.points import number
 from trainer.drift import flatten
 from trainer.page import shown_image, table, terms
@@ -63,12 +63,12 @@ def sources(history: History) -> str:
     """Return what each source of the data gave, and how well it is known."""
     train, evals = history.points.train, history.points.evals
     found = {n.partition("/")[2] for c in (train, evals) for n in c.values if "/" in n}
-    settings = history.config.get("data", {}).get("sources") or {}
+    settings = part(part(history.config, "data"), "sources")
     totals = {name: _total(train.values.get(f"num_targets/{name}", [])) for name in found}
     rows = [
         [
             name,
-            str(settings.get(name, {}).get("weight", "") if isinstance(settings, dict) else ""),
+            str(part(settings, name).get("weight", "")),
             f"{totals[name]:,.0f}",
             f"{totals[name] / max(1.0, sum(totals.values())):.1%}",
             _last(train.series(f"{LOSS}/{name}")[1]),
@@ -83,7 +83,7 @@ def sources(history: History) -> str:
 
 
 def _one_source(history: History) -> dict[str, str]:
-    about, data = history.about, history.config.get("data", {})
+    about, data = history.about, part(history.config, "data")
     found = {"path": data.get("path"), **{k: about.get(k) for k in ("documents", "tokens")}}
     shown = {name: _said(value) for name, value in found.items() if value is not None}
     if "held_out_documents" in about:
@@ -174,7 +174,8 @@ def _group(name: str, tree: dict[str, Any]) -> str:
     kind = str(leaves.pop("_target_", "")).rpartition(".")[2]
     about = ", ".join(part for part in (kind, f"{len(leaves)} settings" if leaves else "") if part)
     shown = terms({key: _said(value) for key, value in leaves.items()}) if leaves else ""
-    return f"<details><summary>{escape(name)} <small>{escape(about)}</small></summary>{shown}</details>"
+    head = f"<summary>{escape(name)} <small>{escape(about)}</small></summary>"
+    return f"<details>{head}{shown}</details>"
 
 
 def environment(history: History) -> str:

@@ -3,12 +3,12 @@
 import shlex
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
 from launch.exit_codes import MEANINGS
 from launch.report.axes import exact
 from launch.report.charts import LOSS
-from launch.report.history import History
+from launch.report.history import History, part
+from launch.report.points import number
 
 SHOWN = 6  # mishaps that are named one by one
 
@@ -41,27 +41,23 @@ def outcome(history: History) -> tuple[str, str]:
 
 
 def _trained(history: History) -> str:
-    about, banner = history.about, history.about.get("banner", {})
-    model = str(history.config.get("model", {}).get("_target_", "")).rpartition(".")[2]
+    about = history.about
+    model = str(part(history.config, "model").get("_target_", "")).rpartition(".")[2]
     whole, trained = about.get("parameters"), about.get("trained_parameters")
-    if whole is None:  # of a version that kept no notes
-        phases = [line for line in history.points.others if "parameters" in line]
-        whole = phases and phases[-1]["parameters"]
-        trained = phases and phases[-1].get("trained_parameters")
     parts = [model.removesuffix("Spec")]
     if whole:
         share = f", {_count(trained)} of them trained ({trained / whole:.2%})"
         parts.append(f"{_count(whole)} parameters{share if trained else ''}")
-    parts.append(banner.get("layout", ""))
+    parts.append(str(part(about, "banner").get("layout", "")))
     return "; ".join(part for part in parts if part)
 
 
 def _data(history: History) -> str:
-    about, data = history.about, history.config.get("data", {})
-    paths = [str(data["path"])] if data.get("path") else list(data.get("sources", {}) or {})
-    parts = [", ".join(paths)]
-    if "documents" in about:
+    about, data = history.about, part(history.config, "data")
+    parts = [str(data["path"]) if data.get("path") else ", ".join(part(data, "sources"))]
+    if "documents" in about and "tokens" in about:
         parts.append(f"{about['documents']:,} documents, {about['tokens']:,} tokens")
+    if "held_out_documents" in about:
         parts.append(f"documents held out: {about['held_out_documents']:,}")
     return "; ".join(part for part in parts if part)
 
@@ -111,7 +107,7 @@ def _compared(history: History) -> Iterator[str]:
     metric, values = str(note.get("metric", "")), note.get("values", {})
     ours = last.get(metric)
     if isinstance(ours, int | float) and isinstance(values, dict):
-        others = [f"{name} {exact(value)}" for name, value in values.items()]
+        others = [f"{name} {exact(number(value))}" for name, value in values.items()]
         yield f"{metric.replace('_', ' ')} {exact(ours)}, against {', '.join(others)}"
     for name, value in last.items():
         if name.endswith("question_only") and isinstance(value, int | float):
@@ -200,8 +196,8 @@ def said_time(seconds: float) -> str:
     return f"{int(hours)} h {int(minutes % 60)} min" if days < 2 else f"{days:.1f} days"
 
 
-def _count(number: Any) -> str:
-    for limit, name in ((1e9, "billion"), (1e6, "million")):
-        if number >= limit:
-            return f"{number / limit:.3g} {name}"
-    return f"{number:,}"
+def _count(count: int) -> str:
+    for limit, unit in ((1e9, "billion"), (1e6, "million")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count:,}"
