@@ -54,6 +54,7 @@ def test_a_page_draws_zooms_and_reads_off_and_asks_for_nothing(
     assert not browser.run("document.getElementById('whole').disabled")
     browser.run("document.getElementById('whole').click()")
     assert ticks(browser) == before
+    browser.mouse("mouseMoved", 1, 1)
     browser.run(f"{CHART}.focus()")
     browser.key("ArrowRight")
     assert browser.run(f"{CHART}.querySelector('output').textContent").startswith("step 1:")
