@@ -33,6 +33,11 @@ class Witness:
     """Whether the kernel killed a process of this job for its memory; None: nobody knows."""
 
     @property
+    def code(self) -> int | None:
+        """The exit code of a process that ended by itself and left a record of it."""
+        return self.return_code if self.record.get("code") == self.return_code else None
+
+    @property
     def has_ended_well(self) -> bool:
         return self.record.get("code") in (FINISHED, PREEMPTED) and self._is_as_recorded
 

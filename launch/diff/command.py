@@ -19,6 +19,7 @@ from launch.diff.terminal import lines_of
 from launch.diff.trainer_state import against_state, read_state
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from launch.truth import truth
+from launch.words import options_of
 
 USAGE = """usage: tessera diff a=DIR b=DIR [only=losses,data,..] [json=true]
 
@@ -33,7 +34,6 @@ Exit code 1: something that was compared differs, or no loss could be compared.
 """
 CONFIG, CODE, ENVIRONMENT, DATA, LOSSES = "config", "code", "environment", "data", "losses"
 SECTIONS = (CONFIG, CODE, ENVIRONMENT, DATA, LOSSES)
-KEYS = ("a", "b", "only", "json")
 _PAIRS = {
     CONFIG: config_pairs,
     CODE: code_pairs,
@@ -47,16 +47,9 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return FINISHED
-    options = dict(word.partition("=")[::2] for word in arguments)
-    for key in options:
-        if key not in KEYS:
-            raise ValueError(
-                f"{key!r} is no option of diff; set a=DIR, b=DIR, only=.. or json=true"
-            )
-    for key in ("a", "b"):
-        if not options.get(key):
-            raise ValueError(f"{key} is missing; give two runs: tessera diff a=DIR b=DIR")
-    is_json = truth("json", options.get("json", "false"))
+    needed, defaults = {"a": "DIR", "b": "DIR"}, {"json": "false"}
+    options = options_of("diff", arguments, needed=needed, defaults=defaults, optional=["only"])
+    is_json = truth("json", options["json"])
     a, b = (Path(options[key]).expanduser() for key in ("a", "b"))
     pairs, drifts = compared(a, b, _sections(options.get("only")))
     is_equal = not any(pairs.values()) and all(drift.is_equal for drift in drifts)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from launch.exit_codes import FINISHED
+from launch.words import options_of
 
 USAGE = """usage: tessera report run=DIR [output=FILE]
 
@@ -12,7 +13,6 @@ samples, data by source, starts and faults, config and environment. Every run wr
   run=DIR       the run's folder
   output=FILE   where the page goes; default: report.html in the run's folder
 """
-KEYS = ("run", "output")
 
 
 def main(arguments: list[str]) -> int:
@@ -20,12 +20,7 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return FINISHED
-    options = dict(word.partition("=")[::2] for word in arguments)
-    for key in options:
-        if key not in KEYS:
-            raise ValueError(f"{key!r} is no option of report; set run=DIR or output=FILE")
-    if not options.get("run"):
-        raise ValueError("run is missing; give the folder of a run: tessera report run=DIR")
+    options = options_of("report", arguments, needed={"run": "DIR"}, optional=["output"])
     from launch.report.write import write_report
 
     output = Path(options["output"]).expanduser() if options.get("output") else None

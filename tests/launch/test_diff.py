@@ -139,9 +139,9 @@ def test_a_number_printed_in_full_is_held_to_a_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["a=A"], "b is missing; give two runs"),
+        (["a=A"], "b is missing; set b=DIR, see tessera diff --help"),
         (["a=A", "b=A", "only=speed"], "only=speed is no section; set some of config, code"),
-        (["a=A", "b=A", "c=1"], "'c' is no option of diff; set a=DIR, b=DIR"),
+        (["a=A", "b=A", "c=1"], "unknown key c; "),
         (["a=A", "b=EMPTY"], "holds neither metrics.jsonl nor a ledger; give the folder of a run"),
         (["a=A", "b=A/config.yaml"], "is no trainer_state.json"),
         (["a=A", "b=A", "json=yes"], "json=yes is neither true nor false"),

@@ -153,8 +153,8 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(
 ) -> None:
     for words, what in (
         ([f"run={tmp_path}"], "holds neither metrics.jsonl nor config.yaml; give the folder"),
-        ([], "run is missing; give the folder of a run"),
-        (["folder=x"], "'folder' is no option of report; set run=DIR or output=FILE"),
+        ([], "run is missing; set run=DIR, see tessera report --help"),
+        (["folder=x"], "unknown key folder; see tessera report --help"),
     ):
         assert main(["report", *words]) == 64
         error = capsys.readouterr().err
