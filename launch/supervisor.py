@@ -240,13 +240,8 @@ def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
 
 def main() -> int:
     processes, attempt, restarts, watchdog = sys.argv[1:]
-    limits = json.loads(watchdog)
-    code = Supervisor(
-        int(processes),
-        Path(attempt),
-        restarts=int(restarts),
-        watchdog=WatchdogSpec(**limits) if limits else None,
-    ).run()
+    spec = WatchdogSpec(**limits) if (limits := json.loads(watchdog)) else None
+    code = Supervisor(int(processes), Path(attempt), restarts=int(restarts), watchdog=spec).run()
     try_report(Path(attempt).parent.parent)
     return code
 
