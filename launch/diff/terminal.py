@@ -59,6 +59,6 @@ def _drift(drift: Drift) -> Iterator[str]:
     for name, step, (was, now) in rows:
         far = f"{relative(was, now):.1e} relative"
         yield f"  {name:<8}  step {step:<8}  {was:<18.15g}  {now:<18.15g}  {far}"
-    was, now = (value.hex() for value in drift.first)
-    yield f"  {'':<8}  first in bits  {was}  {now}"
+    bits = "  ".join(value.hex() for value in drift.first)
+    yield f"  {'':<8}  first in bits  {bits}"
     yield f"  {'largest':<8}  step {drift.largest_step:<8}  {drift.largest:.1e} relative"

@@ -94,7 +94,7 @@ def _blocks(path: Path) -> Iterator[tuple[list[dict[str, Any]], int]]:
 
 
 def _parsed(block: bytes) -> list[Any]:
-    """Return what the lines hold: at once, which is much faster, or one by one if any is torn."""
+    """Return what the lines hold: at once, or one by one if any is torn."""
     try:
         found: list[Any] = json.loads(b"[" + block.replace(b"\n", b",") + b"]")
         if len(found) == block.count(b"\n") + 1:

@@ -99,7 +99,8 @@ def _start(
     before: dict[str, Any] | None,
     config: dict[str, Any] | None,
 ) -> Start:
-    ranks = min(MAX_RANKS, sum(1 for _ in path.glob("exit.*.json")))
+    numbers = (file.name.split(".")[1] for file in path.glob("exit.*.json"))
+    ranks = sorted(int(number) for number in numbers if number.isdigit())[:MAX_RANKS]
     known = difference(before, config) if before is not None and config is not None else {}
     return Start(
         number=int(path.name),
