@@ -127,8 +127,9 @@ class Ledger:
         for attempt in attempts:
             mark = b'"attempt": %d,' % attempt
             first, last = self.data.find(mark), self.data.rfind(mark)
-            steps = [line.get("step") for line in (self._line(first), self._line(last)) if line]
-            if len(steps) == 2 and all(type(step) is int for step in steps):
+            lines = [line for line in (self._line(first), self._line(last)) if line]
+            steps = [line["step"] for line in lines if type(line.get("step")) is int]
+            if len(steps) == 2:
                 found[attempt] = (steps[0], steps[1])
         return found
 

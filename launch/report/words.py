@@ -43,7 +43,7 @@ def outcome(history: History) -> tuple[str, str]:
 def _trained(history: History) -> str:
     about = history.about
     model = str(part(history.config, "model").get("_target_", "")).rpartition(".")[2]
-    whole, trained = about.get("parameters"), about.get("trained_parameters")
+    whole, trained = about.get("parameters", 0), about.get("trained_parameters", 0)
     parts = [model.removesuffix("Spec")]
     if whole:
         share = f", {_count(trained)} of them trained ({trained / whole:.2%})"

@@ -61,8 +61,12 @@ class ClosingCallback(Callback):
         if self.spec.sample_tokens:
             text = self._sample()
             if self.view.is_main:
-                said = {"step": progress.step, "temperature": self.spec.temperature}
-                said |= {"prompt": self.spec.prompt, "text": text}
+                said = {
+                    "step": progress.step,
+                    "temperature": self.spec.temperature,
+                    "prompt": self.spec.prompt,
+                    "text": text,
+                }
                 write_note(self.view.folder, SAMPLE, said)
             log.info("\nsample at temperature %s:", self.spec.temperature)
             log.info("%s", "\n".join(f"  | {line}" for line in text.splitlines()))
