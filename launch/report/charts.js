@@ -19,7 +19,8 @@
     const size = Math.abs(value);
     for (const [limit, divisor, letter] of [[1e12, 1e12, "T"], [1e9, 1e9, "G"], [1e6, 1e6, "M"], [1e4, 1e3, "k"]])
       if (size >= limit) return Number((value / divisor).toPrecision(4)) + letter;
-    return String(Number(value.toPrecision(size >= 1e-3 ? 4 : 3)));
+    if (size && size < 1e-3) return Number(value.toPrecision(3)).toExponential();
+    return String(Number(value.toPrecision(4)));
   };
   const exact = (value) => Math.abs(value) >= 1e5
     ? Math.round(value).toLocaleString("en-US") : String(Number(value.toPrecision(6)));
@@ -47,6 +48,7 @@
     return (value) => (start + (size > 0 ? (f(value) - from) / size : 0.5) * (stop - start)).toFixed(1);
   };
 
+  const isSmooth = (line) => width > 1 && line.x.length > MAX_DOTS;  // a few evaluations stay as they are
   // The mean of up to `width` points around each: fewer at the ends.
   const smoothed = (values) => {
     const sums = [0], half = (width - 1) / 2;
@@ -91,7 +93,7 @@
     if (a >= b) return;
     if (line.low.length)
       add(group, "path", { class: "band " + kind, d: "M" + [...path(line.high), ...path(line.low).reverse()].join("L") + "Z" });
-    if (width > 1) { draw(line.y, " faint"); draw(smoothed(line.y), ""); return; }
+    if (isSmooth(line)) { draw(line.y, " faint"); draw(smoothed(line.y), ""); return; }
     draw(line.y, "");
     if (b - a <= MAX_DOTS && !line.low.length)
       for (let n = a; n < b; n++) add(group, "circle", { class: kind, cx: x(line.x[n]), cy: y(line.y[n]), r: 2.5 });
@@ -105,7 +107,7 @@
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${wide} ${HEIGHT}`);
     const defs = add(svg, "defs", {}), clip = add(defs, "clipPath", { id: "clip" + number });
-    add(clip, "rect", { x: LEFT, y: 0, width: right - LEFT, height: floor });
+    add(clip, "rect", { x: LEFT, y: TOP, width: right - LEFT, height: floor - TOP });
     for (const tick of chart.log ? logTicks(low, high) : linearTicks(low, high, 6)) {
       add(svg, "path", { class: "grid", d: `M${LEFT} ${y(tick)}H${right}` });
       add(svg, "text", { class: "tick y", x: LEFT - 7, y: Number(y(tick)) + 4 }, short(tick));
@@ -135,7 +137,7 @@
     if (cursor === null) { figure.querySelector("output").textContent = ""; return; }
     const said = chart.lines.map((line) => {
       const n = nearest(line.x, cursor), near = line.x[n] === cursor ? "" : ` (step ${exact(line.x[n])})`;
-      const mean = width > 1 ? `, mean ${exact(smoothed(line.y)[n])}` : "";
+      const mean = isSmooth(line) ? `, mean ${exact(smoothed(line.y)[n])}` : "";
       const band = line.low.length ? ` [${exact(line.low[n])} to ${exact(line.high[n])}]` : "";
       return `${line.name} ${exact(line.y[n])}${mean}${band}${near}`;
     });

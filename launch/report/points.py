@@ -24,9 +24,12 @@ class Columns:
     values: "dict[str, array[float]]" = field(default_factory=dict)
     """By the name in metrics.jsonl; NaN where a point lacks it, and where it was none."""
 
+    _series: "dict[str, tuple[array[int], array[float]]]" = field(default_factory=dict)
+
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Append lines, all of them with a step."""
         before = len(self.steps)
+        self._series.clear()
         self.steps.extend([line["step"] for line in lines])
         self.times.extend(_numbers([line.get("time") for line in lines]))
         for name in sorted(set().union(*lines).difference(_NO_NUMBERS)):
@@ -40,8 +43,12 @@ class Columns:
 
     def series(self, name: str) -> "tuple[array[int], array[float]]":
         """Return the steps and values of the points that have a number of this name."""
-        column = self.values.get(name, array("d"))
-        if math.isfinite(math.fsum(column)):
+        if name not in self._series:
+            self._series[name] = self._finite(self.values.get(name, array("d")))
+        return self._series[name]
+
+    def _finite(self, column: "array[float]") -> "tuple[array[int], array[float]]":
+        if math.isfinite(sum(column)):
             return self.steps[: len(column)], column
         kept = [number for number, value in enumerate(column) if math.isfinite(value)]
         return (

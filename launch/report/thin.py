@@ -1,6 +1,5 @@
 """A curve of any length as few enough points to draw: of each piece its mean, least and most."""
 
-import math
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ def thinned(steps: "array[int]", values: "array[float]", most: int = MAX_POINTS)
     found = [values[a:b] for a, b in pieces]
     return Curve(
         steps=[(steps[a] + steps[b - 1]) / 2 for a, b in pieces],
-        means=[math.fsum(piece) / len(piece) for piece in found],
+        means=[sum(piece) / len(piece) for piece in found],
         lows=[min(piece) for piece in found],
         highs=[max(piece) for piece in found],
         num_points=count,
