@@ -48,6 +48,8 @@ COMMANDS = {
         "launch.ledger",
         "prove that every sample was trained on exactly once: tessera ledger run=DIR",
     ),
+    "diff": ("launch.diff.command", "what differs between two runs: tessera diff a=DIR b=DIR"),
+    "report": ("launch.report.command", "one HTML page about a run: tessera report run=DIR"),
     "sync": ("launch.sync", "send the curves that wandb lacks: tessera sync run=DIR"),
     "checkpoints": (
         "launch.checkpoints",

@@ -55,7 +55,7 @@ class LocalSpec(Supervised):
         """Train; return the exit code of the run."""
         # From here on a signal means: stop with 75. It waits until a handler can say so.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        attempt = new_start(job.folder, job.tree)
+        attempt = new_start(job.folder, job.tree, job.words)
         note_end(job.end)
         if self.is_supervised:
             self._become_supervisor(attempt)

@@ -21,6 +21,7 @@ from launch.follower import Follower
 from launch.group import Node, safe_paths
 from launch.handover import OUTCOME, Handover, read_handover
 from launch.meeting import LostError, Meeting, come, ports_of
+from launch.report.write import try_report
 from launch.request import LEASE_SECONDS, new_start, refuse
 from launch.signals import STOP_SIGNALS
 from launch.supervisor import WORKER, Supervisor
@@ -101,6 +102,7 @@ class Launcher:
         finally:
             say_end(links, code)
             self._leave_outcome(code)
+        try_report(Path(self.handover.folder))
         return code
 
     def _attempt(self) -> Path | None:

@@ -19,7 +19,7 @@ class Request:
 
     def locate(self, num_steps: int) -> Path:
         """Choose the run's folder, refuse what it cannot go on with; return a new attempt in it."""
-        return new_start(self.choose(num_steps), self.tree)
+        return new_start(self.choose(num_steps), self.tree, self.words)
 
     def choose(self, num_steps: int, *, may_join: bool = False) -> Path:
         """Return the folder of a run so long; ValueError when it is in use or belongs to another
@@ -59,13 +59,16 @@ def refuse(folder: Path, tree: dict[str, Any], *, may_join: bool = False) -> Non
                 print(f"# changed since this run was saved: {key}: {was} -> {now}")
 
 
-def new_start(folder: Path, tree: dict[str, Any]) -> Path:
-    """Make a new attempt in the folder of a run, with the resolved config in it."""
+def new_start(folder: Path, tree: dict[str, Any], words: tuple[str, ...] = ()) -> Path:
+    """Make a new attempt in the folder of a run, with the resolved config and the words in it."""
     import yaml
 
-    from trainer.directory import CONFIG, new_attempt
-    from trainer.files import write_text
+    from trainer.directory import COMMAND, CONFIG, new_attempt
+    from trainer.files import write_json, write_text
+    from trainer.redaction import redact_tree
 
     attempt = new_attempt(folder)
     write_text(attempt / CONFIG, yaml.safe_dump(tree, sort_keys=False))
+    if words:
+        write_json(attempt / COMMAND, redact_tree({"words": words}))
     return attempt

@@ -1,11 +1,16 @@
 """Whether a run that failed is started again, and what is said of it. Standard library only."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, NO_PROGRESS, PREEMPTED
 from launch.verdict import Witness, judge
+from trainer.directory import VERDICT
+from trainer.files import write_json
+from trainer.redaction import redact_tree
 
 _UNFINISHED = ("data", "data_of_others", "train_step")  # phases of a step in which it is not done
 
@@ -53,6 +58,13 @@ def failure_of(witnesses: Sequence[Witness], codes: Sequence[int], committed: in
         executed=max([committed, *(last_step(witness.place) for witness in witnesses)]),
         committed=committed,
     )
+
+
+def leave_verdict(attempt: Path, failure: Failure) -> None:
+    """Write down what is said of a start that failed: its ranks may have left nothing."""
+    said = redact_tree({"code": failure.code, "sentence": str(failure)})
+    with suppress(OSError):  # the sentence is printed too
+        write_json(attempt / VERDICT, said)
 
 
 def last_step(place: dict[str, Any]) -> int:

@@ -20,7 +20,8 @@ from launch.crew import Crew
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, PREEMPTED
 from launch.group import Group, Node
 from launch.meeting import Link
-from launch.restarts import Failure, Restarts, failure_of, last_step
+from launch.report.write import try_report
+from launch.restarts import Failure, Restarts, failure_of, last_step, leave_verdict
 from launch.signals import STOP_SIGNALS
 from launch.stragglers import Stragglers
 from launch.terminal import say, show_cursor
@@ -74,6 +75,7 @@ class Supervisor:
             outcome = self._start_once()
             if isinstance(outcome, int):
                 return outcome
+            leave_verdict(self.attempt, outcome)
             end = self.restarts.end(outcome)
             if end is None and self.signals:
                 end = outcome.code, f"{outcome}; not started again, since a stop was asked for"
@@ -236,13 +238,10 @@ def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
 
 def main() -> int:
     processes, attempt, restarts, watchdog = sys.argv[1:]
-    limits = json.loads(watchdog)
-    return Supervisor(
-        int(processes),
-        Path(attempt),
-        restarts=int(restarts),
-        watchdog=WatchdogSpec(**limits) if limits else None,
-    ).run()
+    spec = WatchdogSpec(**limits) if (limits := json.loads(watchdog)) else None
+    code = Supervisor(int(processes), Path(attempt), restarts=int(restarts), watchdog=spec).run()
+    try_report(Path(attempt).parent.parent)
+    return code
 
 
 if __name__ == "__main__":

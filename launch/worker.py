@@ -81,6 +81,10 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -
             say(judge_here(attempt, placement.world_size))
     elif record["code"] == PREEMPTED and placement.is_main and not is_supervised:
         say(f"{record['reason']}; the same command goes on from there (exit code {PREEMPTED})")
+    if attempt and placement.is_main and not is_supervised:  # else the supervisor does, at the end
+        from launch.report.write import try_report
+
+        try_report(attempt.parent.parent)
     return int(record["code"])
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for part in ("launch", "trainer", "models") for p in (ROOT / part).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 250, 60
 # Code lines when every feature of the design works; a breach needs a reason in docs/decisions.md.
-CODE_LINES = {"models": 3660, "trainer": 20_100, "launch": 7_000}
+CODE_LINES = {"models": 3660, "trainer": 20_100, "launch": 8_600}
 TOP_LEVEL = {
     "pyproject.toml", "trainer", "models", "configs", "launch", "tests", "README.md",
     "docs", "benchmarks", ".ci", "LICENSE", ".gitignore",
@@ -104,6 +104,8 @@ def test_the_wheel_holds_the_packages_and_every_yaml_and_nothing_else(tmp_path: 
     [
         ("launch.cli", {"torch", "hydra", "numpy", "yaml", "rich"}),
         ("launch.supervisor", {"torch", "hydra", "numpy"}),
+        ("launch.report.write", {"torch", "hydra", "numpy", "PIL", "yaml"}),
+        ("launch.diff.command", {"torch", "hydra", "numpy", "PIL", "yaml"}),
         ("trainer.checkpoint.commit", {"torch", "hydra", "numpy"}),
         ("trainer.checkpoint.writer", {"torch", "hydra", "numpy", "dataclasses"}),
         (

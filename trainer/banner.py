@@ -1,5 +1,7 @@
 """What is about to run, in words: a mistake is seen here first."""
 
+from typing import Any
+
 from torch import nn
 
 from trainer.adapters.nf4 import describe_packed
@@ -98,4 +100,21 @@ def describe(
         f"{_counted(held_out, 'document')} held out",
         **({"classes": _weights(weights)} if weights else {}),
         "FLOPs": meter.flops().describe(),
+    }
+
+
+def counts(
+    run: Run, trained: Trained, loader: StepLoader, eval_loader: EvalLoader | None
+) -> dict[str, Any]:
+    """Return the numbers of the lines above, for who reads the run's folder later."""
+    store = loader.rows.store
+    return {
+        "parameters": trained.whole.parameters,
+        "trained_parameters": trained.count.parameters,
+        "documents": store.num_documents,
+        "tokens": store.num_tokens,
+        "held_out_documents": eval_loader.rows.store.num_documents if eval_loader else 0,
+        "max_steps": run.num_steps,
+        "epochs": loader.epochs(run.num_steps),
+        "fingerprint": store.fingerprint,
     }

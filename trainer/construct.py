@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trainer.adapters.contents import contents_of
-from trainer.banner import describe
+from trainer.banner import counts, describe
 from trainer.best import Best
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.checkpoint.lock import RunLock
@@ -21,6 +21,7 @@ from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter
 from trainer.new_tokens import starting_at_mean
+from trainer.notes import ABOUT, write_note
 from trainer.numerics.guard import Guard
 from trainer.numerics.watch import RewindError, Watch
 from trainer.out_of_memory import in_words
@@ -120,6 +121,9 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
         loader=loader, eval_loader=eval_loader,
         banner=describe(run, model, engine.trained, mesh, why, ranks, loader, eval_loader, meter),
     )  # fmt: skip
+    if is_main:
+        found = counts(run, engine.trained, loader, eval_loader)
+        write_note(folder, ABOUT, {**found, "banner": view.banner})
     validator = answer_judge(
         run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
         page=folder / VALIDATION if is_main else None,

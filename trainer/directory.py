@@ -15,6 +15,7 @@ from trainer.files import read_number
 
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT, MIX = "config.yaml", "environment.json", "mix.json"
+COMMAND, VERDICT = "command.json", "verdict.json"  # of one start: its words; how it failed
 REWIND = "rewound_to"
 AUTO, NEVER = "auto", "never"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")

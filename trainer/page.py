@@ -1,36 +1,40 @@
 """One HTML file that needs nothing else: the frame, the looks and the safe parts of every page.
 
-No script, no font, no file beside it, and a policy that lets a browser run or load none, whatever
-stands in the data. All functions but `page` escape what they are given; `terms` masks secrets, and
-`texts` shows documents as they are.
+No font, no file beside it, no script but the page's own, and a policy that lets a browser run or
+load nothing else, whatever stands in the data. All functions but `page` escape what they are given;
+`terms` and `table` mask secrets, and `texts` shows documents as they are.
 """
 
 import base64
+import hashlib
 import io
+import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.redaction import redact
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_IS_PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/=]+\Z")
 _FRAME = Template("""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'$policy">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --page: #fbfbfa; --ink: #1c1c1c; --quiet: #6b6b6b;
-  --line: #dcdcd8; --card: #ffffff; --good: #1c7a34; --bad: #b3261e; --mark: #0b5cad; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #161616; --ink: #e8e8e6; --quiet: #9a9a96; --line: #383836;
-    --card: #1e1e1e; --good: #6fd088; --bad: #ff8a80; --mark: #7fbaf5; } }
+:root { color-scheme: light dark;
+  --page: light-dark(#fbfbfa, #161616); --ink: light-dark(#1c1c1c, #e8e8e6);
+  --quiet: light-dark(#5f5f5f, #a2a29e); --line: light-dark(#dcdcd8, #383836);
+  --card: light-dark(#ffffff, #1e1e1e); --good: light-dark(#1c7a34, #6fd088);
+  --bad: light-dark(#b3261e, #ff8a80); --mark: light-dark(#0b5cad, #7fbaf5); }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page);
   color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; margin: 0 0 .8rem; }
@@ -54,14 +58,29 @@ $style</style>
 <body>
 <h1>$title</h1>
 $body
-</body>
+$script</body>
 </html>
 """)
 
 
-def page(title: str, *, style: str, body: str) -> str:
-    """Return the whole file; `style` is CSS beside the frame's, `body` is HTML, written as is."""
-    return _FRAME.substitute(title=escape(redact(title)), style=style, body=body)
+def page(title: str, *, style: str, body: str, script: str = "") -> str:
+    """Return the whole file.
+
+    `style` is CSS beside the frame's, `body` HTML and `script` JavaScript, all written as they are.
+    The policy names the script by its hash: no other one runs.
+    """
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _FRAME.substitute(
+        title=escape(redact(title)), style=style, body=body,
+        policy=f"; script-src 'sha256-{known}'" if script else "",
+        script=f"<script>{script}</script>\n" if script else "",
+    )  # fmt: skip
+
+
+def data_block(name: str, value: Any) -> str:
+    """Return plain values for the page's script to read: text that no browser runs."""
+    text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{escape(name)}">{text}</script>'
 
 
 def texts(of: Mapping[str, str]) -> str:
@@ -77,8 +96,10 @@ def terms(of: Mapping[str, str]) -> str:
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table; all columns but the last are numbers."""
-    head = "".join(f"<th>{escape(one)}</th>" for one in heads)
-    lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    head = "".join(f'<th scope="col">{escape(redact(one))}</th>' for one in heads)
+    lines = (
+        f"<tr>{''.join(f'<td>{escape(redact(cell))}</td>' for cell in row)}</tr>" for row in rows
+    )
     return (
         f"<table><caption>{escape(title)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -86,13 +107,24 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def image(picture: "Image", *, label: str, side: int) -> str:
-    """Return a picture as part of the file, of `side` pixels at most: PNG, JPEG where smaller."""
+    """Return a picture as part of the file, of `side` pixels at most."""
+    return shown_image(data_url(picture, side=side), label=label)
+
+
+def shown_image(url: str, *, label: str) -> str:
+    """Return what shows a picture that `data_url` made; nothing for any other text."""
+    if not _IS_PICTURE.match(url):
+        return ""
+    return f'<img alt="{escape(label)}" src="{url}">'
+
+
+def data_url(picture: "Image", *, side: int) -> str:
+    """Return a picture as text, of `side` pixels at most: PNG, JPEG where smaller."""
     small = picture.copy()
     small.thumbnail((side, side))
     files = {"png": _encoded(small, "png"), "jpeg": _encoded(small, "jpeg", quality=90)}
     kind = min(files, key=lambda kind: len(files[kind]))
-    data = base64.b64encode(files[kind]).decode()
-    return f'<img alt="{escape(label)}" src="data:image/{kind};base64,{data}">'
+    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
 
 
 def _encoded(picture: "Image", kind: str, **options: int) -> bytes:

@@ -234,6 +234,9 @@ def test_run_ends_with_zero_and_a_full_record_of_every_rank(
         assert (run / "attempts" / "001" / f"exit.{rank:05d}.json").exists()
     assert len(list((run / "ledger").iterdir())) == processes
     check_saved(run, steps[-1])
+    page = (run / "report.html").read_text()
+    assert f"step {MAX_STEPS[processes]} of {MAX_STEPS[processes]}" in page
+    assert "nothing that the run knows of" in page
 
 
 def test_torchrun_gives_the_same_numbers(
@@ -322,6 +325,9 @@ def test_run_started_again_after_every_end_has_the_numbers_of_one_that_never_end
     assert stopped(processes).code == FINISHED
     assert curve(stopped(processes).run) == curve(whole[processes])
     check_saved(stopped(processes).run, curve(whole[processes])[-1][0])
+    assert (
+        f"{len(ENDS[processes]) + 1} starts" in (stopped(processes).run / "report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2])

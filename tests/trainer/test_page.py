@@ -27,7 +27,7 @@ TAGS = {
 }  # fmt: skip
 ATTRIBUTES = {
     "lang", "charset", "name", "http-equiv", "content", "class", "style", "title", "alt", "src",
-    "data-number",
+    "data-number", "scope",
 }  # fmt: skip
 
 

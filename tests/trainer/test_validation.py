@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks.parity.oracle import specs
+from launch.report.history import read_history
+from launch.report.write import report_page
 from models.nn.head import IGNORED
 from tests.chat_templates import CHATML, assistant, system, tokenizer, user
 from tests.images import mixed_data, picture
@@ -33,6 +35,7 @@ from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.native import NativeEngine
 from trainer.judges import answer_judge
 from trainer.mesh import MeshSpec
+from trainer.notes import ANSWERS, read_note
 from trainer.protocols import Engine
 from trainer.record import read_lines
 from trainer.run import Run
@@ -192,6 +195,8 @@ def test_what_a_run_says_of_its_answers_is_the_same_on_other_ranks(
     assert html.count("<section") == 5
     assert "odd?" in html
     assert "<dt>exact_match_question_only</dt>" in html
+    assert len(read_note(tmp_path / "2", ANSWERS)["shown"]) == 5
+    assert report_page(read_history(tmp_path / "2")).count('<div class="card') == 5
 
 
 def test_the_last_evaluation_has_answers_though_patience_ran_out_before(

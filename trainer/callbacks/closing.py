@@ -10,6 +10,7 @@ from trainer.callbacks.card import card, next_commands
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.files import read_lines
 from trainer.generation import sample
+from trainer.notes import REPORT, SAMPLE, write_note
 from trainer.progress import Progress
 from trainer.protocols import Saved
 from trainer.screen import labelled, width
@@ -64,6 +65,14 @@ class ClosingCallback(Callback):
         seconds = time.monotonic() - self.started  # without the sample
         if finished and self.spec.sample_tokens:
             text = self._sample()
+            if self.view.is_main:
+                said = {
+                    "step": progress.step,
+                    "temperature": self.spec.temperature,
+                    "prompt": self.spec.prompt,
+                    "text": text,
+                }
+                write_note(self.view.folder, SAMPLE, said)
             log.info("\nsample at temperature %s:", self.spec.temperature)
             log.info("%s", "\n".join(f"  | {line}" for line in text.splitlines()))
         if not self.view.is_main:
@@ -101,6 +110,7 @@ class ClosingCallback(Callback):
             log.info("  %-12s %s", "answers", folder / VALIDATION)
         log.info("  %-12s %s", "metrics", folder / METRICS)
         log.info("  %-12s %s", "config", folder / "config.yaml")
+        log.info("  %-12s %s", "report", folder / REPORT)
 
     def _sample(self) -> str:
         tokenizer = self.view.tokenizer

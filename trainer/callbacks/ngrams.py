@@ -10,6 +10,7 @@ import numpy as np
 from models.nn.head import IGNORED
 from trainer.batch import Batch
 from trainer.callbacks.protocol import Callback, RunView
+from trainer.notes import BASELINES, write_note
 from trainer.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class NgramCallback(Callback):
         if not finished or not self.view.is_main or self.bits_per_byte is None:
             return
         unigram, bigram = self._baselines(progress.step)
+        found = {"unigram": unigram, "bigram": bigram}
+        said = {"metric": "bits_per_byte", "step": progress.step, "values": found}
+        write_note(self.view.folder, BASELINES, said)
         log.info("")
         log.info("held-out bits per byte (n-grams are counted on the same training tokens):")
         for name, value in (

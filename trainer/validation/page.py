@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainer.page import image, page, terms, texts
+from trainer.page import data_url, image, page, terms, texts
 from trainer.validation.scores import OF_PAIRS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 320  # pixels of a picture's longer side on the page
+SMALL_SIDE, MAX_NOTED = 160, 12  # in the note that a run's report shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,24 @@ section img { align-self: flex-start; border: 1px solid var(--line); }
 def answers_page(title: str, facts: dict[str, str], shown: Iterable[Shown]) -> str:
     """Return the whole file; texts of the data are escaped, pictures are part of it."""
     return page(title, style=STYLE, body="\n".join([terms(facts), *map(_card, shown)]))
+
+
+def noted(title: str, shown: Sequence[Shown]) -> dict[str, Any]:
+    """Return the first few as the run's note, with small pictures."""
+    return {
+        "title": title,
+        "shown": [
+            {
+                "source": one.source,
+                "question": one.question,
+                "reference": one.reference,
+                "answer": one.answer,
+                "is_right": bool(OF_PAIRS["exact_match"](one.answer, one.reference)),
+                "pictures": [data_url(picture, side=SMALL_SIDE) for picture in one.pictures],
+            }
+            for one in shown[:MAX_NOTED]
+        ],
+    }
 
 
 def _card(one: Shown) -> str:

@@ -17,8 +17,9 @@ from trainer.decoder import Decoder
 from trainer.decoding import GenerationSpec, continued
 from trainer.files import write_text
 from trainer.mesh import Mesh
+from trainer.notes import ANSWERS, write_note
 from trainer.protocols import Engine
-from trainer.validation.page import Shown, answers_page, facts_of
+from trainer.validation.page import Shown, answers_page, facts_of, noted
 from trainer.validation.question_only import question_only
 from trainer.validation.questions import Question, drawn, questions_of
 from trainer.validation.scores import QUESTION_ONLY, scores
@@ -54,7 +55,12 @@ class Validator:
         found = scores(self.spec.metrics, answers, references) | self.baseline
         found[COUNT] = len(answers)
         if self.page is not None:
-            write_text(self.page, self._page(title, found, answers, references))
+            shown = [
+                self._shown(number, answers[number], references[number])
+                for number in drawn(len(answers), self.spec.samples)
+            ]
+            write_text(self.page, self._page(title, found, shown))
+            write_note(self.page.parent, ANSWERS, noted(title, shown))
         return found
 
     def answers(
@@ -132,9 +138,7 @@ class Validator:
             row[: 2 + len(answer)] = torch.tensor([number, len(answer), *answer])
         return rows
 
-    def _page(
-        self, title: str, found: dict[str, float], answers: list[str], references: list[str]
-    ) -> str:
+    def _page(self, title: str, found: dict[str, float], shown: list[Shown]) -> str:
         settings = [
             ("asked", f"of {sum(self.rows.counts):,} held-out documents"),
             ("longest answer", f"{self.spec.max_new_tokens} tokens, the likeliest each time"),
@@ -144,10 +148,6 @@ class Validator:
             settings.append(
                 ("question only", "each question's most frequent answer in training, images unseen")
             )
-        shown = [
-            self._shown(number, answers[number], references[number])
-            for number in drawn(len(answers), self.spec.samples)
-        ]
         return answers_page(f"Answers: {title}", facts_of(found, settings), shown)
 
     def _shown(self, number: int, answer: str, reference: str) -> Shown:

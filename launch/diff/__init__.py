@@ -1,0 +1,1 @@
+"""Two runs side by side: what differs, and from which step on. No torch, no numpy."""
