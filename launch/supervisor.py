@@ -141,8 +141,9 @@ class Supervisor:
 
     def _forward(self, group: Group | Crew, number: int) -> None:
         name = signal.Signals(number).name
+        hint = "" if self._is_patient else "; a second signal ends it at once"
         self._say(
-            f"{name}: the run ends after this step, with a save; a second signal ends it at once"
+            f"{name}: the run ends after this step, with a save{hint}"
             if len(self.signals) == 1
             else f"{name}: stopped at once by a second signal"
         )

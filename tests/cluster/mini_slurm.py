@@ -17,7 +17,7 @@ from pathlib import Path
 
 NODES = ("n1", "n2")
 START_SECONDS = 60.0
-KILL_WAIT_SECONDS = 20  # between SIGTERM and SIGKILL of a cancelled job
+KILL_WAIT_SECONDS = 60  # between SIGTERM and SIGKILL of a cancelled job
 CREDENTIAL_SECONDS = 5  # a requeued job waits so long, and one second: by default two minutes
 CONF = """
 ClusterName=mini
