@@ -147,6 +147,7 @@ def _until(condition: object, what: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with mini_slurm(Path(sys.argv[1])) as found:
         print(" ".join(f"{key}={value}" for key, value in found.items()), flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        signal.pause()
