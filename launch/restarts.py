@@ -1,11 +1,13 @@
 """Whether a run that failed is started again, and what is said of it. Standard library only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, NO_PROGRESS, PREEMPTED
 from launch.verdict import Witness, judge
+from launch.watchdog import Hang
 
 _UNFINISHED = ("data", "data_of_others", "train_step")  # phases of a step in which it is not done
 
@@ -52,6 +54,17 @@ def failure_of(witnesses: Sequence[Witness], codes: Sequence[int], committed: in
         oom_step=int(blamed.spot.get("step", 0)) if blamed.is_oom else None,
         executed=max([committed, *(last_step(witness.place) for witness in witnesses)]),
         committed=committed,
+    )
+
+
+def with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
+    """Say how long nothing was heard, and where the stacks of all ranks are."""
+    return replace(
+        failure,
+        is_final=False,
+        is_own=False,
+        sentence=f"{failure.sentence}; no sign of life for {hang.seconds:.0f} s (limit of "
+        f"{hang.section}: {hang.limit:.0f} s), stacks of all ranks in {attempt}/stacks.*.txt",
     )
 
 

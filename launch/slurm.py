@@ -4,22 +4,18 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from launch.exit_codes import FINISHED
-from launch.handover import hand_over
 from launch.protocol import Job, Supervised
-from launch.sbatch import SCRIPT, log_of, render
+from launch.sbatch import SCRIPT, render
+from launch.submission import ALLOCATION, submit
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:[0-5]\d){0,2}|\d+:[0-5]\d(:[0-5]\d)?)\Z")
 _WORD = re.compile(r"[A-Za-z0-9_.,:@+=/-]+\Z")
 _EXPRESSION = re.compile(r"[A-Za-z0-9_.,:@+=/&|()*\[\]-]+\Z")
 _OPTION = re.compile(r"--[a-z][a-z-]*(=[^\x00-\x1f]+)?\Z")
-ALLOCATION = "SLURM_JOB_ID"
 ASK_SECONDS = 10.0
 
 
@@ -78,14 +74,17 @@ class SlurmSpec(Supervised):
                 f"launch.time={self.time!r} is no time; set it to hours:minutes:seconds like "
                 "02:00:00, or days-hours:minutes:seconds like 1-12:00:00"
             )
+        if self.time is not None and _seconds(str(self.time)) <= self.signal_seconds:
+            raise ValueError(
+                f"launch.time={self.time!r} leaves nothing before the signal, which comes "
+                f"{self.signal_seconds} s before its end; raise it, or lower launch.signal_seconds"
+            )
         self._check_words()
-        if not self.container:
-            for name in ("mounts",):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"launch.{name} has no effect without a container; set launch.container="
-                        "IMAGE, or leave it out"
-                    )
+        if self.mounts and not self.container:
+            raise ValueError(
+                "launch.mounts has no effect without a container; set launch.container=IMAGE, or "
+                "leave it out"
+            )
 
     def _check_words(self) -> None:
         """Raise ValueError for what would end a line of the script, or say something else there."""
@@ -145,85 +144,18 @@ class SlurmSpec(Supervised):
         return f"# {place / SCRIPT}:\n{render(self, [place], job.folder.name)}"
 
     def start(self, job: Job) -> int:
-        return self.start_all([job], job.folder.name)
-
-    def start_all(self, jobs: Sequence[Job], name: str) -> int:
-        """Submit several runs as one array, or one run as a job; 0 when Slurm has taken them."""
-        is_inside = ALLOCATION in os.environ
-        if not is_inside and shutil.which("sbatch") is None:
-            raise ValueError(
-                "launch=slurm needs the command sbatch, which is not on the path; submit on a "
-                "login node of the cluster, or look at the script with dry_run=true"
-            )
-        places = [_place(job.folder) for job in jobs]
-        try:
-            for job, place in zip(jobs, places, strict=True):
-                hand_over(
-                    place, job.tree, job.folder, nodes=self.nodes, processes=self.node_processes,
-                    restarts=self.max_restarts(self.world_size), watchdog=self.watchdog,
-                )  # fmt: skip
-            script = places[0] / SCRIPT
-            spec = replace(self, requeue=False) if is_inside else self
-            script.write_text(render(spec, places, name))
-            if is_inside:
-                _become(script)
-            number = _submit(script)
-        except ValueError:
-            for place in places:
-                _take_back(place)
-            raise
-        print("\n".join(self._told(number, jobs, places)))
-        return FINISHED
-
-    def _told(self, number: str, jobs: Sequence[Job], places: Sequence[Path]) -> list[str]:
-        """Return what a user does next."""
-        log = log_of(places).replace("%j", number).replace("%A", number).replace("%a", "0")
-        what = f"{self.nodes} node(s) x {self.node_processes} process(es)"
-        runs = str(jobs[0].folder) if len(jobs) == 1 else f"{len(jobs)} runs, each on its own"
-        limit = f"the limit of {self.time}" if self.time else "the limit of its partition"
-        then = "Slurm queues it again, and it goes on" if self.requeue else "the job is over"
-        return [
-            f"submitted job {number}: {what}, {runs}",
-            f"  log     tail -F {log}",
-            f"  state   squeue --job {number}",
-            f"  cancel  scancel {number}    (it saves first, where the cluster leaves it time)",
-            f"  limit   {self.signal_seconds} s before {limit} it saves and ends with 75; {then}",
-            f"  again   sbatch {places[0] / SCRIPT}",
-        ]
+        """Submit the run; return 0 when Slurm has taken it."""
+        return submit(self, [job], job.folder.name)
 
 
-def _place(folder: Path) -> Path:
-    """Make and return a folder for the job beside the attempts of a run."""
-    from trainer.directory import new_numbered
-
-    return new_numbered(folder, "jobs")
-
-
-def _take_back(place: Path) -> None:
-    """Leave nothing of a submission that was refused."""
-    shutil.rmtree(place)
-    with suppress(OSError):  # something else is in there
-        place.parent.rmdir()
-        place.parent.parent.rmdir()
-
-
-def _become(script: Path) -> NoReturn:
-    """Train in the allocation that this command was started in."""
-    os.execvp("bash", ["bash", str(script)])
-
-
-def _submit(script: Path) -> str:
-    """Hand the script to Slurm and return the number of the job; ValueError where it refuses."""
-    done = subprocess.run(
-        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise ValueError(
-            f"Slurm did not take the job: {reason}; change what it names (launch.partition, "
-            "account, time, gpus, ..)"
-        )
-    return done.stdout.strip().partition(";")[0]
+def _seconds(limit: str) -> int:
+    """Return a limit of Slurm in seconds: [days-]hours:minutes:seconds, or minutes:seconds."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # hours come first, and the others may be left out
+        parts += [0] * (3 - len(parts))
+    hours, minutes, seconds = [0] * (3 - len(parts)) + parts
+    return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
 
 def _answer(*command: str) -> str:

@@ -20,7 +20,7 @@ from launch.crew import Crew
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, PREEMPTED
 from launch.group import Group, Node
 from launch.meeting import Link
-from launch.restarts import Failure, Restarts, failure_of, last_step
+from launch.restarts import Failure, Restarts, failure_of, last_step, with_hang
 from launch.signals import STOP_SIGNALS
 from launch.stragglers import Stragglers
 from launch.verdict import Witness
@@ -181,7 +181,7 @@ class Supervisor:
             )
             return PREEMPTED
         failure = failure_of(witnesses, codes, self._committed())
-        return failure if hang is None else _with_hang(failure, hang, self.attempt)
+        return failure if hang is None else with_hang(failure, hang, self.attempt)
 
     def _without_a_node(self, group: Group | Crew, witnesses: Sequence[Witness]) -> Failure:
         """Judge a start that lost the launcher of a node, which only the scheduler can replace."""
@@ -224,17 +224,6 @@ class Supervisor:
     @staticmethod
     def _say(text: str) -> None:
         print(f"tessera: {text}", file=sys.stderr, flush=True)
-
-
-def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
-    """Say how long nothing was heard, and where the stacks of all ranks are."""
-    return replace(
-        failure,
-        is_final=False,
-        is_own=False,
-        sentence=f"{failure.sentence}; no sign of life for {hang.seconds:.0f} s (limit of "
-        f"{hang.section}: {hang.limit:.0f} s), stacks of all ranks in {attempt}/stacks.*.txt",
-    )
 
 
 def main() -> int:
