@@ -121,8 +121,9 @@ def _container(spec: "SlurmSpec") -> Iterator[str]:
 
 _TAIL = """launchers=$! cancelled=
 # Near the limit: srun passes it on. SIGTERM is scancel, or the end: save, but do not come again.
+# It is passed on as SIGUSR1, since srun makes a SIGKILL of SIGTERM.
 trap 'kill -USR1 $launchers' USR1
-trap 'cancelled=yes; kill -TERM $launchers' TERM INT
+trap 'cancelled=yes; kill -USR1 $launchers' TERM INT
 until wait $launchers; code=$?; ! kill -0 $launchers 2>/dev/null; do :; done
 # Of a launcher that was killed srun knows no more; the others have written down how it ended.
 [[ -s $job/outcome ]] && code=$(<"$job/outcome")
