@@ -141,7 +141,8 @@ def test_run_on_two_nodes_has_the_bits_of_two_processes(cluster: Cluster, whole:
     assert curve(job.run) == curve(whole)
     assert not job.processes(b"launch.worker")
     check_saved(job.run, MAX_STEPS)
-    assert "tessera: " not in job.log
+    said = [line for line in job.log.splitlines() if line.startswith("tessera: ")]
+    assert not [line for line in said if "submitted with the code of" not in line]
 
 
 def test_job_told_of_its_limit_saves_is_queued_again_and_goes_on(
@@ -162,12 +163,15 @@ def test_job_told_of_its_limit_saves_is_queued_again_and_goes_on(
 
 
 def test_limit_of_time_queues_a_job_again_and_scancel_ends_it_saved(cluster: Cluster) -> None:
-    words = ("max_steps=1000000", "launch.time=00:03:00", "launch.signal_seconds=60")
-    job = cluster.submit("limit", *words)
-    job.until(lambda: job.value("Restarts") == "1")
-    (first,) = {committed_steps(job.run / "checkpoints")[0]}
-    assert "stopped by SIGUSR1" in job.log or "stopped by its time limit" in job.log
+    words = ("max_steps=1000000", "save_every=null", "launch.time=00:03:00")
+    job = cluster.submit("limit", *words, "launch.signal_seconds=60")
+    # Nothing else saves. A busy machine may be stopped before its first step at first.
+    job.until(lambda: bool(committed_steps(job.run / "checkpoints")))
+    first = committed_steps(job.run / "checkpoints")[0]
+    assert re.search(r"stopped by (SIGUSR1|its time limit); last committed step: \d", job.log)
     job.until_steps(first + 15)
+    restarts = job.value("Restarts")
+    assert int(restarts) >= 1
     workers = job.processes(b"launch.worker")
     assert len(workers) == 2
     job.cancel()
@@ -179,7 +183,7 @@ def test_limit_of_time_queues_a_job_again_and_scancel_ends_it_saved(cluster: Clu
     steps = [line["step"] for line in ledger(job.run)]
     assert steps == list(range(1, last + 1))
     assert re.search(r"stopped by SIG(TERM|USR1); last committed step: \d", job.log)
-    assert job.value("Restarts") == "1"
+    assert job.value("Restarts") == restarts
 
 
 @pytest.mark.parametrize("node", [0, 1])
