@@ -167,6 +167,7 @@ def test_limit_of_time_queues_a_job_again_and_scancel_ends_it_saved(cluster: Clu
     job = cluster.submit("limit", *words, "launch.signal_seconds=60")
     # Nothing else saves. A busy machine may be stopped before its first step at first.
     job.until(lambda: bool(committed_steps(job.run / "checkpoints")))
+    cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=01:00:00")
     first = committed_steps(job.run / "checkpoints")[0]
     assert re.search(r"stopped by (SIGUSR1|its time limit); last committed step: \d", job.log)
     job.until_steps(first + 15)
