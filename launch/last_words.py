@@ -3,16 +3,15 @@
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import INTERNAL, code_of
-from launch.terminal import write_traceback
+from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
-from trainer.redaction import redact, redact_tree
+from trainer.redaction import redact_tree
 
 if TYPE_CHECKING:
     from trainer.distributed import Placement
@@ -25,14 +24,17 @@ POLL_SECONDS = 0.05
 def describe(
     error: Exception, whereabouts: "Whereabouts", placement: "Placement"
 ) -> dict[str, Any]:
-    """Return the exit record of a failure: what, when, where, on which samples."""
+    """Return the exit record of a failure: what, when, where, on which samples.
+
+    Secrets are masked here, in all of it: who shortens a text later cannot cut one in two.
+    """
     from trainer.errors import MemoryExhaustedError, NumericError
 
     code = code_of(error)
     is_consequence = placement.world_size > 1 and lost_the_others(error)
-    return {
+    record = {
         "code": code,
-        "reason": redact(f"{type(error).__name__}: {error}"),
+        "reason": f"{type(error).__name__}: {error}",
         "time": time.time(),
         **whereabouts.place,
         "provenance": whereabouts.provenance,
@@ -41,6 +43,7 @@ def describe(
         "is_oom": isinstance(error, MemoryError | MemoryExhaustedError),
         "collective": last_collective() if is_consequence else None,
     }
+    return dict(redact_tree(record))
 
 
 def lost_the_others(error: BaseException | None) -> bool:
@@ -99,12 +102,6 @@ def report(error: Exception, record: dict[str, Any], placement: "Placement") -> 
     say(text)
 
 
-def say(text: str) -> None:
-    """Write one line at once: other ranks write into the same terminal."""
-    sys.stderr.write(f"tessera: {redact(text)}\n")
-    sys.stderr.flush()
-
-
 def judge_here(attempt: Path, num_ranks: int) -> str:
     """Say which rank is to blame, where no supervisor will; waits for the others' records."""
     places = read_places(attempt, range(num_ranks))
@@ -130,7 +127,7 @@ def leave_record(attempt: Path, rank: int, record: dict[str, Any]) -> None:
 def write_whole(path: Path, values: dict[str, Any]) -> None:
     """Write one object, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(redact_tree(values)))
+    temporary.write_text(json.dumps(values))
     os.replace(temporary, path)
 
 

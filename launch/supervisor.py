@@ -23,6 +23,7 @@ from launch.meeting import Link
 from launch.restarts import Failure, Restarts, failure_of, last_step, with_hang
 from launch.signals import STOP_SIGNALS
 from launch.stragglers import Stragglers
+from launch.terminal import say, show_cursor
 from launch.verdict import Witness
 from launch.watchdog import Hang, Watchdog, WatchdogSpec
 
@@ -77,9 +78,9 @@ class Supervisor:
             if end is None and self.signals:
                 end = outcome.code, f"{outcome}; not started again, since a stop was asked for"
             if end is not None:
-                self._say(end[1])
+                say(end[1])
                 return end[0]
-            self._say(f"{outcome}; starting again ({self.restarts.counted})")
+            say(f"{outcome}; starting again ({self.restarts.counted})")
             self.attempt = self._next_attempt()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
@@ -102,6 +103,7 @@ class Supervisor:
             hang = self._wait(group)
         finally:
             group.kill()
+            show_cursor()  # rank 0 may have had no time for it
         return self._judge(group, hang)
 
     def _wait(self, group: Group | Crew) -> Hang | None:
@@ -131,7 +133,7 @@ class Supervisor:
                 places, gap, looked_at = group.places(), now - looked_at, now
                 self._welcome_back(places)
                 if told := stragglers.look(places, gap):
-                    self._say(told)
+                    say(told)
                 hang = watchdog.look(places, gap) if watchdog else None
                 if hang:
                     self.failed_at = self.failed_at or now
@@ -142,7 +144,7 @@ class Supervisor:
     def _forward(self, group: Group | Crew, number: int) -> None:
         name = signal.Signals(number).name
         hint = "" if self._is_patient else "; a second signal ends it at once"
-        self._say(
+        say(
             f"{name}: the run ends after this step, with a save{hint}"
             if len(self.signals) == 1
             else f"{name}: stopped at once by a second signal"
@@ -157,7 +159,7 @@ class Supervisor:
         if done > self.restarts.failures[-1].committed:
             self.recoveries.append(time.monotonic() - self.failed_at)
             self.failed_at = None
-            self._say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
+            say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
 
     def _judge(self, group: Group | Crew, hang: Hang | None) -> int | Failure:
         if len(self.signals) > 1:
@@ -175,7 +177,7 @@ class Supervisor:
         if set(codes) == {PREEMPTED} or (self.signals and left_early):
             reason = (left_early or records)[0]["reason"]
             step = self._committed() or "none"
-            self._say(
+            say(
                 f"{reason}; last committed step: {step}; the same command goes on from there "
                 f"(exit code {PREEMPTED})"
             )
@@ -202,7 +204,7 @@ class Supervisor:
         failures = self.restarts.failures
         if failures:
             seconds = ", ".join(f"{each:.1f}" for each in self.recoveries)
-            self._say(
+            say(
                 f"finished after {len(failures)} restart(s), the first since {failures[0]}; steps "
                 f"lost in all: {sum(each.num_lost for each in failures)}; seconds to recover: "
                 f"{seconds}"
@@ -220,10 +222,6 @@ class Supervisor:
         attempt = new_attempt(self.attempt.parent.parent)
         shutil.copyfile(self.attempt / CONFIG, attempt / CONFIG)
         return attempt
-
-    @staticmethod
-    def _say(text: str) -> None:
-        print(f"tessera: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.deadline import seconds_left
 from launch.exit_codes import FINISHED, PREEMPTED
 from launch.group import ATTEMPT, PARENT, PIPE
-from launch.last_words import describe, judge_here, leave_record, report, say
+from launch.last_words import describe, judge_here, leave_record, report
 from launch.parent import Stacks, die_with, obey
 from launch.signals import handle_signals
-from launch.terminal import redact_tracebacks
+from launch.terminal import redact_tracebacks, say
 
 if TYPE_CHECKING:
     from trainer.construct import Start

@@ -15,13 +15,13 @@ from trainer.trackers.delivery import write_settings
 from trainer.trackers.wandb import WandbTracker
 
 
-def write_points(folder: Path, *steps: int, resumed_step: int = 0) -> None:
+def write_points(folder: Path, *steps: int, resumed_step: int = 0, factor: float = 1.0) -> None:
     """Write as a run does: losses at each step, and at even ones an evaluation."""
     record = RunRecord(folder, rank=0, data_rank=0, attempt=1, resumed_step=resumed_step)
     for step in steps:
-        record.metrics(step, "train", {"loss": 1 / step, "mfu": None})
+        record.metrics(step, "train", {"loss": factor / step, "mfu": None})
         if step % 2 == 0:
-            record.metrics(step, "eval", {"loss": 2 / step})
+            record.metrics(step, "eval", {"loss": 2 * factor / step})
     record.close()
 
 

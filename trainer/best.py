@@ -1,10 +1,12 @@
 """The best evaluation of a run by one number: kept on disk, and the end when none is better."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+MAX_RECENT = 16
 _LOWER = ("loss", "perplexity", "bits_per_byte", "error")  # part of the names of such numbers
 
 
@@ -58,6 +60,8 @@ class Best:
         self.step: int | None = None
         self.value = math.nan
         self.num_worse = 0
+        self.recent: dict[int, float] = {}
+        """The newest numbers by their step: one of them is the best when its checkpoint is lost."""
 
     def judge(self, step: int, metrics: dict[str, Any]) -> bool:
         """Take an evaluation in; return whether it is the best so far. NaN never is.
@@ -67,6 +71,8 @@ class Best:
         if self.spec.metric is None or self.spec.metric not in metrics:
             return False
         value = float(metrics[self.spec.metric])
+        if not math.isnan(value):
+            self.recent = dict([*self.recent.items(), (step, value)][-MAX_RECENT:])
         gain = self.value - value if self.spec.lower_is_better else value - self.value
         is_better = gain > self.spec.min_delta or (self.step is None and not math.isnan(value))
         if is_better:
@@ -74,6 +80,18 @@ class Best:
         else:
             self.num_worse += 1
         return is_better
+
+    def survive(self, committed: Collection[int]) -> None:
+        """Where the best step has no checkpoint any more, take the best of those that have one.
+
+        Else the run would hold on to numbers that no weights on disk belong to.
+        """
+        if self.step is None or self.step in committed:
+            return
+        self.recent = {step: value for step, value in self.recent.items() if step in committed}
+        choose = min if self.spec.lower_is_better else max
+        self.step = choose(self.recent, key=self.recent.__getitem__, default=None)
+        self.value = math.nan if self.step is None else self.recent[self.step]
 
     @property
     def is_over(self) -> bool:
@@ -84,6 +102,7 @@ class Best:
         return {
             "metric": self.spec.metric, "step": self.step, "num_worse": self.num_worse,
             "value": None if math.isnan(self.value) else self.value,
+            "recent": list(self.recent.items()),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -91,3 +110,4 @@ class Best:
         if state["metric"] == self.spec.metric:
             self.step, self.num_worse = state["step"], state["num_worse"]
             self.value = math.nan if state["value"] is None else state["value"]
+            self.recent = dict(state.get("recent", ()))  # version 0.1 had none

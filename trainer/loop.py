@@ -8,6 +8,7 @@ from typing import Any
 from trainer.best import Best
 from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.loading import steps_for_all
 from trainer.control import ControlWord, HostResult, Readback
 from trainer.data.loader import Step, StepLoader
 from trainer.data.prefetch import Ahead
@@ -126,6 +127,7 @@ class Loop:
             self.checkpoints.finish()  # the one under way may still come in time
             return
         with self.progress.stopwatch.paused():
+            self.checkpoints.finish()  # before the state: a save that fails may change the best
             state = {
                 "progress": self.progress.state(),
                 "data": self.loader.state(self.progress.step),
@@ -140,10 +142,12 @@ class Loop:
             )  # fmt: skip
 
     def _hear_of_save(self, saved: Saved) -> None:
-        """A save ended: this one, or one that went on in the background."""
+        """A save ended: this one, or one that went on in the background. Collective."""
         if saved.folder is None:
             failed = {"ckpt_failed": 1, "in_a_row": saved.num_failures}
             self.record.metrics(saved.step, "checkpoint", failed)
+            if saved.step == self.best.step:  # its evaluation has no weights: the one before stays
+                self.best.survive(steps_for_all(self.checkpoints.folder, self.checkpoints.ranks))
             return
         self.stopping.limit.took(save=saved.seconds_paused + saved.seconds_written)
         for callback in self.callbacks:

@@ -1,7 +1,8 @@
 """One HTML file that needs nothing else: the frame, the looks and the safe parts of every page.
 
 No script, no font, no file beside it, and a policy that lets a browser run or load none, whatever
-stands in the data. All functions but `page` escape what they are given, and `terms` masks secrets.
+stands in the data. All functions but `page` escape what they are given; `terms` masks secrets, and
+`texts` shows documents as they are.
 """
 
 import base64
@@ -63,10 +64,15 @@ def page(title: str, *, style: str, body: str) -> str:
     return _FRAME.substitute(title=escape(redact(title)), style=style, body=body)
 
 
-def terms(of: Mapping[str, str]) -> str:
-    """Return names with their texts."""
-    items = (f"<dt>{escape(name)}</dt><dd>{escape(redact(text))}</dd>" for name, text in of.items())
+def texts(of: Mapping[str, str]) -> str:
+    """Return named texts of the data, which is the user's: nothing in them is masked."""
+    items = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in of.items())
     return f"<dl>{''.join(items)}</dl>"
+
+
+def terms(of: Mapping[str, str]) -> str:
+    """Return names with texts of the config or the machine, their secrets masked."""
+    return texts({name: redact(text) for name, text in of.items()})
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from trainer.best import Best
 from trainer.checkpoint import commit
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.contents import Contents
+from trainer.checkpoint.loading import steps_for_all
 from trainer.checkpoint.lock import RunLock
-from trainer.checkpoint.retention import set_aside
+from trainer.checkpoint.retention import point, set_aside
 from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.determinism import check_bits
@@ -142,6 +144,10 @@ def restore(
                 set_aside(commit.step_folder(checkpoints.folder, step), "rewound")
         if rewinds != kept(rewinds, place.progress.step):
             write_rewinds(folder, kept(rewinds, place.progress.step))
+    place.best.survive(steps_for_all(checkpoints.folder, ranks))
+    if ranks.placement.is_main:
+        with suppress(OSError):  # hints: nothing depends on them, and the next save renews them
+            point(checkpoints.folder, place.progress.step, place.best.step)
     return place
 
 

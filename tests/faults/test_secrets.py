@@ -1,5 +1,6 @@
 """A31: no secret of config, command line, environment, error text or git remote is written down."""
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -10,14 +11,18 @@ import pytest
 
 from launch.cli import main
 from launch.exit_codes import BAD_CONFIG, INTERNAL
+from launch.last_words import describe, leave_record, report
+from launch.verdict import MAX_REASON
 from tests.ranks import run_ranks
 from tests.runs import tiny_run
 from tests.secrets import SECRETS, URL, shown
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.directory import CONFIG, new_attempt
 from trainer.distributed import Placement
+from trainer.errors import StorageError
 from trainer.progress import Progress
 from trainer.trackers.wandb import WandbTracker
+from trainer.whereabouts import Whereabouts
 
 TEXT = "; ".join(map(shown, SECRETS))
 
@@ -97,6 +102,22 @@ def test_what_was_masked_is_said_all_the_same(careless: Path) -> None:
         assert said in printed
     record = careless / "tiny" / "attempts" / "001" / "exit.00000.json"
     assert "no answer from [redacted]" in record.read_text()
+
+
+def test_an_exit_record_is_masked_whole_before_anything_is_cut(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = SECRETS["hub token"]
+    error = StorageError("." * (MAX_REASON - len("StorageError: ") - 12) + f" {secret}")
+    whereabouts = Whereabouts()
+    whereabouts.enter("train_step", 3, [(0, 8)], [f"{URL}[0:8]"])
+    record = describe(error, whereabouts, Placement())
+    assert secret not in record["reason"]
+    assert record["provenance"] == ["https://[redacted]@git.example.org/team/repo.git[0:8]"]
+    report(error, record, Placement())
+    assert secret[:8] not in capfd.readouterr().err
+    leave_record(tmp_path, 0, record)
+    assert json.loads((tmp_path / "exit.00000.json").read_text()) == record
 
 
 def test_a_secret_on_the_command_line_starts_nothing(tmp_path: Path, capfd: Any) -> None:

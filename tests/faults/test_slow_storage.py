@@ -139,6 +139,6 @@ def test_fsync_that_always_fails_ends_the_run_after_three_saves(
     run = tiny_run(cache, save_every=2, checkpoint=CheckpointSpec(keep=9))
     injection = Injection("error=EIO", all_writers=True)
     (found,) = run_ranks(1, injected, tmp_path, run, injection)
-    assert found["end"].startswith("3 saves in a row failed, the last one: ")
+    assert found["end"].startswith("3 saves in a row failed within ")
     assert "Input/output error" in found["end"]
     assert intact_steps(tmp_path) == [2]

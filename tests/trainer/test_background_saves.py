@@ -143,7 +143,7 @@ def test_three_background_saves_that_fail_in_a_row_end_the_run(tmp_path: Path, c
     """A file stands where the folder of checkpoints should."""
     (tmp_path / "checkpoints").write_text("")
     (message,) = run_ranks(1, ended, tmp_path, background_run(cache, save_every=2))
-    assert message.startswith("3 saves in a row failed, the last one: ")
+    assert message.startswith("3 saves in a row failed within 0 minutes, the last one: ")
     assert str(tmp_path / "checkpoints") in message
     assert "File exists" in message
     assert [line["step"] for line in read_lines(tmp_path / METRICS) if "loss" in line][-1] == 6

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ import pytest
 from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train
 from trainer.best import Best, BestSpec
-from trainer.checkpoint.commit import committed_steps
+from trainer.callbacks.protocol import Callback, RunView
+from trainer.checkpoint.commit import committed_steps, step_folder
+from trainer.checkpoint.spec import CheckpointSpec
 from trainer.mesh import MeshSpec
+from trainer.progress import Progress
 from trainer.record import read_lines
 
 
@@ -59,6 +65,21 @@ def test_the_state_goes_on_and_is_forgotten_for_another_metric() -> None:
     assert other.step is None
 
 
+def test_the_best_is_one_of_the_steps_that_have_a_checkpoint() -> None:
+    for goal, values in (("min", [3.0, 1.0, 2.0, 2.5]), ("max", [1.0, 4.0, 3.0, 2.0])):
+        _, best = judged(BestSpec(metric="loss", goal=goal), values)
+        best.survive([4, 2])
+        assert best.step == 2
+        again = Best(best.spec)
+        again.load(json.loads(json.dumps(best.state())))
+        again.survive([4, 3, 1])
+        assert (again.step, again.value) == (3, values[2])
+        assert again.judge(5, {"loss": values[1]})
+        again.survive([])
+        assert again.step is None
+        assert again.judge(6, {"loss": values[2]})
+
+
 def worst_is_best(cache: Path, **changes: Any) -> Any:
     """Return a run whose first evaluation is the best one: losses fall, and more is better."""
     spec = BestSpec(metric="loss", goal="max", patience=3)
@@ -97,6 +118,67 @@ def test_an_improvement_is_saved_though_no_save_is_due(tmp_path: Path, cache: Pa
     checkpoints = tmp_path / "run" / "checkpoints"
     assert (checkpoints / "best").read_text() == f"step_{best:08d}\n"
     assert best in committed_steps(checkpoints)
+
+
+class BlockAndDie(Callback):
+    """Lets the save of one step fail, since its folder is there, and dies once the next is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def build(self) -> "BlockAndDie":
+        return self
+
+    def on_start(self, view: RunView, progress: Progress) -> None:
+        self.is_main, self.folder = view.is_main, view.folder / "checkpoints"
+
+    def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        if progress.step == self.step and self.is_main:
+            self.wait_for(self.step - 1)  # it clears away what is no checkpoint
+            step_folder(self.folder, self.step).mkdir()
+            (step_folder(self.folder, self.step) / "in_the_way").touch()
+        if progress.step == self.step + 2:
+            self.wait_for(self.step + 1)
+            os._exit(9)
+
+    def wait_for(self, step: int) -> None:
+        """Wait until the save of `step` is done, whose writer ends with the hints."""
+        latest = self.folder / "latest"
+        while not latest.exists() or latest.read_text() != f"step_{step:08d}\n":
+            time.sleep(0.01)
+
+
+def test_a_best_step_that_could_not_be_saved_leaves_the_one_before_on_disk(
+    tmp_path: Path, cache: Path
+) -> None:
+    run = tiny_run(
+        cache, eval_every=2, save_every=1, max_steps=6, best=BestSpec(metric="loss"),
+        checkpoint=CheckpointSpec(keep=1), callbacks={"block": BlockAndDie(4)},
+    )  # fmt: skip
+    with pytest.raises(Exception, match="rank"):
+        run_ranks(2, train, tmp_path / "run", run)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert committed_steps(checkpoints) == [5, 2]
+    assert (checkpoints / "best").read_text() == "step_00000002\n"
+    run_ranks(1, train, tmp_path / "run", replace(run, callbacks={}))
+    assert committed_steps(checkpoints) == [6]  # better than step 2, and all others
+    assert (checkpoints / "best").read_text() == "step_00000006\n"
+
+
+def test_a_run_that_went_back_forgets_a_best_step_that_is_gone(tmp_path: Path, cache: Path) -> None:
+    run = tiny_run(
+        cache, eval_every=4, save_every=1, max_steps=8, best=BestSpec(metric="loss"),
+        checkpoint=CheckpointSpec(keep=2, background=False),
+    )  # fmt: skip
+    checkpoints = tmp_path / "run" / "checkpoints"
+    run_ranks(1, train, tmp_path / "run", run)
+    assert (checkpoints / "best").read_text() == "step_00000008\n"  # for it step 4 was deleted
+    run_ranks(1, train, tmp_path / "run", replace(run, resume_step=7, max_steps=7))
+    assert committed_steps(checkpoints) == [7]
+    assert not (checkpoints / "best").exists()
+    assert (checkpoints / "latest").read_text() == "step_00000007\n"
+    run_ranks(1, train, tmp_path / "run", run)
+    assert (checkpoints / "best").read_text() == "step_00000008\n"
 
 
 def test_a_killed_run_on_other_ranks_ends_where_one_that_was_not_would(

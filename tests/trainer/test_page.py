@@ -110,6 +110,14 @@ def test_a_run_may_not_be_named_like_markup(
     assert "is no folder name" in capsys.readouterr().err
 
 
+def test_documents_are_shown_as_they_are_beside_facts_that_are_masked() -> None:
+    said = SECRETS["API key"]
+    shown = Shown(source="a[0:1]", question=said, pictures=(), reference=said, answer=said)
+    text = answers_page("answers", {"path": SECRETS["hub token"]}, [shown])
+    assert text.count(said) == 3
+    assert SECRETS["hub token"] not in text
+
+
 def test_a_page_masks_secrets_among_its_facts() -> None:
     text = page(SECRETS["AWS key"], style="", body=terms({"path": SECRETS["hub token"]}))
     assert SECRETS["AWS key"] not in text

@@ -130,7 +130,7 @@ def synced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synced]:
     with wandb_server() as server:
         environment = server.environment | {"CANARY": "canary-bird"}
         first = sync(run, environment)
-        write_points(run, 3, 4, 5, resumed_step=2)  # step 3 runs twice
+        write_points(run, 3, 4, 5, resumed_step=2, factor=6.0)  # step 3 runs twice
         again = sync(run, environment)
         for done in (first, again):
             assert done.returncode == 0, done.stderr
@@ -146,6 +146,13 @@ def test_the_numbers_of_training_and_evaluation_stand_in_one_row(synced: Synced)
     (points,) = synced.server.histories.values()
     assert points[1] | {"train/loss": 0.5, "eval/loss": 1.0} == points[1]
     assert "mfu" not in str(points)
+
+
+def test_wandb_keeps_the_first_numbers_of_a_step_that_ran_twice(synced: Synced) -> None:
+    """A server takes no step twice: docs/reliability.md says so, and which file has the second."""
+    (points,) = synced.server.histories.values()
+    assert [point["train/loss"] for point in points[2:4]] == [1 / 3, 6 / 4]
+    assert '"step": 3, "split": "train", "loss": 2.0' in (synced.run / METRICS).read_text()
 
 
 def test_wandb_is_sent_the_redacted_config_and_nothing_of_the_machine(synced: Synced) -> None:
@@ -199,16 +206,20 @@ def test_tensorboard_shows_each_point_once_after_any_number_of_starts(tmp_path: 
         assert "CI" not in os.environ
         pytest.skip("tensorboard is not installed; it is part of tessera-train[test]")
     from tensorboard.backend.event_processing import event_file_loader as loader
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = run_folder(tmp_path, 1, 2, 3, tracker=TensorBoardTracker())
     assert main(["sync", f"run={run}"]) == 0
-    write_points(run, 3, 4, resumed_step=2)
+    write_points(run, 3, 4, resumed_step=2, factor=6.0)  # step 3 runs twice
     assert main(["sync", f"run={run}"]) == 0
     (file,) = (run / "tracker" / "tensorboard").iterdir()
     found = [
-        (event.step, value.tag)
+        (event.step, value.tag, value.tensor.float_val[0])
         for event in loader.EventFileLoader(str(file)).Load()
         for value in event.summary.value
     ]
-    train = [(step, "train/loss") for step in (1, 2, 3, 4)]
-    assert sorted(found) == sorted([*train, (2, "eval/loss"), (4, "eval/loss")])
+    train = [(step, "train/loss", loss) for step, loss in ((1, 1.0), (2, 0.5), (3, 2.0), (4, 1.5))]
+    assert sorted(found) == sorted([*train, (2, "eval/loss", 1.0), (4, "eval/loss", 3.0)])
+    curves = EventAccumulator(str(run / "tracker" / "tensorboard"))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("train/loss")] == [1, 2, 3, 4]

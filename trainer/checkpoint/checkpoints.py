@@ -10,6 +10,7 @@ from trainer.checkpoint import commit
 from trainer.checkpoint.background import Flight, Writer
 from trainer.checkpoint.composition import Composition, sizes_of
 from trainer.checkpoint.contents import Contents
+from trainer.checkpoint.failures import MAX_IN_A_ROW, Failures
 from trainer.checkpoint.interval import Clock
 from trainer.checkpoint.loading import EngineAt, restore
 from trainer.checkpoint.lock import RunLock
@@ -25,7 +26,6 @@ from trainer.files import fsync_file
 from trainer.protocols import Engine, Saved
 
 log = logging.getLogger(__name__)
-MAX_FAILURES = 3  # saves that may fail in a row before the run stops
 POLL_SECONDS = 0.05
 
 
@@ -50,12 +50,12 @@ class Checkpoints:
     ) -> None:
         """`lock` is rank 0's; `describe_model` writes config and tokenizer files into a folder."""
         self.spec, self.folder, self.facts = spec, folder, facts
-        self.ranks, self.lock = ranks, lock
-        self.contents = contents
+        self.ranks, self.lock, self.contents = ranks, lock, contents
         self._composition = Composition(spec, contents, describe_model)
         self.listener: Callable[[Saved], None] = lambda _: None
         (self.generation,) = ranks.maximum([lock.generation if lock else 0])
-        self.failures = self._number = 0
+        self.failures = Failures(spec.max_minutes_without)
+        self._number = self._needed = 0
         self._flight: Flight | None = None
         self._clock = Clock(spec, ranks.placement.world_size)
         self._newest: int | None = None
@@ -81,7 +81,7 @@ class Checkpoints:
 
         The last save of a run is waited for, and tried again when it fails. Step `best_step` is
         kept however old it gets; `appended` files are made durable before the commit. Raises
-        StorageError when MAX_FAILURES saves in a row failed.
+        StorageError when too many saves in a row failed.
         """
         self.finish()
         while True:
@@ -95,7 +95,7 @@ class Checkpoints:
         """Add to this rank's word how the save under way is doing here. Not collective."""
         flight = self._flight
         if flight is None:
-            is_due = self.lock is not None and self._clock.is_due
+            is_due = self.lock is not None and (self._clock.is_due or self.failures.is_late)
             return word._replace(save_wanted=self._number + 1 if is_due else 0)
         if self._ended is None and flight.writes:
             self._ended = self._writer.result(seconds)
@@ -144,6 +144,7 @@ class Checkpoints:
         if self.lock:
             is_there = (commit.step_folder(self.folder, step) / commit.MANIFEST).exists()
             files, refusal = self._composition.files_or_refusal(self.folder, groups, state)
+        self._needed = sum(sizes_of(groups, files).values())
         parts = parts_of(groups if engine.writes else [], files)
         # Rank 0 looks for all: ranks that disagreed would issue different collectives.
         num_there, num_refused, num_writers = self.ranks.total(
@@ -196,7 +197,8 @@ class Checkpoints:
             self._ended = Result(error=explain(error, self.folder))
 
     def _succeed(self, flight: Flight) -> None:
-        self._flight, self.failures, self._newest = None, 0, flight.step
+        self._flight, self._newest = None, flight.step
+        self.failures.clear()
         ended = self._ended or Result()
         if self._ended:  # else nothing had to be written
             self._clock.took(paused=flight.seconds_paused, written=ended.seconds)
@@ -205,24 +207,24 @@ class Checkpoints:
         self._tell(flight, commit.step_folder(self.folder, flight.step), ended.seconds)
 
     def _fail(self, flight: Flight) -> None:
-        """Give up the save on all ranks, and the run after MAX_FAILURES of them."""
+        """Give up the save on all ranks, and the run after too many of them, or too long."""
         self._writer.kill()
         own = self._ended.error if self._ended else ""
         rank = self.ranks.placement.rank
-        (failed,) = self.ranks.maximum([rank + 1 if own else 0])
+        is_late = self.lock is not None and self.failures.is_late
+        failed, is_over = self.ranks.maximum([rank + 1 if own else 0, int(is_late)])
         if own:
             log.error("rank %d: %s", rank, own)
         if self.lock:  # all writers are dead by now
             self._clear()
         self._flight = None
-        self.failures += 1
+        self.failures.add()
         self._tell(flight, None, 0.0)
         reason = own or f"rank {failed - 1} could not write to {self.folder}; its log says why"
-        if self.failures >= MAX_FAILURES:
-            raise StorageError(f"{self.failures} saves in a row failed, the last one: {reason}")
-        log.error(
-            "checkpoint of step %d failed (%d in a row): %s", flight.step, self.failures, reason
-        )
+        number = self.failures.in_a_row
+        if is_over or number >= MAX_IN_A_ROW:
+            raise StorageError(self.failures.last_words(reason, self.folder, self._needed))
+        log.error("checkpoint of step %d failed (%d in a row): %s", flight.step, number, reason)
 
     def _clear(self) -> None:
         try:
@@ -233,7 +235,7 @@ class Checkpoints:
     def _tell(self, flight: Flight, folder: Path | None, seconds: float) -> None:
         self.listener(
             Saved(
-                step=flight.step, folder=folder, num_failures=self.failures,
+                step=flight.step, folder=folder, num_failures=self.failures.in_a_row,
                 seconds_paused=flight.seconds_paused, seconds_written=seconds,
             )
         )  # fmt: skip

@@ -28,6 +28,16 @@ EngineAt = Callable[[int], Engine]
 STATE = "state"
 
 
+def steps_for_all(parent: Path, ranks: Ranks) -> list[int]:
+    """Return the committed steps, newest first. Collective.
+
+    Rank 0 looks for all: a shared file system need not show every rank the same.
+    """
+    found = commit.committed_steps(parent) if ranks.placement.is_main else []
+    steps: list[int] = json.loads(ranks.broadcast_text(json.dumps(found)))
+    return steps
+
+
 def restore(
     parent: Path,
     engine_at: EngineAt,

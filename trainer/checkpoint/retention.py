@@ -27,8 +27,15 @@ def set_aside(folder: Path, why: str) -> Path:
 def tidy(parent: Path, newest: int, keep: int, best_step: int | None) -> None:
     """After the commit of step `newest`: delete what is old, and renew the hints."""
     retain(parent, keep, best_step)
+    point(parent, newest, best_step)
+
+
+def point(parent: Path, newest: int, best_step: int | None) -> None:
+    """Let `latest` and `best`, the hints for people, name what is there."""
     write_text(parent / "latest", f"{step_folder(parent, newest).name}\n")
-    if best_step is not None:
+    if best_step is None:
+        (parent / "best").unlink(missing_ok=True)
+    else:
         write_text(parent / "best", f"{step_folder(parent, best_step).name}\n")
 
 

@@ -28,8 +28,17 @@ class CheckpointSpec:
     mtbf_hours: float | None = None
     """Hours between failures of the whole run, for `auto`; null: 50,700 by the number of ranks."""
 
+    max_minutes_without: float | None = 60.0
+    """Minutes from a failed save on within which a checkpoint must be good: then one more is tried,
+    and the run ends if that fails, too; null: three failures in a row end it, however long."""
+
     def __post_init__(self) -> None:
         self._check_interval()
+        if self.max_minutes_without is not None and not self.max_minutes_without > 0:
+            raise ValueError(
+                f"checkpoint.max_minutes_without={self.max_minutes_without}: set it above 0, or to "
+                "null"
+            )
         if self.contents not in CHOICES:
             raise ValueError(
                 f"checkpoint.contents={self.contents}: set it to {' or '.join(CHOICES)}"

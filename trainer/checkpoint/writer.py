@@ -118,9 +118,14 @@ def explain(error: OSError | StorageError, parent: Path) -> str:
     """Return what failed, where, and how much space there is."""
     if isinstance(error, StorageError):
         return str(error)
-    there = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    free = shutil.disk_usage(there).free / 1e9
+    free = free_bytes(parent) / 1e9
     return f"{error.filename or parent}: {error.strerror} ({free:.3f} GB free)"
+
+
+def free_bytes(folder: Path) -> int:
+    """Return what is free on the disk of a folder, which need not be there yet."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    return shutil.disk_usage(there).free
 
 
 def answer(job: Job, descriptor: int) -> Result:

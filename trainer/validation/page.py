@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from trainer.page import image, page, terms
+from trainer.page import image, page, terms, texts
 from trainer.validation.scores import OF_PAIRS
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _card(one: Shown) -> str:
     }
     return (
         f'<section class="{kind}">{pictures}<div><h2>{escape(one.source)}</h2>'
-        f"{terms(said)}</div></section>"
+        f"{texts(said)}</div></section>"
     )
 
 
