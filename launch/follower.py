@@ -66,6 +66,8 @@ class Follower:
                 group.interrogate()
                 self._has_noted = True
             case "kill":
+                if group.has_failed:
+                    self._note(group)
                 self._group = None
                 group.kill()
                 self.link.send(witnesses=[asdict(each) for each in group.witnesses()])

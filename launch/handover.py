@@ -6,13 +6,16 @@ edited after the submission does not change the job.
 
 import json
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.exit_codes import NO_PROGRESS, PREEMPTED
+from launch.protocol import RESTARTS
 from launch.watchdog import WatchdogSpec
 
-PLAN, OUTCOME = "launch.json", "outcome"
+PLAN, OUTCOME, HISTORY = "launch.json", "outcome", "history"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,24 @@ def handover_texts(
     )  # fmt: skip
     config = yaml.safe_dump(tree, sort_keys=False)
     return config, json.dumps(asdict(handover), indent=1) + "\n"
+
+
+def note_outcome(place: Path, code: int, committed: int) -> int:
+    """Write down how a start of the job has ended, and with which newest step; return the code.
+
+    srun does not know it of a launcher that was killed. What was stopped RESTARTS times in a row
+    without a new checkpoint ends with 93: a limit that leaves no time for a save would come for
+    ever.
+    """
+    line = f"{code} {committed}"
+    with suppress(OSError):  # a folder that is only for reading: nobody asks there
+        with open(place / HISTORY, "a", encoding="utf-8") as history:
+            history.write(f"{line}\n")
+        lines = (place / HISTORY).read_text(encoding="utf-8").splitlines()
+        if code == PREEMPTED and lines[-RESTARTS - 1 :] == [line] * (RESTARTS + 1):
+            code = NO_PROGRESS
+        (place / OUTCOME).write_text(f"{code}\n")
+    return code
 
 
 def read_handover(place: Path) -> Handover:

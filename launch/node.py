@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -19,8 +18,8 @@ from launch.determinism import hold
 from launch.exit_codes import INTERNAL, PREEMPTED, code_of
 from launch.follower import Follower
 from launch.group import Node, safe_paths
-from launch.handover import OUTCOME, Handover, read_handover
-from launch.meeting import LostError, Meeting, come, ports_of
+from launch.handover import Handover, note_outcome, read_handover
+from launch.meeting import Link, LostError, Meeting, come, ports_of
 from launch.report.write import try_report
 from launch.request import LEASE_SECONDS, new_start, refuse
 from launch.signals import STOP_SIGNALS
@@ -81,29 +80,28 @@ class Launcher:
         return bool(self.signals)
 
     def _lead(self) -> int:
-        links, code, watchdog = [], INTERNAL, self.handover.watchdog
+        links: list[Link] = []
         try:
             if self.node.count > 1:
                 meeting = Meeting(self.node, self.handover.key, self._ports)
-                links = meeting.gather(self._is_stopped)
+                links += meeting.gather(self._is_stopped)
             attempt = None if self.signals else self._attempt()
-            if attempt is None:
-                return (code := self._stopped())
-            supervisor = Supervisor(
-                self.node.processes, attempt, self.worker,
-                restarts=self.handover.restarts,
-                watchdog=WatchdogSpec(**watchdog) if watchdog else None,
-                node=self.node, links=links, signals=self.signals,
-            )  # fmt: skip
-            code = supervisor.run()
+            code = self._stopped() if attempt is None else self._supervise(attempt, links)
         except Exception as error:
-            code = code_of(error)
+            say_end(links, self._note(code_of(error)))
             raise
-        finally:
-            say_end(links, code)
-            self._leave_outcome(code)
+        code = self._note(code)
+        say_end(links, code)
         try_report(Path(self.handover.folder))
         return code
+
+    def _supervise(self, attempt: Path, links: Sequence[Link]) -> int:
+        limits = self.handover.watchdog
+        return Supervisor(
+            self.node.processes, attempt, self.worker, restarts=self.handover.restarts,
+            watchdog=WatchdogSpec(**limits) if limits else None, node=self.node, links=links,
+            signals=self.signals,
+        ).run()  # fmt: skip
 
     def _attempt(self) -> Path | None:
         """Return the folder of this start, once the run is free; None where a stop came first."""
@@ -138,7 +136,7 @@ class Launcher:
         except LostError:
             code = PREEMPTED if self._committed() > self._committed_before else INTERNAL
             if self.node.rank == 1:  # one of those that are left speaks
-                self._leave_outcome(code)
+                code = self._note(code)
                 step = self._committed() or "none"
                 say(
                     f"node 0 of {self.node.count} is lost: its launcher has ended, or cannot be "
@@ -157,10 +155,15 @@ class Launcher:
 
         return max(committed_steps(Path(self.handover.folder) / CHECKPOINTS), default=0)
 
-    def _leave_outcome(self, code: int) -> None:
-        """Write down how the run has ended: of a launcher that is killed, srun knows no more."""
-        with suppress(OSError):  # a folder that is only for reading: those need it not
-            (self.place / OUTCOME).write_text(f"{code}\n")
+    def _note(self, code: int) -> int:
+        """Return the code to end with, written down for the scheduler."""
+        noted = note_outcome(self.place, code, self._committed())
+        if noted != code:
+            say(
+                f"stopped again and again without a new checkpoint: not once more (exit code "
+                f"{noted}); give it more time (launch.time), or save sooner (save_every)"
+            )
+        return noted
 
 
 def say(text: str) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, NO_PROGRESS, PREEMPTED
 from launch.verdict import Witness, judge
+from launch.watchdog import Hang
 from trainer.directory import VERDICT
 from trainer.files import write_json
 from trainer.redaction import redact_tree
@@ -65,6 +66,17 @@ def leave_verdict(attempt: Path, failure: Failure) -> None:
     said = redact_tree({"code": failure.code, "sentence": str(failure)})
     with suppress(OSError):  # the sentence is printed too
         write_json(attempt / VERDICT, said)
+
+
+def with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
+    """Say how long nothing was heard, and where the stacks of all ranks are."""
+    return replace(
+        failure,
+        is_final=False,
+        is_own=False,
+        sentence=f"{failure.sentence}; no sign of life for {hang.seconds:.0f} s (limit of "
+        f"{hang.section}: {hang.limit:.0f} s), stacks of all ranks in {attempt}/stacks.*.txt",
+    )
 
 
 def last_step(place: dict[str, Any]) -> int:

@@ -21,7 +21,7 @@ from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, PREEMPTE
 from launch.group import Group, Node
 from launch.meeting import Link
 from launch.report.write import try_report
-from launch.restarts import Failure, Restarts, failure_of, last_step, leave_verdict
+from launch.restarts import Failure, Restarts, failure_of, last_step, leave_verdict, with_hang
 from launch.signals import STOP_SIGNALS
 from launch.stragglers import Stragglers
 from launch.terminal import say, show_cursor
@@ -145,8 +145,9 @@ class Supervisor:
 
     def _forward(self, group: Group | Crew, number: int) -> None:
         name = signal.Signals(number).name
+        hint = "" if self._is_patient else "; a second signal ends it at once"
         say(
-            f"{name}: the run ends after this step, with a save; a second signal ends it at once"
+            f"{name}: the run ends after this step, with a save{hint}"
             if len(self.signals) == 1
             else f"{name}: stopped at once by a second signal"
         )
@@ -184,7 +185,7 @@ class Supervisor:
             )
             return PREEMPTED
         failure = failure_of(witnesses, codes, self._committed())
-        return failure if hang is None else _with_hang(failure, hang, self.attempt)
+        return failure if hang is None else with_hang(failure, hang, self.attempt)
 
     def _without_a_node(self, group: Group | Crew, witnesses: Sequence[Witness]) -> Failure:
         """Judge a start that lost the launcher of a node, which only the scheduler can replace."""
@@ -223,17 +224,6 @@ class Supervisor:
         attempt = new_attempt(self.attempt.parent.parent)
         shutil.copyfile(self.attempt / CONFIG, attempt / CONFIG)
         return attempt
-
-
-def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
-    """Say how long nothing was heard, and where the stacks of all ranks are."""
-    return replace(
-        failure,
-        is_final=False,
-        is_own=False,
-        sentence=f"{failure.sentence}; no sign of life for {hang.seconds:.0f} s (limit of "
-        f"{hang.section}: {hang.limit:.0f} s), stacks of all ranks in {attempt}/stacks.*.txt",
-    )
 
 
 def main() -> int:

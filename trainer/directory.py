@@ -91,7 +91,12 @@ def _refuse_open_to_others(folder: Path) -> None:
 
 def new_attempt(folder: Path) -> Path:
     """Make and return the folder of this start: attempts/001, 002, .. (mkdir decides a race)."""
-    parent = folder / "attempts"
+    return new_numbered(folder, "attempts")
+
+
+def new_numbered(folder: Path, kind: str) -> Path:
+    """Make and return the next folder KIND/001, 002, .. of a run, with the run's own if need be."""
+    parent = folder / kind
     for path in (folder.parent, folder):
         _refuse_open_to_others(path)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

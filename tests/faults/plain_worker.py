@@ -57,6 +57,15 @@ def save(folder: Path, step: int) -> None:
     commit.commit(staging, final, {"step": step, "generation": 1}, [], lambda: None)
 
 
+def await_others(attempt: Path) -> None:
+    """Begin together, as ranks that connect do: a busy machine starts them seconds apart."""
+    deadline = time.monotonic() + 30.0
+    while len(list(attempt.glob("place.*"))) < int(os.environ["WORLD_SIZE"]):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+
+
 def strike(kind: str, rank: int, attempt: Path, place: dict[str, object]) -> None:
     """End or hang as rank 1 does; rank 0 notices that, or waits for a rank that does not come."""
     record = {"code": INTERNAL, "reason": kind, "time": time.time(), **place}
@@ -95,6 +104,7 @@ def main() -> None:
     obey(int(os.environ[PIPE]), attempt, rank, whereabouts)
     stacks = Stacks(attempt, rank)
     whereabouts.share(attempt, rank)
+    await_others(attempt)
     first = max(committed_steps(checkpoints), default=0) + 1
     for step in range(first, plan.steps + 1):
         whereabouts.enter("train_step", step)

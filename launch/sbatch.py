@@ -1,0 +1,135 @@
+"""The batch script of `launch=slurm`: what a user would write by hand, with comments.
+
+It starts one launcher on each node, and knows nothing of the config: that lies beside it.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.exit_codes import PREEMPTED
+from launch.group import safe_paths
+
+if TYPE_CHECKING:
+    from launch.slurm import SlurmSpec
+
+SCRIPT = "job.sh"
+
+
+def log_of(places: Sequence[Path]) -> str:
+    """Return where Slurm writes, in its own pattern."""
+    return str(places[0] / ("%j.log" if len(places) == 1 else "%A_%a.log"))
+
+
+def render(spec: "SlurmSpec", places: Sequence[Path], name: str) -> str:
+    """Return the script for the jobs in `places`; several are an array."""
+    lines = [
+        "#!/bin/bash",
+        "# Written by `tessera train launch=slurm`; `sbatch` takes it again as it is.",
+        f"# {spec.nodes} node(s) x {spec.node_processes} process(es); the config lies beside it.",
+        *_head(spec, places, name),
+        "",
+        *_body(spec, places),
+        *_TAIL.splitlines(),
+        *(_REQUEUE.splitlines() if spec.requeue else ()),
+        'exit "$code"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _head(spec: "SlurmSpec", places: Sequence[Path], name: str) -> Iterator[str]:
+    """Yield what sbatch reads."""
+    _refuse_pattern(places)
+    asked = {
+        "job-name": name, "nodes": spec.nodes, "ntasks-per-node": 1,
+        "gpus-per-node": spec.gpus, "cpus-per-task": spec.cpus, "mem": spec.memory,
+        "time": spec.time, "partition": spec.partition, "account": spec.account,
+        "qos": spec.qos, "constraint": spec.constraint, "reservation": spec.reservation,
+        "chdir": os.getcwd(), "output": log_of(places), "open-mode": "append",
+    }  # fmt: skip
+    for option, value in asked.items():
+        if value is not None:
+            yield f"#SBATCH --{option}={shlex.quote(str(value))}"
+    if len(places) > 1:
+        yield f"#SBATCH --array=0-{len(places) - 1}"
+    if spec.exclusive:
+        yield "#SBATCH --exclusive"
+    yield f"# So many seconds before the limit: all ranks save and end with {PREEMPTED}."
+    yield f"#SBATCH --signal=B:USR1@{spec.signal_seconds}"
+    yield "#SBATCH --requeue" if spec.requeue else "#SBATCH --no-requeue"
+    for option in spec.options:
+        key, separator, value = option.partition("=")
+        yield f"#SBATCH {key}{separator}{shlex.quote(value) if value else ''}"
+
+
+def _refuse_pattern(places: Sequence[Path]) -> None:
+    """Raise ValueError for a path in which Slurm would read something else."""
+    for text in (str(places[0]), os.getcwd()):
+        if any(letter in text for letter in "%\\\n\r"):
+            raise ValueError(
+                f"the path {text!r} has a '%', a backslash or a line break, which Slurm does not "
+                "take literally; set runs= to another folder"
+            )
+
+
+def _body(spec: "SlurmSpec", places: Sequence[Path]) -> Iterator[str]:
+    """Yield what runs on the first node."""
+    if len(places) == 1:
+        yield f"job={shlex.quote(str(places[0]))}"
+    else:
+        yield f"jobs=({shlex.join(map(str, places))})"
+        yield "job=${jobs[$SLURM_ARRAY_TASK_ID]}"
+    yield from spec.setup_lines
+    paths = safe_paths({}) if spec.container is None else {"PYTHONSAFEPATH": "1"}
+    for variable, value in paths.items():
+        rest = '"${PYTHONPATH:+:$PYTHONPATH}"' if variable == "PYTHONPATH" else ""
+        yield f"export {variable}={shlex.quote(value)}{rest}"
+    yield "# The launchers meet on the first node."
+    yield 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    yield ""
+    yield 'rm -f "$job/outcome"'
+    yield "# One launcher on each node, which starts its processes."
+    yield f"{' '.join(_command(spec))} &"
+
+
+def _command(spec: "SlurmSpec") -> Iterator[str]:
+    yield f"srun --nodes={spec.nodes} --ntasks={spec.nodes} --ntasks-per-node=1"
+    yield "--kill-on-bad-exit=0 --cpu-bind=none"
+    if spec.cpus:  # which srun does not take over from the job
+        yield f"--cpus-per-task={spec.cpus}"
+    if spec.container is not None:
+        yield from _container(spec)
+    python = spec.python or (sys.executable if spec.container is None else "python")
+    yield f'{shlex.quote(python)} -m launch.node "$job"'
+
+
+def _container(spec: "SlurmSpec") -> Iterator[str]:
+    """Yield what starts the launcher within the image; it sees the run and the working folder."""
+    image, mounts = shlex.quote(str(spec.container)), ",".join(spec.mounts)
+    more = shlex.quote(f",{mounts}") if mounts else ""
+    # job is RUN/jobs/NNN.
+    seen = '"${job%/*/*}:${job%/*/*},$PWD:$PWD"' + more
+    if spec.container_runtime == "pyxis":
+        yield f'--container-image={image} --container-mounts={seen} --container-workdir="$PWD"'
+    else:
+        nv = " --nv" if spec.gpus else ""
+        yield f'apptainer exec{nv} --bind {seen} --pwd "$PWD" {image}'
+
+
+_TAIL = """launchers=$! cancelled=
+# Near the limit: srun passes it on. SIGTERM is scancel, or the end: save, but do not come again.
+# It is passed on as SIGUSR1, since srun makes a SIGKILL of SIGTERM.
+trap 'kill -USR1 $launchers' USR1
+trap 'cancelled=yes; kill -USR1 $launchers' TERM INT
+until wait $launchers; code=$?; ! kill -0 $launchers 2>/dev/null; do :; done
+# Of a launcher that was killed srun knows no more; the others have written down how it ended.
+[[ -s $job/outcome ]] && code=$(<"$job/outcome")
+"""
+_REQUEUE = """if [[ $code == 75 && -z $cancelled ]]; then
+  echo "tessera: queued again as job $SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || echo "tessera: not queued again; sbatch $job/job.sh goes on"
+fi
+"""
