@@ -12,7 +12,7 @@ NO_PROGRESS = 93  # NVIDIA's resiliency extension has it, too
 
 MEANINGS = {
     FINISHED: "finished; the last step is committed",
-    CHECK_FAILED: "a check failed: tessera verify, tessera export, tessera tokenize check=DIR",
+    CHECK_FAILED: "a check failed: the lines above say which",
     CORRUPT: "copies of the weights differ: memory or a chip is at fault; use other nodes",
     BAD_CONFIG: "bad config, illegal number of processes, or the run directory is in use",
     DATA: "the data cannot be read or used",
@@ -21,6 +21,14 @@ MEANINGS = {
     PREEMPTED: "stopped by a signal or its time limit; saved; start the same command again",
     NO_PROGRESS: "restarted again and again without a new checkpoint; look at the first failure",
 }
+
+
+# Decisions of ours: no accident ends a process with one of these, and the same would happen again.
+FINAL = (CORRUPT, BAD_CONFIG, DATA, STORAGE)
+
+
+def in_words(code: int) -> str:
+    return f"exit code {code} ({MEANINGS.get(code, 'unknown')})"
 
 
 def code_of(error: Exception) -> int:

@@ -5,10 +5,12 @@ import os
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.exit_codes import INTERNAL, code_of
+from launch.exit_codes import BAD_CONFIG, INTERNAL, PREEMPTED, code_of, in_words
+from launch.restarts import standing, way_on
 from launch.terminal import write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
@@ -30,9 +32,11 @@ def describe(
 
     code = code_of(error)
     is_consequence = placement.world_size > 1 and lost_the_others(error)
+    is_known = code != INTERNAL or type(error).__module__ == "trainer.errors"
     return {
         "code": code,
-        "reason": redact(f"{type(error).__name__}: {error}"),
+        "reason": redact(str(error) if is_known else f"{type(error).__name__}: {error}"),
+        "traceback": None if is_known or is_consequence else traceback.format_exception(error),
         "time": time.time(),
         **whereabouts.place,
         "provenance": whereabouts.provenance,
@@ -83,20 +87,56 @@ def last_collective() -> dict[str, Any] | None:
     }
 
 
-def report(error: Exception, record: dict[str, Any], placement: "Placement") -> None:
+def report(
+    error: Exception, record: dict[str, Any], placement: "Placement", attempt: Path | None
+) -> None:
     """Say what failed: one line where the remedy is known, a traceback where it is not."""
-    is_known = record["code"] != INTERNAL or type(error).__module__ == "trainer.errors"
-    if not is_known and not record["is_consequence"]:
+    if record["traceback"]:
         write_traceback(error)
     witness = Witness(rank=placement.rank, record=record)
     name = f"rank {placement.rank} of {placement.world_size}"
+    code = in_words(record["code"])
     if record["is_consequence"]:
         text = f"{name} lost the others{witness.where}: {_short(str(error))}"
     elif record["step"]:
-        text = f"{name} failed{witness.where}{witness.work}: {witness.reason}"
+        committed = max(_committed(attempt), default=0)
+        text = (
+            f"{name} failed{witness.where}{witness.work}: {witness.reason}; {standing(committed)}; "
+            f"once the cause is mended, {way_on(committed)}; {code}"
+        )
     else:
-        text = str(error)
+        text = str(error) if record["code"] == BAD_CONFIG else f"{error}; {code}"
     say(text)
+
+
+def stopped(reason: str, attempt: Path | None) -> str:
+    """Return the last line of a run that stopped and saved."""
+    committed = max(_committed(attempt), default=0)
+    return f"{reason}; {standing(committed)}; {way_on(committed)} (exit code {PREEMPTED})"
+
+
+def report_first(error: Exception, record: dict[str, Any], rank: int, attempt: Path) -> None:
+    """Write a traceback, unless another rank of this start has: our supervisor says the rest.
+
+    Of the others it stands in their exit records.
+    """
+    if record["traceback"] is None:
+        return
+    try:
+        (attempt / "failed_first").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    except OSError:  # a full disk: rather twice than never
+        pass
+    say(f"rank {rank} fails:")
+    write_traceback(error)
+
+
+def _committed(attempt: Path | None) -> list[int]:
+    from trainer.checkpoint.commit import committed_steps
+    from trainer.directory import CHECKPOINTS
+
+    return committed_steps(attempt.parent.parent / CHECKPOINTS) if attempt else []
 
 
 def say(text: str) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
+from launch.exit_codes import FINAL, FINISHED, INTERNAL, MEANINGS, PREEMPTED
 from launch.group import Group
-from launch.restarts import Failure, Restarts, failure_of, last_step
-from launch.signals import STOP_SIGNALS
+from launch.restarts import Failure, Restarts, failure_of, last_step, standing, way_on
+from launch.signals import STOP_SIGNALS, STOPPING
 from launch.stragglers import Stragglers
 from launch.traces import read_records
 from launch.watchdog import Hang, Watchdog, WatchdogSpec
@@ -119,11 +119,8 @@ class Supervisor:
 
     def _forward(self, group: Group, number: int) -> None:
         name = signal.Signals(number).name
-        self._say(
-            f"{name}: the run ends after this step, with a save; a second signal ends it at once"
-            if len(self.signals) == 1
-            else f"{name}: stopped at once by a second signal"
-        )
+        if len(self.signals) == 1:
+            self._say(f"{name}: {STOPPING}")
         group.send(number)
 
     def _welcome_back(self, places: list[dict[str, Any]]) -> None:
@@ -138,12 +135,10 @@ class Supervisor:
 
     def _judge(self, group: Group, hang: Hang | None) -> int | Failure:
         if len(self.signals) > 1:
-            return 128 + self.signals[-1]
+            return self._left_at_once(self.signals[-1])
         records = read_records(self.attempt, self.processes)
         codes = [
-            worker.returncode
-            if worker.returncode in MEANINGS and record.get("code") == worker.returncode
-            else INTERNAL  # leaving without a record is a failure, with 0 too
+            _code_of(worker.returncode, record)
             for worker, record in zip(group.workers, records, strict=True)
         ]
         if set(codes) == {FINISHED}:
@@ -152,23 +147,29 @@ class Supervisor:
         left_early = [record for record in records if record.get("has_begun") is False]
         if set(codes) == {PREEMPTED} or (self.signals and left_early):
             reason = (left_early or records)[0]["reason"]
-            step = self._committed() or "none"
-            self._say(
-                f"{reason}; last committed step: {step}; the same command goes on from there "
-                f"(exit code {PREEMPTED})"
-            )
+            step = self._committed()
+            self._say(f"{reason}; {standing(step)}; {way_on(step)} (exit code {PREEMPTED})")
             return PREEMPTED
         failure = failure_of(group.witnesses(), codes, self._committed())
         return failure if hang is None else _with_hang(failure, hang, self.attempt)
 
+    def _left_at_once(self, number: int) -> int:
+        step, code = self._committed(), 128 + number
+        self._say(
+            f"{signal.Signals(number).name}: stopped at once by a second signal, without a save; "
+            f"{standing(step)}; {way_on(step)} (exit code {code})"
+        )
+        return code
+
     def _say_how_it_went(self) -> None:
         failures = self.restarts.failures
         if failures:
-            seconds = ", ".join(f"{each:.1f}" for each in self.recoveries)
+            seconds = ", ".join(f"{each:.1f} s" for each in self.recoveries)
+            lost = sum(each.num_lost for each in failures)
             self._say(
-                f"finished after {len(failures)} restart(s), the first since {failures[0]}; steps "
-                f"lost in all: {sum(each.num_lost for each in failures)}; seconds to recover: "
-                f"{seconds}"
+                f"finished after {len(failures)} restart{'s' if len(failures) > 1 else ''}; steps "
+                f"done twice: {lost}; time to recover: {seconds or 'not seen'}; the first failure: "
+                f"{failures[0].sentence}"
             )
 
     def _committed(self) -> int:
@@ -187,6 +188,12 @@ class Supervisor:
     @staticmethod
     def _say(text: str) -> None:
         print(f"tessera: {text}", file=sys.stderr, flush=True)
+
+
+def _code_of(code: int | None, record: dict[str, Any]) -> int:
+    """Return the code that a worker's end counts for: without a record it failed, with 0 too."""
+    is_told = code in MEANINGS and record.get("code") == code
+    return code if code is not None and (is_told or code in FINAL) else INTERNAL
 
 
 def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:

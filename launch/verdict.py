@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.exit_codes import FINISHED, PREEMPTED
+from launch.exit_codes import FINAL, FINISHED, PREEMPTED, in_words
 from launch.traces import GONE, STOPPED
 
 MAX_SHOWN = 4  # samples, sources or ranks in one line; the exit record lists all
-MAX_REASON = 500  # characters
+MAX_REASON = 2000  # characters: the remedy comes last
 NEVER = float("inf")
 
 
@@ -89,7 +89,8 @@ class Witness:
         if code is None:
             return "no record"
         if code >= 0:
-            return f"exit code {code}, and no record of it"
+            said = in_words(code) if code in FINAL else f"exit code {code}"
+            return f"{said}, and no record of it"
         hints = {True: " (the kernel ran out of memory for it)", None: " (out of memory?)"}
         hint = hints.get(self.was_out_of_memory, "") if -code == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"

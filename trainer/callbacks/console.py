@@ -38,6 +38,7 @@ class ConsoleCallback(Callback):
     def on_start(self, view: RunView, progress: Progress) -> None:
         self.view, self.max_steps = view, view.run.num_steps
         self.started, self.first_step = time.monotonic(), progress.step
+        self.last_saved = progress.step
         for name, text in view.banner.items():
             log.info("%-8s%s", name, text)
         log.info("%-8s%s", "run", view.folder)
@@ -81,6 +82,7 @@ class ConsoleCallback(Callback):
         log.info("%s | loss %7.4f | %s", self._step(progress.step, "eval"), metrics["loss"], extra)
 
     def on_save(self, progress: Progress, saved: Saved) -> None:
+        self.last_saved = saved.step
         log.info(
             "%s | saved %s in the background: %.2f s paused, %.1f s written",
             self._step(saved.step, "save"),
@@ -89,8 +91,13 @@ class ConsoleCallback(Callback):
             saved.seconds_written,
         )
 
+    def _saved_in_words(self, step: int) -> str:
+        if self.last_saved == step:
+            return "and saved; the same command goes on from here"
+        return f"without a save; the same command goes on after step {self.last_saved}"
+
     def on_rewind(self, view: RunView, progress: Progress) -> None:
-        self.view = view
+        self.view, self.last_saved = view, progress.step
         self.started, self.first_step = time.monotonic(), progress.step
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=progress.step)
@@ -102,7 +109,7 @@ class ConsoleCallback(Callback):
         verdict = (
             f"finished after {elapsed}"
             if finished
-            else f"stopped after {elapsed} and saved; the same command goes on from here"
+            else f"stopped after {elapsed} {self._saved_in_words(progress.step)}"
         )
         log.info("%s | %s", self._step(progress.step), verdict)
 

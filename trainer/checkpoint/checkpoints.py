@@ -210,8 +210,8 @@ class Checkpoints:
         own = self._ended.error if self._ended else ""
         rank = self.ranks.placement.rank
         (failed,) = self.ranks.maximum([rank + 1 if own else 0])
-        if own:
-            log.error("rank %d: %s", rank, own)
+        if own and not self.lock:
+            log.error("rank %d could not save step %d: %s", rank, flight.step, own)
         if self.lock:  # all writers are dead by now
             self._clear()
         self._flight = None
@@ -220,9 +220,11 @@ class Checkpoints:
         reason = own or f"rank {failed - 1} could not write to {self.folder}; its log says why"
         if self.failures >= MAX_FAILURES:
             raise StorageError(f"{self.failures} saves in a row failed, the last one: {reason}")
-        log.error(
-            "checkpoint of step %d failed (%d in a row): %s", flight.step, self.failures, reason
-        )
+        if self.lock:
+            log.error(
+                "checkpoint of step %d failed (%d in a row; the run ends after %d): %s",
+                flight.step, self.failures, MAX_FAILURES, reason,
+            )  # fmt: skip
 
     def _clear(self) -> None:
         try:
