@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
     if is_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
-        print("\n".join(map(_line, findings)))
+        width = max(len(finding.check) for finding in findings)
+        print("\n".join(_line(finding, width) for finding in findings))
+        print(_verdict(findings))
     return FINISHED if all(finding.is_fine for finding in findings) else CHECK_FAILED
 
 
@@ -179,7 +181,15 @@ def _existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
-def _line(finding: Finding) -> str:
+def _line(finding: Finding, width: int) -> str:
+    name = f"{finding.check:<{width}}"
     if finding.is_fine:
-        return f"  ok    {finding.check:<14} {finding.found}"
-    return f"  BAD   {finding.check:<14} {finding.found}, needed {finding.needed}; {finding.remedy}"
+        return f"  ok    {name}  {finding.found}"
+    return f"  BAD   {name}  {finding.found}, needed {finding.needed}; {finding.remedy}"
+
+
+def _verdict(findings: list[Finding]) -> str:
+    bad = [finding.check for finding in findings if not finding.is_fine]
+    if not bad:
+        return "all is as Tessera needs it"
+    return f"{len(bad)} of {len(findings)} are not as needed: {', '.join(bad)} (exit code 1)"

@@ -28,7 +28,12 @@ def describe(
     error: Exception, whereabouts: "Whereabouts", placement: "Placement"
 ) -> dict[str, Any]:
     """Return the exit record of a failure: what, when, where, on which samples."""
-    from trainer.errors import MemoryExhaustedError, NumericError
+    from trainer.errors import (
+        CorruptionError,
+        MemoryExhaustedError,
+        NumericError,
+        StorageError,
+    )
 
     code = code_of(error)
     is_consequence = placement.world_size > 1 and lost_the_others(error)
@@ -40,6 +45,8 @@ def describe(
         "time": time.time(),
         **whereabouts.place,
         "provenance": whereabouts.provenance,
+        # What these say is of other steps, or of a disk: the samples at hand are not to blame.
+        "is_of_samples": not isinstance(error, NumericError | StorageError | CorruptionError),
         "is_consequence": is_consequence,
         "is_final": code != INTERNAL or isinstance(error, NumericError),
         "is_oom": isinstance(error, MemoryError | MemoryExhaustedError),

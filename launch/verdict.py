@@ -111,6 +111,8 @@ class Witness:
     @property
     def work(self) -> str:
         """The samples that it worked on, and where they come from, if it was at work on some."""
+        if self.record.get("is_of_samples") is False:
+            return ""
         ranges = [f"[{first}:{last}]" for first, last in self.spot.get("samples", [])]
         sources = self.record.get("provenance", [])
         shown = f", samples {_some(ranges)}" if ranges else ""

@@ -92,6 +92,8 @@ class ConsoleCallback(Callback):
         )
 
     def _saved_in_words(self, step: int) -> str:
+        if not step:
+            return "before its first step; the same command starts anew"
         if self.last_saved == step:
             return "and saved; the same command goes on from here"
         return f"without a save; the same command goes on after step {self.last_saved}"
