@@ -6,6 +6,7 @@ from typing import Any
 
 from launch.exit_codes import CHECK_FAILED
 from launch.truth import truth
+from launch.words import options_of
 
 USAGE = """usage: tessera checkpoints run=DIR [hash=true] [json=true]
 
@@ -19,7 +20,6 @@ changed: a damaged one is set aside by the next start of the run, which goes on 
 
 Exit code 1: one of them is damaged.
 """
-_OWN = ("run", "hash", "json")
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return 0
-    options = _options(arguments)
+    defaults = {"hash": "false", "json": "false"}
+    options = options_of("checkpoints", arguments, needed={"run": "DIR"}, defaults=defaults)
     with_hash, is_json = (truth(key, options[key]) for key in ("hash", "json"))
     found = [_examined(step, with_hash=with_hash) for step in _steps(options["run"])]
     if is_json:
@@ -35,18 +36,6 @@ def main(arguments: list[str]) -> int:
     else:
         print("\n".join(_line(each) for each in found))
     return CHECK_FAILED if any(each["damage"] for each in found) else 0
-
-
-def _options(arguments: list[str]) -> dict[str, str]:
-    options = {"hash": "false", "json": "false"}
-    for word in arguments:
-        key, is_set, value = word.partition("=")
-        if key not in _OWN or not is_set:
-            raise ValueError(f"{word!r} is unknown here; tessera checkpoints takes run, hash, json")
-        options[key] = value
-    if "run" not in options:
-        raise ValueError("run is missing; set run=DIR")
-    return options
 
 
 def _steps(run: str) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.config_secrets import named_variable, refuse_secrets
 from launch.menu import config_folder, groups
+from launch.words import unknown_key
 
 ROOT = "train"
 LENGTHS = ("max_steps", "max_epochs")
@@ -91,11 +92,8 @@ def _check_key(override: str, command: str, options: Iterable[str]) -> None:
     if _is_hydras(key):
         return
     known = [*groups(), *_root_keys()]
-    head = key.partition(".")[0]
-    if head not in known:
-        near = get_close_matches(head, [*known, *options], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see tessera {command} --help"
-        raise ValueError(f"unknown key {key}; {hint}")
+    if key.partition(".")[0] not in known:
+        raise unknown_key(command, key, [*known, *options])
 
 
 def _other_length(overrides: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from launch.words import options_of
+
 USAGE = """usage: tessera convert source=DIR output=DIR to=FORMAT
 
   source=DIR   a Gemma: config.json with safetensors, flax_model.msgpack or deepmind_params.npz
@@ -10,7 +12,6 @@ USAGE = """usage: tessera convert source=DIR output=DIR to=FORMAT
                flax      Hugging Face's Flax tree, in msgpack
                deepmind  the tree of DeepMind's gemma library, in npz
 """
-KEYS = ("source", "output", "to")
 
 
 def main(arguments: list[str]) -> int:
@@ -18,13 +19,8 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return 0
-    options = dict(word.partition("=")[::2] for word in arguments)
-    for key in options:
-        if key not in KEYS:
-            raise ValueError(f"unknown key {key}; see tessera convert --help")
-    for key in KEYS:
-        if not options.get(key):
-            raise ValueError(f"{key} is missing; see tessera convert --help")
+    needed = {"source": "DIR", "output": "DIR", "to": "FORMAT"}
+    options = options_of("convert", arguments, needed=needed)
 
     from trainer.convert import convert_folder
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from launch.floors import FLOORS, PYTHON, is_below
 from launch.truth import truth
+from launch.words import options_of
 
 USAGE = """usage: tessera doctor [runs=DIR] [json=true]
 
@@ -43,12 +44,7 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return FINISHED
-    options = {"runs": "runs", "json": "false"}
-    for word in arguments:
-        key, separator, value = word.partition("=")
-        if key not in options or not separator:
-            raise ValueError(f"{word!r} is no option of doctor; set runs=DIR or json=true")
-        options[key] = value
+    options = options_of("doctor", arguments, defaults={"runs": "runs", "json": "false"})
     is_json = truth("json", options["json"])
     findings = list(examine(Path(options["runs"]).expanduser()))
     if is_json:

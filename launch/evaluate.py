@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.model_folders import model_folder
+from launch.truth import truth
+from launch.words import split_off
 
 USAGE = """usage: tessera evaluate checkpoint=DIR [data.eval_path=FILE] [key=value] ...
 
@@ -47,22 +49,16 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return 0
-    own = {word.partition("=")[0]: word.partition("=")[2] for word in arguments if _is_own(word)}
-    words = [word for word in arguments if not _is_own(word)]
-    if "checkpoint" not in own:
+    own, words = split_off("evaluate", arguments, _OWN)
+    if not own.get("checkpoint"):
         raise ValueError("checkpoint is missing; set checkpoint=DIR")
-    if own.get("json", "false") not in ("true", "false"):
-        raise ValueError(f"json={own['json']} is neither true nor false; set it to one of them")
+    is_json = truth("json", own.get("json", "false"))
     given = Path(own["checkpoint"]).expanduser()
     folder = model_folder(given)
     tree = _tree(folder, words)
     page = Path(own["html"]).expanduser() if "html" in own else None
-    _print(_evaluated(tree, page), is_json=own.get("json") == "true")
+    _print(_evaluated(tree, page), is_json=is_json)
     return 0
-
-
-def _is_own(word: str) -> bool:
-    return word.partition("=")[0] in _OWN
 
 
 def _tree(folder: Path, words: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ MEANINGS = {
     DATA: "the data cannot be read or used",
     INTERNAL: "internal error, out of memory, or too many non-finite steps",
     STORAGE: "no good checkpoint could be written or read",
-    PREEMPTED: "stopped by a signal or its time limit; saved; start the same command again",
+    PREEMPTED: "stopped by a signal, a limit or a lost node; saved; start the same command again",
     NO_PROGRESS: "restarted again and again without a new checkpoint; look at the first failure",
 }
 

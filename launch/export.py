@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.model_folders import model_folder
+from launch.words import options_of
 
 if TYPE_CHECKING:
     from trainer.export.export import Report
@@ -30,7 +31,9 @@ with those of the checkpoint. Exit code 1, and no folder, where they differ.
 
 Needs memory for one copy of the model in fp32, and disk for the folder.
 """
-KEYS = ("checkpoint", "output", "dtype", "prompts", "max_shard_gb", "new_tokens", "json")
+DEFAULTS = {
+    "dtype": "auto", "prompts": "[]", "max_shard_gb": "5", "new_tokens": "merged", "json": "false",
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -60,35 +63,14 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
     """Return every option, converted; ValueError in one line for what is wrong."""
-    from difflib import get_close_matches
-
     from launch.binding import convert
     from launch.compose import parsed
 
-    given: dict[str, Any] = {}
-    for word in arguments:
-        key, separator, text = word.partition("=")
-        if not separator:
-            raise ValueError(f"{word!r} is no option; write key=value, for example output=DIR")
-        if key not in KEYS:
-            near = get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see tessera export --help"
-            raise ValueError(f"unknown key {key}; {hint}")
-        is_text = key in ("checkpoint", "output", "dtype", "new_tokens")
-        given[key] = text if is_text else parsed(word)[1]
-    for key in ("checkpoint", "output"):
-        if not given.get(key):
-            raise ValueError(f"{key} is missing; set {key}=DIR")
+    needed = {"checkpoint": "DIR", "output": "DIR"}
+    options: dict[str, Any] = {**options_of("export", arguments, needed=needed, defaults=DEFAULTS)}
     kinds = {"prompts": tuple[str, ...], "max_shard_gb": float, "json": bool}
-    defaults: dict[str, Any] = {
-        "dtype": "auto",
-        "prompts": [],
-        "max_shard_gb": 5.0,
-        "json": False,
-        "new_tokens": "merged",
-    }
-    options = defaults | given
-    options |= {key: convert(options[key], kind, key) for key, kind in kinds.items()}
+    for key, kind in kinds.items():
+        options[key] = convert(parsed(f"{key}={options[key]}")[1], kind, key)
     if options["dtype"] not in (known := ("auto", "fp32", "bf16", "fp16")):
         raise ValueError(
             f"dtype={options['dtype']!r} is unknown; set it to one of {', '.join(known)}"

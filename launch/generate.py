@@ -11,6 +11,7 @@ from typing import Any
 from launch.binding import convert
 from launch.model_folders import model_folder
 from launch.questions import KINDS, check_kind, read_paths, read_question
+from launch.words import options_of
 
 USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
 
@@ -26,6 +27,7 @@ USAGE = """usage: tessera generate checkpoint=DIR prompt="..." [key=value] ...
   json=true            one JSON object instead of text
 """
 PRECISIONS = ("fp32", "bf16")
+TEXTS = ("checkpoint", *KINDS, "image", "precision", "cache")  # whatever they look like
 
 
 def main(arguments: list[str]) -> int:
@@ -39,15 +41,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for word in arguments:
-        key, separator, value = word.partition("=")
-        if not separator:
-            raise ValueError(f'{word!r} is no option; write key=value, for example prompt="Once"')
-        is_text = key in ("checkpoint", *KINDS, "image", "precision", "cache")
-        options[key] = value if is_text else _value(value)
-    if "checkpoint" not in options:
-        raise ValueError("checkpoint is missing; set checkpoint=DIR")
+    from trainer.decoding import GenerationSpec
+
+    known = {field.name for field in fields(GenerationSpec)} - {"stop_token_ids"}
+    optional = {*known, *TEXTS, "bos", "json"}
+    given = options_of("generate", arguments, needed={"checkpoint": "DIR"}, optional=optional)
+    options = {key: text if key in TEXTS else _value(text) for key, text in given.items()}
     check_kind(options)
     return options
 
@@ -163,18 +162,11 @@ def _stop_token_ids(folder: Path, eos_token_id: int | None) -> tuple[int, ...]:
 
 def _spec(options: dict[str, Any], stop_token_ids: tuple[int, ...]) -> Any:
     """Return the checked GenerationSpec of the options."""
-    from difflib import get_close_matches
     from typing import get_type_hints
 
     from trainer.decoding import GenerationSpec
 
     hints = get_type_hints(GenerationSpec)
-    known = [field.name for field in fields(GenerationSpec) if field.name != "stop_token_ids"]
-    for key in options:
-        if key not in known:
-            near = get_close_matches(key, [*known, *KINDS, "image", "checkpoint", "json"], n=1)
-            hint = f"did you mean {near[0]}?" if near else "see tessera generate --help"
-            raise ValueError(f"unknown key {key}; {hint}")
     values = {key: convert(value, hints[key], key) for key, value in options.items()}
     return GenerationSpec(**values, stop_token_ids=stop_token_ids)
 

@@ -1,4 +1,4 @@
-"""The N workers of one start: processes that are started, told of signals, looked at, and killed.
+"""The workers of one start on this machine: started, told of signals, looked at, and killed.
 
 Standard library only.
 """
@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import FINISHED, PREEMPTED
-from launch.traces import STOPPED, read_places, read_records, read_waits, state_of
+from launch.traces import STOPPED, cpu_seconds, read_places, read_records, read_waits, state_of
 from launch.verdict import Witness
 
 # What a worker is told beside torchrun's variables.
@@ -24,27 +25,54 @@ ASK = b"?"
 STACKS_SECONDS = 1.0  # for ranks to write their stacks, and what they wait for
 
 
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One machine of a run, and its share of the ranks."""
+
+    processes: int
+    """Of each node."""
+    rank: int = 0
+    count: int = 1
+    """Of nodes."""
+    address: str = "127.0.0.1"
+    """Of node 0, for all others; loopback: nobody else may connect."""
+
+    @property
+    def ranks(self) -> range:
+        return range(self.rank * self.processes, (self.rank + 1) * self.processes)
+
+    @property
+    def world_size(self) -> int:
+        return self.count * self.processes
+
+
 class Group:
     """Processes that run the module `worker`, with the folder of their start in common."""
 
-    def __init__(self, processes: int, attempt: Path, worker: str) -> None:
-        self.processes, self.attempt, self.worker = processes, attempt, worker
+    lost, refusal = "", ""
+    """Other nodes that are gone, and why one started nothing: of a run on several."""
+    heard: Sequence[int] = ()
+    """Signals that reached other nodes."""
+
+    def __init__(self, node: Node, attempt: Path, worker: str, port: int | None = None) -> None:
+        """`port` is where rank 0 will listen; None: any free one."""
+        self.node, self.attempt, self.worker, self.port = node, attempt, worker, port
         self.workers: list[subprocess.Popen[bytes]] = []
         self.pipes: list[int] = []
         """Write ends, one per worker: a worker ends when the other end does."""
         self.ended: list[int | None] = []
         """Return codes; None where we had to kill."""
-        self.places_then: list[dict[str, Any]] = [{}] * processes
+        self.places_then: list[dict[str, Any]] = [{}] * node.processes
         """Where each rank was when the first failure was seen."""
         self.woken: set[int] = set()
-        """Ranks that were stopped and went on only to be asked: what they do then is no cause."""
+        """Workers that were stopped and went on only to be asked: what they do then is no cause."""
         self._oom_kills = oom_kills()
 
     def start(self) -> None:
         from trainer.ports import free_port  # here: the help needs nothing of the trainer
 
-        port = free_port()
-        for rank in range(self.processes):
+        port = self.port or free_port()
+        for rank in self.node.ranks:
             theirs, mine = os.pipe()
             self.workers.append(
                 subprocess.Popen(
@@ -58,18 +86,20 @@ class Group:
             self.pipes.append(mine)
 
     def _environment(self, rank: int, port: int) -> dict[str, str]:
-        environment = dict(os.environ)
-        environment.setdefault(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes))
-        )
-        for library in ("GLOO", "NCCL"):  # all ranks are on this machine: nobody else may connect
-            environment.setdefault(f"{library}_SOCKET_IFNAME", LOOPBACK_INTERFACE)
+        node, environment = self.node, dict(os.environ)
+        threads = max(1, len(os.sched_getaffinity(0)) // node.processes)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        if node.count == 1:  # all ranks are on this machine: nobody else may connect
+            for library in ("GLOO", "NCCL"):
+                environment.setdefault(f"{library}_SOCKET_IFNAME", LOOPBACK_INTERFACE)
         return environment | {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.processes),
-            "LOCAL_WORLD_SIZE": str(self.processes),
-            "MASTER_ADDR": "127.0.0.1",
+            "LOCAL_RANK": str(rank - node.ranks.start),
+            "WORLD_SIZE": str(node.world_size),
+            "LOCAL_WORLD_SIZE": str(node.processes),
+            "GROUP_RANK": str(node.rank),
+            "GROUP_WORLD_SIZE": str(node.count),
+            "MASTER_ADDR": node.address,
             "MASTER_PORT": str(port),
             ATTEMPT: str(self.attempt),
             PARENT: str(os.getpid()),
@@ -88,7 +118,7 @@ class Group:
             return True
         if codes.count(None) == len(codes):
             return False
-        records = read_records(self.attempt, self.processes)
+        records = read_records(self.attempt, self.node.ranks)
         return any(
             code is not None and record.get("code") != code
             for code, record in zip(codes, records, strict=True)
@@ -101,11 +131,14 @@ class Group:
 
     def places(self) -> list[dict[str, Any]]:
         """Return where each rank is now; its process can be seen before it has said anything."""
-        places = read_places(self.attempt, self.processes)
+        places = read_places(self.attempt, self.node.ranks)
         return [
-            place | {"pid": worker.pid, "state": state_of(worker.pid)}
+            place | {
+                "pid": worker.pid, "state": state_of(worker.pid),
+                "cpu_seconds": cpu_seconds(worker.pid),
+            }
             for place, worker in zip(places, self.workers, strict=True)
-        ]
+        ]  # fmt: skip
 
     def note_failure(self) -> None:
         """Keep where all ranks are now: afterwards they leave."""
@@ -151,16 +184,16 @@ class Group:
         """Return what is known of every rank.
 
         One that waits in a collective has left no record, but noticed the others' absence."""
-        records = read_records(self.attempt, self.processes)
-        waits = read_waits(self.attempt, self.processes)
+        records = read_records(self.attempt, self.node.ranks)
+        waits = read_waits(self.attempt, self.node.ranks)
         was_oom = None if self._oom_kills is None else (oom_kills() or 0) > self._oom_kills
         return [
             Witness(
-                rank=rank, place=place, return_code=code,
-                record={} if rank in self.woken else record or wait,
+                rank=self.node.ranks[index], place=place, return_code=code,
+                record={} if index in self.woken else record or wait,
                 was_out_of_memory=was_oom,
             )
-            for rank, (place, record, wait, code) in enumerate(
+            for index, (place, record, wait, code) in enumerate(
                 zip(self.places_then, records, waits, self.ended, strict=True)
             )
         ]  # fmt: skip

@@ -10,6 +10,7 @@ from launch.binding import TARGET, bind
 from launch.compose import compose
 from launch.exit_codes import FINISHED
 from launch.train import bind_run
+from launch.words import split_off
 
 if TYPE_CHECKING:
     from launch.inspect_report import Report
@@ -89,14 +90,8 @@ def main(arguments: list[str]) -> int:
 
 def split(arguments: list[str]) -> tuple[Options, list[str]]:
     """Return the command's own options, and the words of the config."""
-    own: dict[str, Any] = {}
-    words = []
-    for word in arguments:
-        key, separator, value = word.partition("=")
-        if separator and key in Options.__dataclass_fields__:
-            own[key] = value if key == "html" else _value(value)
-        else:
-            words.append(word)
+    given, words = split_off("inspect", arguments, Options.__dataclass_fields__)
+    own = {key: text if key == "html" else _value(text) for key, text in given.items()}
     options = bind({TARGET: f"{Options.__module__}.{Options.__name__}", **own})
     assert isinstance(options, Options)
     return options, words

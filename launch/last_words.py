@@ -154,9 +154,11 @@ def say(text: str) -> None:
 
 def judge_here(attempt: Path, num_ranks: int) -> str:
     """Say which rank is to blame, where no supervisor will; waits for the others' records."""
-    places = read_places(attempt, num_ranks)
+    places = read_places(attempt, range(num_ranks))
     deadline = time.monotonic() + SETTLE_SECONDS
-    while not all(records := read_records(attempt, num_ranks)) and time.monotonic() < deadline:
+    while (
+        not all(records := read_records(attempt, range(num_ranks))) and time.monotonic() < deadline
+    ):
         time.sleep(POLL_SECONDS)
     _, sentence = judge(
         [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from launch.truth import truth
+from launch.words import options_of
 
 if TYPE_CHECKING:
     from trainer.ledger import Life
@@ -24,7 +25,6 @@ Exit code 1: not so; says which samples, step and start.
   step=N      the last step that counts; default: that of the newest checkpoint
   json=true   everything as one JSON object
 """
-KEYS = ("run", "step", "json")
 SHOWN = 20  # findings; all of them with json=true
 # What changes no number of a step.
 _IDLE = (
@@ -39,13 +39,9 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return FINISHED
-    options = dict(word.partition("=")[::2] for word in arguments)
-    for key in options:
-        if key not in KEYS:
-            raise ValueError(f"unknown key {key}; see tessera ledger --help")
-    if not options.get("run"):
-        raise ValueError("run is missing; give the folder of a run: tessera ledger run=DIR")
-    is_json = truth("json", options.get("json", "false"))
+    needed, defaults = {"run": "DIR"}, {"json": "false"}
+    options = options_of("ledger", arguments, needed=needed, defaults=defaults, optional=["step"])
+    is_json = truth("json", options["json"])
     proof, attempts = proved(Path(options["run"]).expanduser(), options.get("step"))
     if is_json:
         print(json.dumps(asdict(proof) | {"attempts": attempts, "holds": proof.holds}))

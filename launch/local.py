@@ -1,40 +1,41 @@
 """`launch=local`: processes on this machine."""
 
-from dataclasses import dataclass, field
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
-from launch.watchdog import WatchdogSpec
-
-RESTARTS = 3
+from launch.deadline import note_end
+from launch.group import safe_paths
+from launch.protocol import Job, Supervised
+from launch.request import new_start
+from launch.signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalLaunch:
+class LocalSpec(Supervised):
     """Start workers on this machine."""
 
     processes: int = 1
     """How many; on a machine with GPUs, one for each."""
-    restarts: int | None = None
-    """How often in a row all are started again without a new checkpoint before the run gives up
-    with exit code 93; null: 3 with several processes, 0 with one, which nobody watches then."""
-    watchdog: WatchdogSpec | None = field(default_factory=WatchdogSpec)
-    """When a rank counts as hanging; null: never."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.processes < 1:
             raise ValueError(
                 f"launch.processes={self.processes} starts nothing; set it to 1 or more"
             )
-        if self.restarts is not None and self.restarts < 0:
-            raise ValueError(f"launch.restarts={self.restarts} is negative; set it to 0 or more")
 
     @property
-    def max_restarts(self) -> int:
-        return self.restarts if self.restarts is not None else RESTARTS * (self.processes > 1)
+    def world_size(self) -> int:
+        return self.processes
 
     @property
     def is_supervised(self) -> bool:
         """Whether another process watches: it costs one process 3 s at the start."""
-        return self.processes > 1 or self.max_restarts > 0
+        return self.processes > 1 or self.max_restarts(self.processes) > 0
 
     def check(self) -> None:
         """Raise ValueError where a worker would find no GPU of its own."""
@@ -46,3 +47,28 @@ class LocalLaunch:
                 f"launch.processes={self.processes}, but this machine has {count} GPU(s); "
                 f"set it to {count} or less, or train on the CPU with CUDA_VISIBLE_DEVICES="
             )
+
+    def preview(self, job: Job) -> str:
+        return ""
+
+    def start(self, job: Job) -> int:
+        """Train; return the exit code of the run."""
+        # From here on a signal means: stop with 75. It waits until a handler can say so.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        attempt = new_start(job.folder, job.tree)
+        note_end(job.end)
+        if self.is_supervised:
+            self._become_supervisor(attempt)
+        from launch.worker import execute
+        from trainer.distributed import Placement
+
+        return execute(job.run, Placement(), lambda _: attempt)
+
+    def _become_supervisor(self, attempt: Path) -> None:
+        """Replace this process, which has torch in memory, by a small one that watches workers."""
+        os.environ |= safe_paths(os.environ)
+        sys.stdout.flush()
+        limits = json.dumps(self.watchdog and vars(self.watchdog))
+        restarts = str(self.max_restarts(self.processes))
+        words = [str(self.processes), str(attempt), restarts, limits]
+        os.execv(sys.executable, [sys.executable, "-m", "launch.supervisor", *words])

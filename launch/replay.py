@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launch.exit_codes import CHECK_FAILED, FINISHED
 from launch.truth import truth
 from launch.visible_text import visible
+from launch.words import options_of
 
 if TYPE_CHECKING:
     from trainer.replay import Document, Replayed
@@ -26,7 +27,6 @@ much it is off.
   json=true        all documents as one JSON object, in the order of the rows
 exit code: 0 reproduced, 1 not
 """
-_OWN = ("run", "step", "json")
 _ALONE: dict[str, Any] = {  # one process that only takes steps has no use for the rest
     "mesh": {"_target_": "trainer.mesh.MeshSpec"},
     "best": {"_target_": "trainer.best.BestSpec"},
@@ -58,18 +58,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _options(arguments: list[str]) -> tuple[Path, int, bool]:
-    given = {}
-    for word in arguments:
-        key, _, value = word.partition("=")
-        if key not in _OWN:
-            raise ValueError(f"{word} is no option of tessera replay; give run=DIR and step=N")
-        given[key] = value
-    for key in ("run", "step"):
-        if key not in given:
-            raise ValueError(f"{key} is missing; give run=DIR and step=N")
+    needed, defaults = {"run": "DIR", "step": "N"}, {"json": "false"}
+    given = options_of("replay", arguments, needed=needed, defaults=defaults)
     if not given["step"].isdecimal() or int(given["step"]) < 1:
         raise ValueError(f"step={given['step']} is no step; the first is step=1")
-    is_json = truth("json", given.get("json", "false"))
+    is_json = truth("json", given["json"])
     folder = Path(given["run"]).expanduser()
     if not (folder / "ledger").is_dir():
         raise ValueError(f"run={folder} has no ledger; give the folder of a run, as in runs/NAME")

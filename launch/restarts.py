@@ -110,6 +110,8 @@ class Restarts:
 
     def _why_not(self, failure: Failure, *, is_at_once: bool) -> str:
         """Say why a restart is of no use; empty: it may be."""
+        if failure.code == PREEMPTED:
+            return "since only a scheduler can replace a node"
         if failure.is_final:
             return "since the same would happen"
         if is_at_once:
@@ -122,6 +124,7 @@ class Restarts:
 
 
 def _end(failure: Failure, why: str, code: int) -> str:
-    return (
-        f"{failure}; {why}; once the cause is mended, {way_on(failure.committed)}; {in_words(code)}"
-    )
+    way = way_on(failure.committed)
+    if code != PREEMPTED:
+        way = f"once the cause is mended, {way}"
+    return f"{failure}; {why}; {way}; {in_words(code)}"

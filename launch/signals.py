@@ -41,17 +41,23 @@ def leaving_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def handle_signals(request: "StopRequest", *, says: bool) -> None:
+def handle_signals(
+    request: "StopRequest", *, is_supervised: bool = False, says: bool = False
+) -> None:
     """Turn signals into a request to stop, which the loop takes up; `says` so at once.
 
     Before the first step there is nothing to save: StoppedEarlyError is raised where the process
     is. They were blocked since before torch was imported: none came too early to be handled.
+    A worker of a supervisor takes a second one for the first, which came to both of them: who wants
+    it to end at once tells the supervisor, which kills.
     """
     from launch.terminal import show_cursor
     from trainer.errors import StoppedEarlyError
 
     def handle(number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if request.is_set and is_supervised:
+            return
         if request.is_set:
             show_cursor()
             if says:

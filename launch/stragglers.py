@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.traces import STOPPED
-from launch.watchdog import MAX_GAP, cpu_seconds
+from launch.watchdog import MAX_GAP
 
 STEPS = 20  # that are compared together
 RATIO = 1.3  # times the median
@@ -49,15 +49,13 @@ class Stragglers:
 
     def _begin(self, step: int, places: list[dict[str, Any]]) -> None:
         self._first = step
-        self._cpu = [cpu_seconds(place.get("pid")) for place in places]
+        self._cpu = [_cpu_seconds(place) for place in places]
         self._stopped, self._starved = [0.0] * self.num_ranks, [0.0] * self.num_ranks
 
     def _compare(self, step: int, places: list[dict[str, Any]]) -> str | None:
         assert self._first is not None
         steps = step - self._first
-        busy = [
-            cpu_seconds(place.get("pid")) - b for place, b in zip(places, self._cpu, strict=True)
-        ]
+        busy = [_cpu_seconds(place) - b for place, b in zip(places, self._cpu, strict=True)]
         own = [sum(each) / steps for each in zip(busy, self._stopped, self._starved, strict=True)]
         median, slowest = (
             statistics.median_low(own),
@@ -71,3 +69,7 @@ class Stragglers:
             f"(of all these steps {self._stopped[slowest]:.1f} s stopped, "
             f"{self._starved[slowest]:.1f} s without data); look at its core, memory and disk"
         )
+
+
+def _cpu_seconds(place: dict[str, Any]) -> float:
+    return float(place.get("cpu_seconds", 0.0))

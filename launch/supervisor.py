@@ -1,7 +1,8 @@
-"""Starts N workers on this machine, forwards signals, starts them again, and leaves nobody behind.
+"""Starts the workers, forwards signals, starts them again together, and leaves nobody behind.
 
-Standard library only. Stands in for torchrun, which turns every exit code into 1, dies on SIGUSR1
-with its workers running on, and leaves orphans when it is killed.
+On this machine, and through the launchers of other nodes on theirs. Standard library only. Stands
+in for torchrun, which turns every exit code into 1, dies on SIGUSR1 with its workers running on,
+and leaves orphans when it is killed.
 """
 
 import json
@@ -9,17 +10,20 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.exit_codes import FINAL, FINISHED, INTERNAL, MEANINGS, PREEMPTED
-from launch.group import Group
+from launch.crew import Crew
+from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, PREEMPTED
+from launch.group import Group, Node
+from launch.meeting import Link
 from launch.restarts import Failure, Restarts, failure_of, last_step, standing, way_on
 from launch.signals import STOP_SIGNALS, STOPPING
 from launch.stragglers import Stragglers
-from launch.traces import read_records
+from launch.verdict import Witness
 from launch.watchdog import Hang, Watchdog, WatchdogSpec
 
 GRACE_SECONDS = 5.0  # for the other ranks, once one has failed
@@ -39,12 +43,22 @@ class Supervisor:
         *,
         restarts: int = 0,
         watchdog: WatchdogSpec | None = None,
+        node: Node | None = None,
+        links: Sequence[Link] = (),
+        signals: list[int] | None = None,
     ) -> None:
-        """`attempt` is the folder of the first start, with its config.yaml."""
-        self.processes, self.attempt, self.worker = processes, attempt, worker
+        """`attempt` is the folder of the first start, with its config.yaml.
+
+        Under a scheduler: the first `node` of several, `links` to the launchers of the others, and
+        `signals` that came already, of which only the first counts.
+        """
+        self.node = node or Node(processes=processes)
+        self.attempt, self.worker, self.links = attempt, worker, links
         self.watchdog = watchdog
-        self.signals: list[int] = []
-        self.restarts = Restarts(restarts, self._committed())
+        self.signals: list[int] = [] if signals is None else signals
+        self._is_patient = signals is not None
+        self._committed_before = self._committed()
+        self.restarts = Restarts(restarts, self._committed_before)
         self.failed_at: float | None = None
         """When the failure was seen from which the run has not yet come back."""
         self.recoveries: list[float] = []
@@ -69,11 +83,17 @@ class Supervisor:
             self.attempt = self._next_attempt()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self.signals.append(number)
+        # A scheduler tells every process of a job, some of which tell us; SIGKILL is its second.
+        if not (self._is_patient and self.signals):
+            self.signals.append(number)
 
     def _start_once(self) -> int | Failure:
         """Return the exit code of the run, or the failure of this start."""
-        group = Group(self.processes, self.attempt, self.worker)
+        group: Group | Crew = (
+            Crew(self.node, self.attempt, self.worker, self.links)
+            if self.links
+            else Group(self.node, self.attempt, self.worker)
+        )
         hang = None
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -84,15 +104,17 @@ class Supervisor:
             group.kill()
         return self._judge(group, hang)
 
-    def _wait(self, group: Group) -> Hang | None:
+    def _wait(self, group: Group | Crew) -> Hang | None:
         """Return when all workers have ended, or when those that are left are to be killed."""
         watchdog = None
         if self.watchdog:
-            watchdog = Watchdog(self.watchdog, self.processes, self._committed() + 1)
-        stragglers = Stragglers(self.processes)
+            watchdog = Watchdog(self.watchdog, self.node.world_size, self._committed() + 1)
+        stragglers = Stragglers(self.node.world_size)
         forwarded, looked_at, failed_at = 0, time.monotonic(), None
         while group.is_running:
             time.sleep(POLL_SECONDS)
+            for number in group.heard:
+                self._receive(number, None)
             for number in self.signals[forwarded:]:
                 self._forward(group, number)
                 forwarded += 1
@@ -103,7 +125,7 @@ class Supervisor:
                 failed_at = now
                 group.note_failure()
                 self.failed_at = self.failed_at or now
-            if failed_at is not None and now - failed_at > GRACE_SECONDS:
+            if group.lost or (failed_at is not None and now - failed_at > GRACE_SECONDS):
                 return None
             if failed_at is None and now - looked_at > LOOK_SECONDS:
                 places, gap, looked_at = group.places(), now - looked_at, now
@@ -117,7 +139,7 @@ class Supervisor:
                     return hang
         return None
 
-    def _forward(self, group: Group, number: int) -> None:
+    def _forward(self, group: Group | Crew, number: int) -> None:
         name = signal.Signals(number).name
         if len(self.signals) == 1:
             self._say(f"{name}: {STOPPING}")
@@ -133,24 +155,25 @@ class Supervisor:
             self.failed_at = None
             self._say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
 
-    def _judge(self, group: Group, hang: Hang | None) -> int | Failure:
+    def _judge(self, group: Group | Crew, hang: Hang | None) -> int | Failure:
         if len(self.signals) > 1:
             return self._left_at_once(self.signals[-1])
-        records = read_records(self.attempt, self.processes)
-        codes = [
-            _code_of(worker.returncode, record)
-            for worker, record in zip(group.workers, records, strict=True)
-        ]
+        witnesses = group.witnesses()
+        if group.lost or group.refusal:
+            return self._without_a_node(group, witnesses)
+        # Leaving without a record is a failure, with 0 too.
+        codes = [each.code if each.code in MEANINGS else INTERNAL for each in witnesses]
         if set(codes) == {FINISHED}:
             self._say_how_it_went()
             return FINISHED
+        records = [each.record for each in witnesses]
         left_early = [record for record in records if record.get("has_begun") is False]
         if set(codes) == {PREEMPTED} or (self.signals and left_early):
             reason = (left_early or records)[0]["reason"]
             step = self._committed()
             self._say(f"{reason}; {standing(step)}; {way_on(step)} (exit code {PREEMPTED})")
             return PREEMPTED
-        failure = failure_of(group.witnesses(), codes, self._committed())
+        failure = failure_of(witnesses, codes, self._committed())
         return failure if hang is None else _with_hang(failure, hang, self.attempt)
 
     def _left_at_once(self, number: int) -> int:
@@ -160,6 +183,21 @@ class Supervisor:
             f"{standing(step)}; {way_on(step)} (exit code {code})"
         )
         return code
+
+    def _without_a_node(self, group: Group | Crew, witnesses: Sequence[Witness]) -> Failure:
+        """Judge a start that lost the launcher of a node, which only the scheduler can replace."""
+        failure = failure_of(witnesses, [INTERNAL] * len(witnesses), self._committed())
+        if group.refusal:
+            return replace(failure, code=BAD_CONFIG, is_final=True, sentence=group.refusal)
+        # Worth another job where this one has brought the run on: else it might go on for ever.
+        has_progressed = failure.committed > self._committed_before
+        return replace(
+            failure,
+            code=PREEMPTED if has_progressed else INTERNAL,
+            is_final=True,
+            sentence=f"node {group.lost} of {self.node.count} is lost: its launcher has ended, or "
+            "cannot be reached",
+        )
 
     def _say_how_it_went(self) -> None:
         failures = self.restarts.failures
@@ -188,12 +226,6 @@ class Supervisor:
     @staticmethod
     def _say(text: str) -> None:
         print(f"tessera: {text}", file=sys.stderr, flush=True)
-
-
-def _code_of(code: int | None, record: dict[str, Any]) -> int:
-    """Return the code that a worker's end counts for: without a record it failed, with 0 too."""
-    is_told = code in MEANINGS and record.get("code") == code
-    return code if code is not None and (is_told or code in FINAL) else INTERNAL
 
 
 def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.exit_codes import CHECK_FAILED, FINISHED
+from launch.words import options_of
 
 if TYPE_CHECKING:
     from trainer.trackers.protocol import TrackerSpec
@@ -22,9 +23,7 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return FINISHED
-    options = dict(word.partition("=")[::2] for word in arguments)
-    if set(options) != {"run"} or not options["run"]:
-        raise ValueError("tessera sync needs the folder of a run alone; write tessera sync run=DIR")
+    options = options_of("sync", arguments, needed={"run": "DIR"})
     folder = Path(options["run"]).expanduser().absolute()
     from trainer.trackers.delivery import read_settings
 

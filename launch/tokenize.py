@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import CHECK_FAILED, FINISHED, PREEMPTED
+from launch.words import pairs
 
 USAGE = """usage: tessera tokenize data.path=DIR output=DIR tokenizer=FOLDER|byte|bpe [key=value] ..
 
@@ -60,10 +61,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     import yaml
 
     options: dict[str, Any] = {}
-    for word in arguments:
-        key, separator, text = word.partition("=")
-        if word.startswith("-") or not separator:
-            raise ValueError(f"{word!r} is no option; write key=value, see tessera tokenize --help")
+    for key, text in pairs("tokenize", arguments).items():
         group, _, name = key.rpartition(".")
         target = options.setdefault(group, {}) if group else options
         target[name] = yaml.safe_load(text)

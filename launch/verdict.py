@@ -33,6 +33,15 @@ class Witness:
     """Whether the kernel killed a process of this job for its memory; None: nobody knows."""
 
     @property
+    def code(self) -> int | None:
+        """The exit code of a process that ended by itself and left a record of it.
+
+        A full disk takes no record, and no accident ends a process with a code of FINAL.
+        """
+        is_told = self.record.get("code") == self.return_code or self.return_code in FINAL
+        return self.return_code if is_told else None
+
+    @property
     def has_ended_well(self) -> bool:
         return self.record.get("code") in (FINISHED, PREEMPTED) and self._is_as_recorded
 

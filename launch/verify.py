@@ -5,6 +5,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import CHECK_FAILED
+from launch.truth import truth
+from launch.words import split_off
 
 if TYPE_CHECKING:
     from trainer.verify.verify import Verdict
@@ -25,7 +27,7 @@ Exit code 1 if any layout differs.
 
 layouts: {layouts}
 """
-OWN = ("layouts", "inject", "json", "steps")
+OWN = {"layouts": "", "inject": "", "json": "false", "steps": "20"}  # options and defaults
 COLUMNS = ("loss", "gradients", "norm", "SGD", "AdamW", "curve", "loaded", "resumed")
 
 
@@ -59,16 +61,9 @@ def main(arguments: list[str]) -> int:
 
 def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Return verify's own options, and the words of the config."""
-    options = {"layouts": "", "inject": "", "json": "false", "steps": "20"}
-    rest = []
-    for word in arguments:
-        key, _, value = word.partition("=")
-        if key in OWN:
-            options[key] = value
-        else:
-            rest.append(word)
-    if options["json"] not in ("true", "false"):
-        raise ValueError(f"json={options['json']} is neither true nor false; set it to one of them")
+    given, rest = split_off("verify", arguments, OWN)
+    options = OWN | given
+    truth("json", options["json"])
     if not options["steps"].isdecimal() or int(options["steps"]) < 5:
         raise ValueError(f"steps={options['steps']} is too short a curve; set it to 5 or more")
     return options, rest

@@ -5,10 +5,8 @@ evaluation. How long it may stay the same is learnt from the run itself, for eac
 """
 
 import math
-import os
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launch.traces import STOPPED
@@ -132,17 +130,8 @@ class Watchdog:
     def _has_worked(self, rank: _Rank, place: dict[str, Any]) -> bool:
         """Whether a process has shown a sign of life, or has used its core since the last look that
         found it busy: making data or loading weights, it has no phases."""
-        used = cpu_seconds(place.get("pid"))
+        used = float(place.get("cpu_seconds", 0.0))
         is_busy = used - rank.cpu_seconds > _IDLE * (self._idle_seconds + MAX_GAP)
         if is_busy:
             rank.cpu_seconds = used
         return is_busy or rank.seconds == 0.0
-
-
-def cpu_seconds(pid: int | None) -> float:
-    """Return what a process of this machine and the children that it waited for have used."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

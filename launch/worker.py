@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 
 def placement_from(environ: Mapping[str, str]) -> "Placement":
     """Read torchrun's variables."""
-    from trainer.distributed import Placement
+    from trainer.distributed import LOOPBACK, Placement
 
     if "RANK" not in environ:
         return Placement()
+    # Of our supervisor, with all ranks on this machine.
+    is_ours_alone = ATTEMPT in environ and environ.get("MASTER_ADDR") == LOOPBACK
     try:
         return Placement(
             rank=int(environ["RANK"]),
             world_size=int(environ["WORLD_SIZE"]),
             local_rank=int(environ["LOCAL_RANK"]),
             is_distributed=True,
-            # Of our supervisor, which starts all ranks on this machine.
-            loopback_port=int(environ["MASTER_PORT"]) if ATTEMPT in environ else None,
+            loopback_port=int(environ["MASTER_PORT"]) if is_ours_alone else None,
         )
     except (KeyError, ValueError) as error:
         raise ValueError(
@@ -110,7 +111,7 @@ def _outcome(run: "Run", start: "Start", *, says: bool) -> tuple[Exception | Non
     request, failure = start.request, None
     try:
         try:
-            handle_signals(request, says=says)
+            handle_signals(request, is_supervised=ATTEMPT in os.environ, says=says)
             if fit(run, start):
                 code, reason = FINISHED, "finished"
             else:

@@ -2,12 +2,12 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainer.code_version import git_commit
 
 _PACKAGES = (
     "tessera-train", "torch", "numpy", "tokenizers", "safetensors", "datasets", "xxhash",
@@ -21,7 +21,7 @@ def environment(world_size: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version_of(name) for name in _PACKAGES},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "world_size": world_size,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -37,18 +37,3 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the checkout that this file runs from, with `+` where it has changes."""
-    folder = Path(__file__).parent
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--", "..") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None  # an installed package, or no git
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -9,10 +9,10 @@ LOW = range(20_000, 32_000)
 seconds, in which any connection on this machine may be given one of those."""
 
 
-def free_port(ports: range = LOW) -> int:
-    """Return one of `ports`, any of them, on which nobody listens at the loopback interface."""
+def free_port(ports: range = LOW, address: str = "127.0.0.1") -> int:
+    """Return one of `ports`, any of them, on which nobody listens at an address; "": at any."""
     while True:
         port = secrets.choice(ports)
         with suppress(OSError), socket.socket() as probe:  # taken: another one
-            probe.bind(("127.0.0.1", port))
+            probe.bind((address, port))
             return port

@@ -21,11 +21,11 @@ from trainer.determinism import bits_of, fix_bits
 from trainer.directory import CHECKPOINTS
 from trainer.distributed import Placement, Ranks
 from trainer.inspection.pieces import Piece, pieces_of
+from trainer.ledger import read_lives, surviving
 from trainer.numerics.guard import Guard
 from trainer.numerics.rewinds import kept, read_rewinds
 from trainer.phases import PhasedEngine
 from trainer.progress import Progress
-from trainer.record import read_lines
 from trainer.resume import Place
 from trainer.run import Run
 from trainer.run_data import data_of
@@ -96,23 +96,21 @@ class Replayed:
 
 
 def recorded_step(folder: Path, step: int) -> Recorded:
-    """Return what the ledgers of a run say about a step; ValueError where they say nothing."""
-    lines = [line for file in sorted((folder / "ledger").glob("*")) for line in read_lines(file)]
-    own = [line for line in lines if line["step"] == step]
-    if not own:
-        steps = sorted(line["step"] for line in lines)
-        raise ValueError(
-            f"step={step} is not in the ledger of {folder}; "
-            + (f"set it to {steps[0]} to {steps[-1]}" if steps else "give the folder of a run")
-        )
-    attempt = max(line["attempt"] for line in own)  # later ones trained it again, or not at all
-    own = [line for line in own if line["attempt"] == attempt]
-    shares = {tuple(map(tuple, line["samples"])) for line in own}
-    runs = {run for share in shares for run in share}
+    """Return what the ledgers of a run say about a step; ValueError where they say nothing.
+
+    Of a step that was trained on more than once, the life that the run's weights come from counts.
+    """
+    owners = surviving(read_lives(folder))
+    if step not in owners:
+        remedy = f"set it to {min(owners)} to {max(owners)}" if owners else "give another run"
+        raise ValueError(f"step={step} is not in the ledger of {folder}, or was undone; {remedy}")
+    lines = owners[step].lines[step]
+    loss_sum, num_targets, _ = lines[0].numbers
+    shares = {line.samples for line in lines}
     return Recorded(
-        attempt=attempt, loss_sum=float.fromhex(own[0]["loss_sum"]),
-        num_targets=own[0]["num_targets"], num_shares=len(shares),
-        samples=sorted({n for first, last in runs for n in range(first, last)}),
+        attempt=owners[step].attempt, loss_sum=float.fromhex(loss_sum), num_targets=num_targets,
+        num_shares=len(shares),
+        samples=sorted({n for share in shares for run in share for n in range(*run)}),
     )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+import yaml
 
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, PREEMPTED
 from launch.group import ATTEMPT, PARENT, PIPE
@@ -82,7 +84,8 @@ def main() -> None:
     if "orphan" not in sys.argv:
         die_with(int(os.environ[PARENT]))
     attempt, rank = Path(os.environ[ATTEMPT]), int(os.environ["RANK"])
-    plan = Plan(**json.loads((attempt / "config.yaml").read_text()))
+    tree = yaml.safe_load((attempt / "config.yaml").read_text())
+    plan = Plan(**{each.name: tree[each.name] for each in fields(Plan)})
     checkpoints = attempt.parent.parent / CHECKPOINTS
     stopped: list[int] = []
     for number in STOP_SIGNALS:

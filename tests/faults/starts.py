@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.binding import bind
 from launch.compose import compose
-from launch.train import Request
+from launch.request import Request
 from trainer.ports import free_port
 
 WORKER = b"launch.worker"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from launch.group import ATTEMPT, LOOPBACK_INTERFACE, Group
+from launch.group import ATTEMPT, LOOPBACK_INTERFACE, Group, Node
 from launch.worker import placement_from
 from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from trainer.distributed import Placement, Ranks
@@ -44,7 +44,7 @@ def test_no_rank_listens_at_an_interface_that_others_reach() -> None:
 
 
 def test_workers_of_the_supervisor_are_told_so(tmp_path: Path) -> None:
-    environ = Group(2, tmp_path, "launch.worker")._environment(1, 20_001)
+    environ = Group(Node(processes=2), tmp_path, "launch.worker")._environment(1, 20_001)
     assert (environ["GLOO_SOCKET_IFNAME"], environ["NCCL_SOCKET_IFNAME"]) == (
         LOOPBACK_INTERFACE, LOOPBACK_INTERFACE,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def test_what_is_too_small_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not doctor.check_clock(tmp_path).is_fine
 
 
-@pytest.mark.parametrize("word", ["json=maybe", "fix=true", "--json"])
+@pytest.mark.parametrize("word", ["json=maybe", "fix=true", "--json", "run=x"])
 def test_unknown_options_are_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", word]) == BAD_CONFIG
     assert len(capsys.readouterr().err.splitlines()) == 1

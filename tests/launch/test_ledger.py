@@ -114,9 +114,12 @@ def test_ledger_of_a_run_whose_checkpoints_are_gone_is_proved_up_to_a_step_that_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "run is missing; give the folder of a run"),
+        ([], "run is missing; set run=DIR, see tessera ledger --help"),
         (["run=nowhere"], "nowhere holds no ledger; give the folder of a run"),
-        (["run=nowhere", "stop=3"], "unknown key stop; see tessera ledger --help"),
+        (
+            ["run=nowhere", "stop=3"],
+            "unknown key stop; did you mean step? See tessera ledger --help",
+        ),
         (["run=nowhere", "json=yes"], "json=yes is neither true nor false"),
     ],
 )

@@ -15,8 +15,7 @@ def told(odd: dict[str, Any], looks: int, num_ranks: int = 4) -> list[str]:
     stragglers, found = Stragglers(num_ranks), []
     for look in range(STEPS + 1):
         places: list[dict[str, Any]] = [
-            {"step": 2 + look, "phase": "train_step", "state": "", "pid": None}
-            for _ in range(num_ranks)
+            {"step": 2 + look, "phase": "train_step", "state": ""} for _ in range(num_ranks)
         ]
         if look < looks:
             places[2] |= odd
@@ -46,6 +45,6 @@ def test_rank_that_waits_for_others_or_once_is_not(phase: str, looks: int) -> No
 def test_ranks_that_cost_the_same_are_not_told_of() -> None:
     stragglers = Stragglers(2)
     for look in range(STEPS + 1):
-        place = {"step": 2 + look, "phase": "data", "state": "", "pid": None}
+        place = {"step": 2 + look, "phase": "data", "state": ""}
         assert stragglers.look([place, place], GAP) is None
     assert RATIO > 1

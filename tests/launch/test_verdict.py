@@ -174,11 +174,11 @@ def test_places_are_read_whatever_lies_there(tmp_path: Path) -> None:
         (tmp_path / "place.00001.json").write_text(json.dumps(place | {"host": "another"}))
         (tmp_path / "place.00002.json").write_text('{"step": 3')
         os.waitpid(process.pid, os.WUNTRACED)  # returns once it is stopped
-        places = read_places(tmp_path, 4)
+        places = read_places(tmp_path, range(4))
     finally:
         process.kill()
         process.wait()
     assert [found.get("step") for found in places] == [37, 37, None, None]
     assert [found["state"] for found in places[1:]] == ["", "", ""]
     assert places[0]["state"] == STOPPED
-    assert read_places(tmp_path, 1)[0]["state"] == GONE
+    assert read_places(tmp_path, range(1))[0]["state"] == GONE

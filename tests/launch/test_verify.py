@@ -98,8 +98,9 @@ def test_json_has_one_object_per_layout(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_wrong_options_are_refused(words: list[str], message: str) -> None:
+    others = [word for word in QUICK if not word.startswith("steps=")]
     with pytest.raises(ValueError, match=message):
-        main([*QUICK, *words])
+        main([*others, *words])
 
 
 def test_help_lists_every_layout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,11 @@ from tests.faults.test_wrong_numbers import REWIND
 from tests.faults.wrong_numbers import nonsense_run
 from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import tiny_run, train, train_words
+from tests.trainer.test_ledger_proof import lived, write
 from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
 from trainer.mesh import MeshSpec
-from trainer.replay import Replayed, replay, told_apart
+from trainer.replay import Replayed, recorded_step, replay, told_apart
 from trainer.run import Run
 
 SAVED = {"save_every": 4, "max_steps": 10}
@@ -74,6 +75,19 @@ def test_a_step_behind_a_rewind_is_replayed_with_the_data_that_it_had(
     found = again(run, tmp_path, 22)
     assert found.samples == range(232, 240)
     assert found.is_same_bits
+
+
+def test_the_recorded_step_is_of_the_history_that_survived(tmp_path: Path) -> None:
+    objects = lived((1, 2, range(1, 9)), (1, 1, range(4, 8)), (2, 1, range(6, 7)))
+    for each in objects[0][-5:]:  # from the second life on with other losses
+        each["loss_sum"] = (each["step"] + 0.5).hex()
+    write(tmp_path, objects)
+    step_3, step_5, step_6 = (recorded_step(tmp_path, step) for step in (3, 5, 6))
+    assert (step_3.attempt, step_3.loss_sum, step_3.num_shares) == (1, 3.0, 2)
+    assert (step_5.attempt, step_5.loss_sum, step_5.num_shares) == (1, 5.5, 1)
+    assert (step_6.attempt, step_6.samples) == (2, list(range(40, 48)))
+    with pytest.raises(ValueError, match=r"step=8 .* or was undone; set it to 1 to 6"):
+        recorded_step(tmp_path, 8)
 
 
 def losses_of(placement: Placement, run: Run) -> tuple[list[float], list[float]]:

@@ -1,0 +1,188 @@
+"""One node's launcher of a run that a scheduler has started: `python -m launch.node FOLDER`.
+
+There is one on each node. Node 0's decides and speaks, the others do as it says; all of them end
+with the same code. Standard library only, but for what reads the config.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from launch.crew import say_end
+from launch.deadline import end_time, note_end
+from launch.determinism import hold
+from launch.exit_codes import INTERNAL, PREEMPTED, code_of
+from launch.follower import Follower
+from launch.group import Node, safe_paths
+from launch.handover import OUTCOME, Handover, read_handover
+from launch.meeting import LostError, Meeting, come, ports_of
+from launch.request import new_start, refuse
+from launch.signals import STOP_SIGNALS
+from launch.supervisor import WORKER, Supervisor
+from launch.watchdog import WatchdogSpec
+
+LEASE_SECONDS = 75.0  # of a run whose node was lost: longer than its lease
+
+
+def node_of(environ: Mapping[str, str], handover: Handover) -> Node:
+    """Return which node this is: by NODE_RANK, else by Slurm's variables of a step."""
+    names = ("NODE_RANK", "SLURM_PROCID")
+    found = next((environ[name] for name in names if name in environ), None)
+    if handover.nodes > 1 and (found is None or "MASTER_ADDR" not in environ):
+        raise ValueError(
+            f"this is a run on {handover.nodes} nodes, and "
+            f"{'NODE_RANK' if found is None else 'MASTER_ADDR'} is not set; set NODE_RANK to this "
+            "node's number, from 0, and MASTER_ADDR to the address of node 0"
+        )
+    rank = int(found) if found is not None and found.isdigit() else 0
+    if rank >= handover.nodes:
+        raise ValueError(
+            f"this is node {rank} of a run on {handover.nodes} nodes; start one launcher for each "
+            "node, or submit with launch.nodes=.."
+        )
+    if handover.nodes == 1:
+        return Node(processes=handover.processes)
+    return Node(
+        processes=handover.processes, rank=rank, count=handover.nodes,
+        address=environ["MASTER_ADDR"],
+    )  # fmt: skip
+
+
+class Launcher:
+    """One node's part of a run that was handed over in the folder `place`."""
+
+    def __init__(self, place: Path, handover: Handover, node: Node, worker: str = WORKER) -> None:
+        self.place, self.handover, self.node, self.worker = place, handover, node, worker
+        self.signals: list[int] = []
+        """The first that came, if any."""
+        self._committed_before = self._committed()
+        first = os.environ.get("MASTER_PORT")
+        ports = ports_of(handover.key)
+        self._ports = range(int(first), int(first) + len(ports)) if first else ports
+
+    def run(self) -> int:
+        """Return the exit code of the run, the same on all nodes."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+        hold(self.handover.deterministic, os.environ)
+        note_end(end_time(self.handover.stop_at, os.environ))
+        os.environ |= safe_paths(os.environ)
+        return self._follow() if self.node.rank else self._lead()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if not self.signals:
+            self.signals.append(number)
+
+    def _is_stopped(self) -> bool:
+        return bool(self.signals)
+
+    def _lead(self) -> int:
+        links, code, watchdog = [], INTERNAL, self.handover.watchdog
+        try:
+            if self.node.count > 1:
+                meeting = Meeting(self.node, self.handover.key, self._ports)
+                links = meeting.gather(self._is_stopped)
+            attempt = None if self.signals else self._attempt()
+            if attempt is None:
+                return (code := self._stopped())
+            supervisor = Supervisor(
+                self.node.processes, attempt, self.worker,
+                restarts=self.handover.restarts,
+                watchdog=WatchdogSpec(**watchdog) if watchdog else None,
+                node=self.node, links=links, signals=self.signals,
+            )  # fmt: skip
+            code = supervisor.run()
+        except Exception as error:
+            code = code_of(error)
+            raise
+        finally:
+            say_end(links, code)
+            self._leave_outcome(code)
+        return code
+
+    def _attempt(self) -> Path | None:
+        """Return the folder of this start, once the run is free; None where a stop came first."""
+        from trainer.code_version import git_commit
+        from trainer.directory import CONFIG
+        from trainer.errors import LockedError
+        from trainer.stored_config import read_stored
+
+        if (now := git_commit()) != self.handover.git_commit:
+            say(f"submitted with the code of {self.handover.git_commit}, which is {now} now")
+        folder, tree = Path(self.handover.folder), read_stored(self.place / CONFIG)
+        deadline = time.monotonic() + LEASE_SECONDS
+        while not self.signals:
+            try:
+                refuse(folder, tree)
+                return new_start(folder, tree)
+            except LockedError:  # by a node that was lost, perhaps
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+        return None
+
+    def _follow(self) -> int:
+        link = come(self.node, self.handover.key, self._ports, self._is_stopped)
+        if link is None:
+            return PREEMPTED
+        follower = Follower(
+            self.node, link, self.worker, lambda: self.signals[0] if self.signals else None
+        )
+        try:
+            return follower.run()
+        except LostError:
+            code = PREEMPTED if self._committed() > self._committed_before else INTERNAL
+            if self.node.rank == 1:  # one of those that are left speaks
+                self._leave_outcome(code)
+                step = self._committed() or "none"
+                say(
+                    f"node 0 of {self.node.count} is lost: its launcher has ended, or cannot be "
+                    f"reached; last committed step: {step} (exit code {code})"
+                )
+            return code
+
+    def _stopped(self) -> int:
+        name = signal.Signals(self.signals[0]).name
+        say(f"stopped by {name} before anything was started (exit code {PREEMPTED})")
+        return PREEMPTED
+
+    def _committed(self) -> int:
+        from trainer.checkpoint.commit import committed_steps
+        from trainer.directory import CHECKPOINTS
+
+        return max(committed_steps(Path(self.handover.folder) / CHECKPOINTS), default=0)
+
+    def _leave_outcome(self, code: int) -> None:
+        """Write down how the run has ended: of a launcher that is killed, srun knows no more."""
+        with suppress(OSError):  # a folder that is only for reading: those need it not
+            (self.place / OUTCOME).write_text(f"{code}\n")
+
+
+def say(text: str) -> None:
+    print(f"tessera: {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str], worker: str = WORKER) -> int:
+    """Launch one node's part; return the exit code of the run."""
+    from launch.terminal import redact_tracebacks
+
+    redact_tracebacks()
+    place = Path(arguments[0])
+    try:
+        handover = read_handover(place)
+        return Launcher(place, handover, node_of(os.environ, handover), worker).run()
+    except Exception as error:  # whatever has a remedy is said in one line
+        code = code_of(error)
+        if code == INTERNAL and not isinstance(error, TimeoutError):
+            raise
+        say(str(error))
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""A composed command line, and the folder that its run lives in. Needs neither torch nor Hydra."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A composed command line, before anything of it was checked."""
+
+    tree: dict[str, Any]
+    """The resolved config, `launch` included: what config.yaml stores."""
+    is_dry: bool
+
+    def locate(self, num_steps: int) -> Path:
+        """Choose the run's folder, refuse what it cannot go on with; return a new attempt in it."""
+        return new_start(self.choose(num_steps), self.tree)
+
+    def choose(self, num_steps: int) -> Path:
+        """Return the folder of a run so long; ValueError when it is in use or belongs to another
+        config."""
+        from trainer.directory import choose_run
+
+        tree = self.tree
+        folder = choose_run(tree["runs"], tree["name"], num_steps, tree["resume"])
+        refuse(folder, tree)
+        return folder
+
+
+def refuse(folder: Path, tree: dict[str, Any]) -> None:
+    """Raise ValueError where a start with this config cannot go on with the run of a folder."""
+    from trainer.checkpoint.commit import committed_steps
+    from trainer.checkpoint.lock import refuse_if_locked
+    from trainer.directory import CHECKPOINTS, CONFIG, read_rewind
+    from trainer.drift import check_drift
+    from trainer.stored_config import read_stored
+
+    refuse_if_locked(folder)
+    steps = committed_steps(folder / CHECKPOINTS)
+    has_rewound = read_rewind(folder) == tree["resume_step"]
+    if tree["resume_step"] is not None and tree["resume_step"] not in steps and not has_rewound:
+        raise ValueError(
+            f"resume_step={tree['resume_step']} has no checkpoint in {folder / CHECKPOINTS}; "
+            f"set it to {f'one of {steps}' if steps else 'null'}"
+        )
+    if steps and (folder / CONFIG).exists():
+        try:
+            changes = check_drift(read_stored(folder / CONFIG), tree, tree["resume_allow"])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        for key, (was, now) in changes.items():
+            if not key.startswith(("resume", "launch", "name", "runs")):
+                print(f"# changed since this run was saved: {key}: {was} -> {now}")
+
+
+def new_start(folder: Path, tree: dict[str, Any]) -> Path:
+    """Make a new attempt in the folder of a run, with the resolved config in it."""
+    import yaml
+
+    from trainer.directory import CONFIG, new_attempt
+    from trainer.files import write_text
+
+    attempt = new_attempt(folder)
+    write_text(attempt / CONFIG, yaml.safe_dump(tree, sort_keys=False))
+    return attempt
