@@ -84,6 +84,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"tessera: interrupted (exit code {128 + signal.SIGINT})", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
     except Exception as error:  # whatever has a remedy is said in one line
         return _refused(error)
 
