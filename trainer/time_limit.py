@@ -11,6 +11,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _STEPS_LATE = 2  # what a rank says after a step is acted upon after the next one
 _SAVE_FACTOR = 1.5  # of the slowest of twenty saves: the next one may be slower
 UNKNOWN_SAVE_SECONDS = 5.0  # before the first one was measured
+LEAVING_SECONDS = 5.0  # from the end of the last save to the end of the command
+_LEAVING_SHARE = 0.1  # of a short limit: it is not spent on leaving
 _KEPT = 100  # durations that are remembered
 
 
@@ -31,7 +33,7 @@ def end_of(text: str, now: datetime) -> datetime:
 
 
 class TimeLimit:
-    """How much time is left, against what a step and a save take.
+    """How much time is left for steps and saves, against what they take.
 
     Durations are those of the monotonic clock: a clock that is set changes nothing.
     """
@@ -40,7 +42,8 @@ class TimeLimit:
         self, seconds_left: float = math.inf, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        self._end = clock() + seconds_left
+        leaving = min(LEAVING_SECONDS, _LEAVING_SHARE * seconds_left)
+        self._end = clock() + max(0.0, seconds_left - leaving)
         self._steps: deque[float] = deque(maxlen=_KEPT)
         self._saves: deque[float] = deque(maxlen=_KEPT)
 

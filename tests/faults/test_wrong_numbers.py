@@ -24,6 +24,7 @@ from trainer.mesh import MeshSpec
 from trainer.numerics.spike import SpikeSpec
 from trainer.record import METRICS, read_lines
 from trainer.run import Run
+from trainer.schedule import Cosine
 from trainer.verify.forked import RankFailedError
 
 NAN = ["gradient_not_finite"]
@@ -156,6 +157,34 @@ def test_a_run_killed_after_a_rewind_comes_to_the_same_on_another_number_of_rank
     proof, _ = proved(tmp_path / "two")
     assert proof.holds, proof.findings
     assert sum(last - first for first, last in proof.passed_over) == 64
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rewind_costs_less_than_half_a_percent_of_the_last_loss(
+    tmp_path: Path, cache: Path, figure: Figure
+) -> None:
+    """Against a run that no spike met. Both anneal to a rate of 0, so that noise averages out."""
+    settings: dict[str, Any] = {
+        "max_steps": 1500, "eval_every": 1500, "save_every": 50, "log_every": 50,
+        "schedule": Cosine(warmup_steps=20, min_ratio=0.0), "data_micro_rows": 8,
+    }  # fmt: skip
+    run_ranks(1, train, tmp_path / "calm", tiny_run(cache, **settings), limit_seconds=250)
+    spike = SpikeSpec(policy="rewind", steps_back=5, max_rewinds=2, z=12.0, alpha=0.97,
+                      warmup_steps=25)  # fmt: skip
+    run = nonsense_run(cache, range(199 * 8, 200 * 8), **settings, spike=spike)
+    run_ranks(1, train, tmp_path / "run", run, limit_seconds=250)
+    rewinds = [line for line in read_lines(tmp_path / "run" / METRICS) if line["split"] == "rewind"]
+    assert [(line["step"], line["from_step"]) for line in rewinds] == [(150, 200)]
+    calm, found = (last_evaluation(tmp_path / name) for name in ("calm", "run"))
+    difference = 100 * abs(found / calm - 1)
+    figure("A17 held-out loss after a rewind, from that of a run without a spike", difference, "%")
+    assert difference < 0.5
+
+
+def last_evaluation(folder: Path) -> float:
+    lines = [line for line in read_lines(folder / METRICS) if line["split"] == "eval"]
+    return float(lines[-1]["loss"])
 
 
 def test_a_run_that_only_rewinds_ends(

@@ -118,7 +118,7 @@ class ShiftedData(PretrainingData):
 
 def nonsense_run(cache: Path, nonsense: Container[int], **changes: Any) -> Run:
     """Return a tiny run in which those samples are nonsense."""
-    run = tiny_run(cache, data_micro_rows=1, **changes)
+    run = tiny_run(cache, **({"data_micro_rows": 1} | changes))
     return replace(run, data=NonsenseData(**vars(run.data), nonsense=nonsense))
 
 

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from launch.deadline import END, SLURM_END, end_time, seconds_left
-from trainer.time_limit import UNKNOWN_SAVE_SECONDS, TimeLimit, end_of
+from trainer.time_limit import LEAVING_SECONDS, UNKNOWN_SAVE_SECONDS, TimeLimit, end_of
 
 NOW = datetime.fromisoformat("2030-01-01T12:00:00+00:00")
 
@@ -49,7 +49,7 @@ def test_restarted_worker_has_the_end_of_the_first_start() -> None:
 
 def test_run_stops_when_two_steps_and_a_slow_save_would_no_longer_fit() -> None:
     clock = Clock()
-    limit = TimeLimit(100.0, clock)
+    limit = TimeLimit(100.0 + LEAVING_SECONDS, clock)
     for _ in range(20):
         limit.took(step=2.0)
         limit.took(save=10.0)
@@ -58,6 +58,15 @@ def test_run_stops_when_two_steps_and_a_slow_save_would_no_longer_fit() -> None:
     clock.now += 0.2
     assert limit.is_near
     assert not limit.is_too_late
+
+
+def test_a_short_limit_is_not_spent_on_leaving() -> None:
+    clock = Clock()
+    limit = TimeLimit(10.0, clock)
+    clock.now += 9.0 - UNKNOWN_SAVE_SECONDS - 0.1
+    assert not limit.is_near
+    clock.now += 0.2
+    assert limit.is_near
 
 
 def test_save_that_was_never_measured_is_given_some_seconds() -> None:
@@ -77,7 +86,7 @@ def test_one_slow_save_in_many_is_not_what_is_expected() -> None:
 
 def test_save_that_cannot_end_in_time_is_not_begun() -> None:
     clock = Clock()
-    limit = TimeLimit(100.0, clock)
+    limit = TimeLimit(100.0 + LEAVING_SECONDS, clock)
     limit.took(save=10.0)
     limit.took(step=2.0)
     clock.now += 87.9
