@@ -6,7 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, INTERNAL, MEANINGS, code_of, in_words
+from launch.exit_codes import (
+    BAD_CONFIG,
+    CHECK_FAILED,
+    INTERNAL,
+    MEANINGS,
+    STORAGE,
+    code_of,
+    in_words,
+)
 
 # One line each; the module is imported only when its command runs.
 COMMANDS = {
@@ -95,13 +103,15 @@ def _refused(error: Exception) -> int:
     from launch.terminal import write_traceback
     from trainer.redaction import redact
 
-    code, text = code_of(error), redact(str(error))
+    code, text = code_of(error), str(error)
+    if code == STORAGE and isinstance(error, OSError):
+        text = f"{error.filename or 'disk'}: {error.strerror}; make room there, or set runs=DIR"
     if code == INTERNAL and type(error).__module__ != "trainer.errors":
         write_traceback(error)
         text = f"{type(error).__name__}: {text}; a defect: please report it with the lines above"
     if code not in (BAD_CONFIG, CHECK_FAILED):
         text += f"; {in_words(code)}"
-    print(f"tessera: {text}", file=sys.stderr)
+    print(f"tessera: {redact(text)}", file=sys.stderr)
     return code
 
 

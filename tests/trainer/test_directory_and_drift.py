@@ -317,3 +317,9 @@ def test_all_keys_that_make_another_run_of_it_are_named_at_once() -> None:
     new["model"] |= {f"b{number}": number for number in range(9)}
     with pytest.raises(ValueError, match="; and 8 more keys, which would make another run"):
         check_drift(SAVED, new, [])
+
+
+def test_run_where_nothing_can_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be made: Not a directory; set runs=DIR where"):
+        new_attempt(tmp_path / "file" / "runs" / "demo")
