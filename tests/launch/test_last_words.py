@@ -3,6 +3,9 @@
 import errno
 import json
 import logging
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +222,33 @@ def test_run_says_that_it_was_saved_only_where_it_was(
 def test_sizes_are_given_in_a_unit_that_shows_them() -> None:
     found = [size(number) for number in (0, 40e3, 99e6, 140e9)]
     assert found == ["0.0 kB", "40.0 kB", "99.0 MB", "140.0 GB"]
+
+
+LOOP = """
+import types
+from launch.signals import handle_signals
+request = types.SimpleNamespace(is_set=False, is_polled=True, reason="")
+handle_signals(request, says=True)
+print("ready", flush=True)
+while True:
+    sum(range(100))
+"""
+
+
+def test_signals_to_a_single_process_are_answered_at_once() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == (
+            "tessera: SIGTERM: the run ends after this step, with a save; a second signal ends it "
+            "at once\n"
+        )
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == (
+            "tessera: SIGINT: stopped at once by a second signal, without a save (exit code 130)\n"
+        )
+        assert process.wait(30.0) == 130
