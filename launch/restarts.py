@@ -118,6 +118,16 @@ class Restarts:
             return "since no step was done: the same would happen"
         return "" if self.limit else "since launch.restarts=0"
 
+    def in_words(self, recoveries: Sequence[float]) -> str:
+        """Say how a run came to its end all the same; `recoveries`: seconds each."""
+        count, first = len(self.failures), self.failures[0]
+        seconds = ", ".join(f"{each:.1f} s" for each in recoveries)
+        lost = sum(each.num_lost for each in self.failures)
+        return (
+            f"finished after {count} restart{'s' if count > 1 else ''}; steps done twice: {lost}; "
+            f"time to recover: {seconds or 'not seen'}; the first failure: {first.sentence}"
+        )
+
     @property
     def counted(self) -> str:
         return f"restart {self.num_in_vain} of {self.limit} without a new checkpoint"

@@ -164,7 +164,8 @@ class Supervisor:
         # Leaving without a record is a failure, with 0 too.
         codes = [each.code if each.code in MEANINGS else INTERNAL for each in witnesses]
         if set(codes) == {FINISHED}:
-            self._say_how_it_went()
+            if self.restarts.failures:
+                self._say(self.restarts.in_words(self.recoveries))
             return FINISHED
         records = [each.record for each in witnesses]
         left_early = [record for record in records if record.get("has_begun") is False]
@@ -198,17 +199,6 @@ class Supervisor:
             sentence=f"node {group.lost} of {self.node.count} is lost: its launcher has ended, or "
             "cannot be reached",
         )
-
-    def _say_how_it_went(self) -> None:
-        failures = self.restarts.failures
-        if failures:
-            seconds = ", ".join(f"{each:.1f} s" for each in self.recoveries)
-            lost = sum(each.num_lost for each in failures)
-            self._say(
-                f"finished after {len(failures)} restart{'s' if len(failures) > 1 else ''}; steps "
-                f"done twice: {lost}; time to recover: {seconds or 'not seen'}; the first failure: "
-                f"{failures[0].sentence}"
-            )
 
     def _committed(self) -> int:
         from trainer.checkpoint.commit import committed_steps
