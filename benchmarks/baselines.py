@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.record import read_lines
+from trainer.files import read_lines
 from trainer.validation.question_only import most_frequent
 from trainer.validation.scores import exact_match
 

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.classifier_inputs import Settings, prepare
 from benchmarks.in_turn import machine
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
-from trainer.record import read_lines
+from trainer.files import read_lines
 
 Curve = list[dict[str, float]]
 LIMIT = 1e-5

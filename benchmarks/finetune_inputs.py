@@ -16,8 +16,7 @@ from launch.compose import compose
 from trainer.data.bpe import train_bpe
 from trainer.data.document_data import DocumentData
 from trainer.data.tokenizers import FileTokenizer
-from trainer.files import write_json
-from trainer.record import read_lines
+from trainer.files import read_lines, write_json
 from trainer.run import Run
 from trainer.settings import RANDOM
 

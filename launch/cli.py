@@ -19,6 +19,10 @@ from launch.exit_codes import (
 # One line each; the module is imported only when its command runs.
 COMMANDS = {
     "train": ("launch.train", "train a model: tessera train experiment=demo"),
+    "sweep": (
+        "launch.sweep",
+        "many runs, one table: tessera sweep experiment=demo optim.lr=1e-3,3e-4 seed=0,1",
+    ),
     "generate": (
         "launch.generate",
         "continue a text: tessera generate checkpoint=DIR prompt=...",
@@ -55,6 +59,14 @@ COMMANDS = {
     ),
     "convert": ("launch.convert", "move a Gemma between Hugging Face, Flax and DeepMind files"),
     "doctor": ("launch.doctor", "versions, memory, disk and clock of this machine"),
+    "explain": (
+        "launch.explain",
+        "a setting, who set it and what it means: tessera explain optim.lr experiment=demo",
+    ),
+    "completion": (
+        "launch.completion",
+        "what makes a shell complete tessera commands: tessera completion bash",
+    ),
     "list": ("launch.menu", "list experiments and the choices of every config group"),
 }
 

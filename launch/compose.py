@@ -22,16 +22,31 @@ class Composed:
     experiment: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One file of a composition."""
+
+    file: str
+    """Below configs/, without its ending."""
+    package: str
+    """The key below which it stands; empty: none."""
+
+
 def compose(
-    overrides: list[str], *, command: str = "train", options: Iterable[str] = ()
+    overrides: list[str],
+    *,
+    command: str = "train",
+    options: Iterable[str] = (),
+    is_partial: bool = False,
 ) -> Composed:
     """Compose `configs/train.yaml` with overrides; ValueError in one line for what does not fit.
 
-    The `command` has some `options` of its own, which are suggested too.
+    The `command` has some `options` of its own, which are suggested too. What must be set is `???`
+    in a partial config.
     """
     for override in overrides:
         _check_key(override, command, options)
-    overrides = [_settable(override) for override in [*overrides, *_other_length(overrides)]]
+    overrides = _for_hydra(overrides)
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.errors import HydraException, OverrideParseException
@@ -45,7 +60,7 @@ def compose(
             chosen = config.hydra.runtime.choices.get("experiment")
             OmegaConf.set_struct(config, False)
             del config["hydra"]
-            tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=not is_partial)
     except OverrideParseException as error:
         raise ValueError(_unreadable(str(error.override), str(error))) from None
     except (HydraException, OmegaConfBaseException) as error:
@@ -54,6 +69,68 @@ def compose(
     plain = {str(key): value for key, value in tree.items()}
     refuse_secrets(plain)
     return Composed(tree=plain, experiment=chosen)
+
+
+def layers(overrides: list[str]) -> list[Layer]:
+    """Return the files that make up a config, in the order in which they take effect."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with initialize_config_module("configs", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        found = loader.compute_defaults_list(ROOT, _for_hydra(overrides), RunMode.RUN)
+    return [
+        Layer(file=each.config_path, package=each.package or "")
+        for each in found.defaults
+        if each.config_path and each.config_path.partition("/")[0] != "hydra"
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """The words of one run of a sweep."""
+
+    words: list[str]
+    varied: dict[str, str]
+    """Keys of which the sweep has several values, with the one of this run."""
+
+
+def combinations(overrides: list[str], *, command: str) -> list[Combination]:
+    """Return every combination of what varies, as Hydra's basic sweeper does: the last key varies
+    fastest."""
+    for override in overrides:
+        _check_key(override, command, ())
+    from hydra import initialize_config_module
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    with initialize_config_module("configs", version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        found = []
+        for override in overrides:
+            try:
+                (read,) = parser.parse_overrides([override])
+                BasicSweeper.split_arguments([read], max_batch_size=None)  # an interval is refused
+            except HydraException as error:
+                raise ValueError(_unreadable(override, str(error))) from None
+            found.append(read)
+        (jobs,) = BasicSweeper.split_arguments(found, max_batch_size=None)
+    keys = [each.get_key_element() for each in found if each.is_sweep_override()]
+    return [
+        Combination(words=job, varied={k: v for k, _, v in _parted(job) if k in keys})
+        for job in jobs
+    ]
+
+
+def _parted(words: list[str]) -> Iterable[tuple[str, str, str]]:
+    return (word.partition("=") for word in words)
+
+
+def _for_hydra(overrides: list[str]) -> list[str]:
+    return [_settable(override) for override in [*overrides, *other_length(overrides)]]
 
 
 def parsed(override: str) -> tuple[str, Any]:
@@ -96,7 +173,7 @@ def _check_key(override: str, command: str, options: Iterable[str]) -> None:
         raise unknown_key(command, key, [*known, *options])
 
 
-def _other_length(overrides: list[str]) -> list[str]:
+def other_length(overrides: list[str]) -> list[str]:
     """Return what the length on the command line takes the place of, in a recipe of either kind."""
     named = {key for key in LENGTHS for override in overrides if override.startswith(f"{key}=")}
     return [f"{key}=null" for key in LENGTHS if len(named) == 1 and key not in named]

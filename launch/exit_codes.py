@@ -12,7 +12,7 @@ NO_PROGRESS = 93  # NVIDIA's resiliency extension has it, too
 
 MEANINGS = {
     FINISHED: "finished; the last step is committed",
-    CHECK_FAILED: "a check failed: the command says which",
+    CHECK_FAILED: "a check failed (verify, export, tokenize check=DIR), or a job of a sweep did",
     CORRUPT: "copies of the weights differ: memory or a chip is at fault; use other nodes",
     BAD_CONFIG: "bad config, illegal number of processes, or the run directory is in use",
     DATA: "the data cannot be read or used",

@@ -90,8 +90,7 @@ def _history(folder: Path) -> "History | None":
         return None
 
     from trainer.export.source import History
-    from trainer.files import read_json
-    from trainer.record import read_lines
+    from trainer.files import read_json, read_lines
     from trainer.stored_config import read_stored
 
     facts = run / "environment.json"

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import BAD_CONFIG, INTERNAL, PREEMPTED, code_of, in_words
 from launch.restarts import standing, way_on
-from launch.terminal import write_traceback
+from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
 from trainer.redaction import redact, redact_tree
@@ -144,12 +143,6 @@ def _committed(attempt: Path | None) -> list[int]:
     from trainer.directory import CHECKPOINTS
 
     return committed_steps(attempt.parent.parent / CHECKPOINTS) if attempt else []
-
-
-def say(text: str) -> None:
-    """Write one line at once: other ranks write into the same terminal."""
-    sys.stderr.write(f"tessera: {redact(text)}\n")
-    sys.stderr.flush()
 
 
 def judge_here(attempt: Path, num_ranks: int) -> str:

@@ -1,8 +1,16 @@
 """The menu: experiments and config groups, read off the YAML files without Hydra."""
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+
+USAGE = """usage: tessera list [GROUP]
+
+  tessera list               experiments with a line each, groups with their choices
+  tessera list experiment    or any group: a line on each of its choices
+"""
+HELP = {"-h", "--help"}
 
 
 def config_folder() -> Path:
@@ -40,9 +48,30 @@ def lines() -> Iterator[str]:
             yield f"  {group:<16} {', '.join(choices)}"
 
 
+def choices_of(group: str) -> Iterator[str]:
+    """Yield one line for each choice of a group; ValueError for a group that there is not."""
+    known = groups()
+    if group not in known:
+        near = get_close_matches(group, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no group {group!r}; {hint}Groups: {', '.join(known)}")
+    width = max(map(len, known[group]))
+    for choice in known[group]:
+        text = headline(config_folder() / group / f"{choice}.yaml")
+        yield f"{group}={choice:<{width}}  {text}".rstrip()
+
+
 def main(arguments: list[str]) -> int:
-    """Print the menu."""
-    if arguments and arguments[0] not in ("-h", "--help"):
-        raise ValueError(f"tessera list takes no argument, found {arguments[0]!r}; leave it out")
-    print("\n".join(lines()))
+    """Print the menu, or the choices of one group."""
+    if HELP & set(arguments):
+        print(USAGE)
+    if not arguments or HELP & set(arguments):
+        print("\n".join(lines()))
+        return 0
+    if len(arguments) > 1 or "=" in arguments[0]:
+        raise ValueError(
+            f"tessera list takes one group at most, found {' '.join(arguments)!r}; for example "
+            "tessera list experiment"
+        )
+    print("\n".join(choices_of(arguments[0])))
     return 0

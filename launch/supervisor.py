@@ -23,6 +23,7 @@ from launch.meeting import Link
 from launch.restarts import Failure, Restarts, failure_of, last_step, standing, way_on
 from launch.signals import STOP_SIGNALS, STOPPING
 from launch.stragglers import Stragglers
+from launch.terminal import say, show_cursor
 from launch.verdict import Witness
 from launch.watchdog import Hang, Watchdog, WatchdogSpec
 
@@ -77,9 +78,9 @@ class Supervisor:
             if end is None and self.signals:
                 end = outcome.code, f"{outcome}; not started again, since a stop was asked for"
             if end is not None:
-                self._say(end[1])
+                say(end[1])
                 return end[0]
-            self._say(f"{outcome}; starting again ({self.restarts.counted})")
+            say(f"{outcome}; starting again ({self.restarts.counted})")
             self.attempt = self._next_attempt()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
@@ -102,6 +103,7 @@ class Supervisor:
             hang = self._wait(group)
         finally:
             group.kill()
+            show_cursor()  # rank 0 may have had no time for it
         return self._judge(group, hang)
 
     def _wait(self, group: Group | Crew) -> Hang | None:
@@ -131,7 +133,7 @@ class Supervisor:
                 places, gap, looked_at = group.places(), now - looked_at, now
                 self._welcome_back(places)
                 if told := stragglers.look(places, gap):
-                    self._say(told)
+                    say(told)
                 hang = watchdog.look(places, gap) if watchdog else None
                 if hang:
                     self.failed_at = self.failed_at or now
@@ -142,7 +144,7 @@ class Supervisor:
     def _forward(self, group: Group | Crew, number: int) -> None:
         name = signal.Signals(number).name
         if len(self.signals) == 1:
-            self._say(f"{name}: {STOPPING}")
+            say(f"{name}: {STOPPING}")
         group.send(number)
 
     def _welcome_back(self, places: list[dict[str, Any]]) -> None:
@@ -153,7 +155,7 @@ class Supervisor:
         if done > self.restarts.failures[-1].committed:
             self.recoveries.append(time.monotonic() - self.failed_at)
             self.failed_at = None
-            self._say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
+            say(f"back at work after {self.recoveries[-1]:.1f} s: step {done} is done")
 
     def _judge(self, group: Group | Crew, hang: Hang | None) -> int | Failure:
         if len(self.signals) > 1:
@@ -165,21 +167,21 @@ class Supervisor:
         codes = [each.code if each.code in MEANINGS else INTERNAL for each in witnesses]
         if set(codes) == {FINISHED}:
             if self.restarts.failures:
-                self._say(self.restarts.in_words(self.recoveries))
+                say(self.restarts.in_words(self.recoveries))
             return FINISHED
         records = [each.record for each in witnesses]
         left_early = [record for record in records if record.get("has_begun") is False]
         if set(codes) == {PREEMPTED} or (self.signals and left_early):
             reason = (left_early or records)[0]["reason"]
             step = self._committed()
-            self._say(f"{reason}; {standing(step)}; {way_on(step)} (exit code {PREEMPTED})")
+            say(f"{reason}; {standing(step)}; {way_on(step)} (exit code {PREEMPTED})")
             return PREEMPTED
         failure = failure_of(witnesses, codes, self._committed())
         return failure if hang is None else _with_hang(failure, hang, self.attempt)
 
     def _left_at_once(self, number: int) -> int:
         step, code = self._committed(), 128 + number
-        self._say(
+        say(
             f"{signal.Signals(number).name}: stopped at once by a second signal, without a save; "
             f"{standing(step)}; {way_on(step)} (exit code {code})"
         )
@@ -212,10 +214,6 @@ class Supervisor:
         attempt = new_attempt(self.attempt.parent.parent)
         shutil.copyfile(self.attempt / CONFIG, attempt / CONFIG)
         return attempt
-
-    @staticmethod
-    def _say(text: str) -> None:
-        print(f"tessera: {text}", file=sys.stderr, flush=True)
 
 
 def _with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:

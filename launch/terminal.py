@@ -1,18 +1,20 @@
 """Logging: rank 0 says what happens, the others only what is wrong.
 
-It shares one screen with the progress bar. No secret passes here, in a line or in a traceback.
+It shares one screen with the status line. No secret passes here, in a line or in a traceback.
 """
 
 import logging
+import os
 import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from types import TracebackType
 
 
 class ScreenHandler(logging.Handler):
-    """Print through rich's console, which keeps a progress bar below the lines."""
+    """Print through rich's console, which keeps a status line below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         import rich
@@ -23,10 +25,24 @@ class ScreenHandler(logging.Handler):
 
 
 def show_cursor() -> None:
-    """Undo what a progress bar did to the terminal, however the run ended."""
-    if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h")
-        sys.stdout.flush()
+    """Undo what a status line did to the terminal, however the run ended."""
+    from trainer.screen import clean  # here: the help needs nothing of the trainer
+
+    with suppress(OSError, ValueError):  # the terminal has gone, or stdout was closed
+        screen = sys.__stdout__.fileno() if sys.__stdout__ else -1  # not what rich put before it
+        if os.isatty(screen) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+            clean(screen)
+            os.write(screen, b"\x1b[?25h")
+
+
+def say(text: str) -> None:
+    """Write one line at once, where another process may have left a status line."""
+    from trainer.redaction import redact
+    from trainer.screen import clean
+
+    clean(2)
+    sys.stderr.write(f"tessera: {redact(text)}\n")
+    sys.stderr.flush()
 
 
 def redact_tracebacks() -> None:

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE + "\n".join(lines()))
         return 0
     with leaving_on_signals():
-        return _train(_request(arguments))
+        return _train(read_request(arguments))
 
 
 def _train(request: Request) -> int:
@@ -54,7 +54,7 @@ def _train(request: Request) -> int:
     folder = None if max_steps is None else request.choose(max_steps)
     run, launch = bind_run(request.tree)
     run.check(launch.world_size)
-    run = _settled(run)
+    run = settled(run)
     folder = folder or request.choose(run.num_steps)
     job = Job(run=run, tree=request.tree, folder=folder, end=end)
     if request.is_dry:
@@ -76,7 +76,7 @@ def _show(job: Job, launch: Launch) -> None:
     )
 
 
-def _settled(run: Any) -> Any:
+def settled(run: Any) -> Any:
     """Return the run with what its data says, before anything is started."""
     from launch.terminal import configure_logging
     from trainer.settle import settle
@@ -97,7 +97,8 @@ def _print_shards(run: Any, processes: int) -> None:
         print(f"#   {shard.name}{times}: {list(shard.local)} of {list(shard.whole)}")
 
 
-def _request(arguments: list[str]) -> Request:
+def read_request(arguments: list[str]) -> Request:
+    """Compose a command line; ValueError for what does not fit."""
     own, words = split_off("train", arguments, ["dry_run"])
     composed = compose(words)
     tree = composed.tree

@@ -16,12 +16,11 @@ from launch.last_words import (
     leave_record,
     report,
     report_first,
-    say,
     stopped,
 )
 from launch.parent import Stacks, die_with, obey
 from launch.signals import handle_signals
-from launch.terminal import redact_tracebacks
+from launch.terminal import redact_tracebacks, say
 
 if TYPE_CHECKING:
     from trainer.construct import Start

@@ -51,6 +51,21 @@ def _weights(weights: dict[str, float]) -> str:
     return f"weights {', '.join(each[:MAX_CLASSES])}{more}"
 
 
+def _counted(number: int, name: str, plural: str = "s") -> str:
+    return f"{number:,} {name}" + plural * (number != 1)
+
+
+def _describe_batch(loader: StepLoader) -> str:
+    """Return how a step is made up; documents fill as many rows as they need."""
+    unit, ranks = loader.rows.unit, _counted(loader.num_ranks, "rank")
+    size = f"{_counted(loader.global_samples, unit.removesuffix('s'))} per step"
+    rows, tokens = _counted(loader.micro_rows, "row"), f"{loader.rows.row_tokens:,} tokens"
+    count, rest = divmod(loader.global_samples, loader.num_ranks * loader.micro_rows)
+    if unit == "rows" and not rest:
+        return f"{size} = {ranks} x {_counted(count, 'micro-batch', 'es')} x {rows} of {tokens}"
+    return f"{size}, in rows of {tokens}: {ranks} x micro-batches of {rows}"
+
+
 def describe(
     run: Run,
     model: nn.Module,
@@ -64,7 +79,7 @@ def describe(
 ) -> dict[str, str]:
     """Return one line each on model, what trains, layout, batch, data and the FLOP formula."""
     chosen = f" (mesh=auto: {reason})" if reason else ""
-    store, unit = loader.rows.store, loader.rows.unit
+    store = loader.rows.store
     held_out = eval_loader.rows.store.num_documents if eval_loader else 0
     weights = getattr(run.task, "class_weights", {})
     return {
@@ -77,11 +92,10 @@ def describe(
             if slow_bf16(PRECISIONS[run.precision], ranks.device)
             else ""
         ),
-        "batch": f"{loader.global_samples} {unit} per step, in rows of {loader.rows.row_tokens} "
-        f"tokens: {loader.num_ranks} ranks x micro-batches of {loader.micro_rows} rows",
-        "data": f"{store.num_tokens:,} tokens in {store.num_documents:,} documents, "
-        f"{run.num_steps:,} steps = {_passes(loader, run.num_steps)}; "
-        f"{held_out} documents held out",
+        "batch": _describe_batch(loader),
+        "data": f"{store.num_tokens:,} tokens in {_counted(store.num_documents, 'document')}, "
+        f"{_counted(run.num_steps, 'step')} = {_passes(loader, run.num_steps)}; "
+        f"{_counted(held_out, 'document')} held out",
         **({"classes": _weights(weights)} if weights else {}),
         "FLOPs": meter.flops().describe(),
     }

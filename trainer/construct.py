@@ -205,13 +205,13 @@ def _initial_values(run: Run, model: nn.Module) -> Values:
 
 
 def _fit(loop: Loop, view: RunView, engine: PhasedEngine, ranks: Ranks) -> bool:
-    for callback in loop.callbacks:
-        callback.on_start(view, loop.progress)
     try:
+        for callback in loop.callbacks:
+            callback.on_start(view, loop.progress)
         is_finished = _fit_with_rewinds(loop, view, engine, ranks)
-    except ValueError as error:  # past the checks, a wrong value is a defect and no bad config
-        raise RuntimeError(f"after step {loop.progress.step}: {error}") from error
     finally:
+        for callback in loop.callbacks:
+            callback.on_close()
         loop.checkpoints.close()  # its process holds the run's lock, too
     loop.whereabouts.enter("end")
     for callback in loop.callbacks:
@@ -224,6 +224,8 @@ def _fit_with_rewinds(loop: Loop, view: RunView, engine: PhasedEngine, ranks: Ra
     while True:
         try:
             return loop.fit()
+        except ValueError as error:  # past the checks, a wrong value is a defect and no bad config
+            raise RuntimeError(f"after step {loop.progress.step}: {error}") from error
         except RewindError as error:
             go_back(loop, view.run, engine, ranks, error)
             view = replace(view, loader=loop.loader)

@@ -25,6 +25,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    objects = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a crash in an earlier attempt
+    return objects
+
+
 def read_number(path: Path) -> int | None:
     """Return the whole number that a file holds; None where none can be read."""
     try:

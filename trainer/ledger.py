@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.record import read_lines
+from trainer.files import read_lines
 
 
 @dataclass(frozen=True)

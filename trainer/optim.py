@@ -67,8 +67,11 @@ class AdamW:
     """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019, algorithm 2."""
 
     lr: float
+    """Learning rate where the schedule's factor is 1."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """How much of the running means of gradient and squared gradient a step keeps."""
     eps: float = 1e-8
+    """Added to the root of the mean square, against division by nothing."""
     weight_decay: float = 0.1
     """Applied to matrices only: not to norms, biases, gates and embeddings."""
     max_grad_norm: float | None = 1.0
@@ -92,6 +95,7 @@ class SGD:
     """Plain gradient descent: its update shows a wrong gradient scale, which Adam's hides."""
 
     lr: float
+    """Learning rate where the schedule's factor is 1."""
     weight_decay: float = 0.0
     """Applied to matrices only: not to norms, biases, gates and embeddings."""
     max_grad_norm: float | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from trainer.evaluation_due import read_due, write_due
-from trainer.files import write_text
+from trainer.files import read_lines, write_text
 from trainer.numerics.spike import names_of
 from trainer.trackers.spool import METRICS
 
@@ -98,19 +98,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
     return value
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; a torn last line is left out."""
-    if not path.exists():
-        return []
-    objects = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            objects.append(json.loads(line))
-        except ValueError:
-            continue  # torn by a crash in an earlier attempt
-    return objects
 
 
 def _is_torn(path: Path) -> bool:

@@ -18,6 +18,7 @@ class Constant:
     """Linear warm-up, then 1."""
 
     warmup_steps: int = 0
+    """Steps until the full learning rate."""
 
     def __post_init__(self) -> None:
         _check(self.warmup_steps, 0.0)

@@ -50,6 +50,7 @@ class Settings:
     runs: str
     """Parent folder of runs."""
     seed: int
+    """Of initial weights, the order of the data and dropout."""
     max_steps: int | None
     """Optimizer steps; null: as many as `max_epochs` needs."""
     max_epochs: float | None = None

@@ -29,10 +29,15 @@ def table(file: Path) -> str:
     """Return the newest figure of each name as a table, in the order of the acceptance tests."""
     newest = {line["name"]: line for line in read_lines(file)}
     rows = [
-        f"| {name} | {_plain(line['value'])} {line['unit']} | `{line['test']}` | {line['date']} |"
+        f"| {name} | {_plain(line['value'])} {line['unit']} "
+        f"| {_file(line['test'])} | {line['date']} |"
         for name, line in sorted(newest.items(), key=lambda item: (_number(item[0]), item[0]))
     ]
-    return "\n".join(["| Figure | Value | Test | Date |", "|---|---|---|---|", *rows])
+    return "\n".join(["| Figure | Value | Test, in tests/ | Date |", "|---|---|---|---|", *rows])
+
+
+def _file(test: str) -> str:
+    return f"`{test.split('::')[0].removeprefix('tests/')}`"
 
 
 def _number(name: str) -> int:

@@ -12,8 +12,9 @@ export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 export TESSERA_FIGURES=${TESSERA_FIGURES:-$PWD/runs/figures.jsonl}
 mkdir -p "$(dirname "$TESSERA_FIGURES")"
 code=0
-# Beside tests/faults: what belongs to the data, exactly once and without leaks.
+# Beside tests/faults: what belongs to the data, exactly once and without leaks, and to checkpoints.
 pytest -m "slow or not slow" "$@" tests/faults tests/trainer/test_elastic.py \
-  tests/trainer/test_document_leakage.py tests/trainer/test_vision_leakage.py || code=$?
+  tests/trainer/test_document_leakage.py tests/trainer/test_vision_leakage.py \
+  tests/trainer/test_checkpoints.py || code=$?
 python -m tests.faults.figures "$TESSERA_FIGURES"
 exit $code

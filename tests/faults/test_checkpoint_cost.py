@@ -23,6 +23,7 @@ from trainer.mesh import MeshSpec
 from trainer.progress import Progress
 from trainer.protocols import Saved
 from trainer.run import Run
+from trainer.time_limit import TimeLimit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -49,7 +50,8 @@ class Saves(Callback):
 
 def saves_of(placement: Placement, folder: Path, run: Run) -> dict[str, Any]:
     noted = Saves()
-    fit(replace(run, callbacks={"saves": noted}), start_in(folder, placement))
+    start = replace(start_in(folder, placement), limit=TimeLimit(5.5 * INTERVAL_SECONDS))
+    fit(replace(run, callbacks={"saves": noted}), start)
     return vars(noted)
 
 
@@ -60,7 +62,7 @@ def test_saves_in_the_background_hold_training_up_for_less_than_a_hundredth_of_t
     model = tiny_spec(hidden_size=384, intermediate_size=1024, num_hidden_layers=8)
     interval = CheckpointSpec(interval=INTERVAL_SECONDS)
     run = tiny_run(
-        cache, model=model, mesh=MeshSpec(dp_shard=2), checkpoint=interval, stop_at="+110s",
+        cache, model=model, mesh=MeshSpec(dp_shard=2), checkpoint=interval,
         max_steps=10**6, log_every=10,
     )  # fmt: skip
     found = run_ranks(2, saves_of, tmp_path, run, limit_seconds=500)

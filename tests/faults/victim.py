@@ -13,6 +13,12 @@ MARK = "/dev/null/begins"  # a folder that nobody can make
 RECOVERED = 3
 
 
+def say(error: Exception) -> None:
+    """Tell of a failure, if anything can be written at all: no failed message ends a run."""
+    with suppress(OSError):
+        print(error, file=sys.stderr, flush=True)
+
+
 def victim(run: str) -> None:
     """Save once; where that fails, clear up and try again as the run does. Ends the process."""
     lock = start(Path(run))
@@ -22,12 +28,12 @@ def victim(run: str) -> None:
     try:
         save_next(Path(run), lock)
     except (OSError, StorageError) as error:
-        print(error, file=sys.stderr, flush=True)
+        say(error)
         try:
             collect_debris(Path(run) / "checkpoints")
             save_next(Path(run), lock)
             code = RECOVERED
         except (OSError, StorageError) as again:
-            print(again, file=sys.stderr, flush=True)
+            say(again)
             code = GAVE_UP
     os._exit(code)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_spec
+from tests.conftest import Figure, tiny_spec
 from tests.ranks import run_ranks
 from tests.runs import DieAt, start_in, tiny_run, train
 from trainer.callbacks.protocol import Callback, RunView
@@ -409,8 +409,9 @@ def write(text: str) -> Callable[[Path, Path], None]:
     ],
 )
 def test_latest_is_only_a_hint(
-    six_steps: Path, cache: Path, ten_steps: Path, spoil: Callable[[Path, Path], None]
-) -> None:
+    request: pytest.FixtureRequest, six_steps: Path, cache: Path, ten_steps: Path,
+    spoil: Callable[[Path, Path], None], figure: Figure,
+) -> None:  # fmt: skip
     outside = six_steps.parent / "outside"
     outside.write_text("step_00000003\n")
     spoil(six_steps / "checkpoints/latest", outside)
@@ -418,6 +419,7 @@ def test_latest_is_only_a_hint(
     assert curve(six_steps) == curve(ten_steps)[:7]
     assert committed_steps(six_steps / "checkpoints") == [7, 6]
     assert outside.read_text() == "step_00000003\n"
+    figure(f"A7 `latest` is {request.node.callspec.id}: resumed from the newest step", "yes", "")
 
 
 def test_symlinked_step_is_not_resumed(six_steps: Path, cache: Path, tmp_path: Path) -> None:

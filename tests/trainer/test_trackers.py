@@ -199,6 +199,7 @@ def test_tensorboard_shows_each_point_once_after_any_number_of_starts(tmp_path: 
         assert "CI" not in os.environ
         pytest.skip("tensorboard is not installed; it is part of tessera-train[test]")
     from tensorboard.backend.event_processing import event_file_loader as loader
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = run_folder(tmp_path, 1, 2, 3, tracker=TensorBoardTracker())
     assert main(["sync", f"run={run}"]) == 0
@@ -212,3 +213,6 @@ def test_tensorboard_shows_each_point_once_after_any_number_of_starts(tmp_path: 
     ]
     train = [(step, "train/loss") for step in (1, 2, 3, 4)]
     assert sorted(found) == sorted([*train, (2, "eval/loss"), (4, "eval/loss")])
+    curves = EventAccumulator(str(run / "tracker" / "tensorboard"))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("train/loss")] == [1, 2, 3, 4]

@@ -1,13 +1,19 @@
-"""The end of a run: a sample of what was learnt, where things are, what to try next."""
+"""The end of a run: a sample of what was learnt, a card, where things are, what to try next."""
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.heads import CAUSAL_LM
+from trainer.callbacks.card import card, next_commands
 from trainer.callbacks.protocol import Callback, RunView
+from trainer.files import read_lines
 from trainer.generation import sample
 from trainer.progress import Progress
 from trainer.protocols import Saved
+from trainer.screen import labelled, width
+from trainer.trackers.spool import METRICS
 from trainer.validation.spec import VALIDATION
 
 log = logging.getLogger(__name__)
@@ -20,7 +26,7 @@ CONTENTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Closing:
-    """Print a generated sample, the paths of what was saved, and the next commands."""
+    """Print a generated sample, how the run went, what was saved, and the next commands."""
 
     prompt: str = ""
     """Text that the sample continues."""
@@ -29,7 +35,7 @@ class Closing:
     temperature: float = 0.8
     """0 takes the likeliest token each time."""
     next_commands: tuple[str, ...] = ()
-    """Commands to try next; `{run}` stands for the run's folder."""
+    """Commands to try next; `{run}` stands for the run's folder. Empty: those that any run has."""
 
     def __post_init__(self) -> None:
         if self.sample_tokens < 0 or self.temperature < 0:
@@ -49,35 +55,52 @@ class ClosingCallback(Callback):
         self.checkpoint: Path | None = None
 
     def on_start(self, view: RunView, progress: Progress) -> None:
-        self.view = view
+        self.view, self.first_step, self.started = view, progress.step, time.monotonic()
 
     def on_save(self, progress: Progress, saved: Saved) -> None:
-        self.checkpoint = saved.folder
+        self.checkpoint = saved.folder or self.checkpoint
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
-        if not finished:
-            return
-        if self.spec.sample_tokens:
+        seconds = time.monotonic() - self.started  # without the sample
+        if finished and self.spec.sample_tokens:
             text = self._sample()
             log.info("\nsample at temperature %s:", self.spec.temperature)
             log.info("%s", "\n".join(f"  | {line}" for line in text.splitlines()))
+        if not self.view.is_main:
+            return
+        run, folder = self.view.run, self.view.folder
+        lines = card(
+            read_lines(folder / METRICS), run.best, name=folder.name, step=progress.step,
+            max_steps=run.num_steps, seconds=seconds, first_step=self.first_step,
+            finished=finished,
+        )  # fmt: skip
+        log.info("")
+        for name, text in lines.items():
+            log.info("%s", labelled(name, text))
+        self._say_places()
+        commands = [command.replace("{run}", str(folder)) for command in self.spec.next_commands]
+        if not commands or not finished:
+            writes_text = run.task.head == CAUSAL_LM
+            commands = next_commands(folder, writes_text=writes_text, finished=finished)
+        log.info("\nnext:")
+        for command in commands:
+            log.info("  %s", command)
+
+    def _say_places(self) -> None:
+        folder = self.view.folder
         log.info("\nsaved:")
         if self.checkpoint is not None:
             for name, note in CONTENTS.items():
                 if (self.checkpoint / name).exists():
-                    log.info("  %-12s %s  (%s)", name, self.checkpoint / name, note)
+                    log.info("%s", _place(name, self.checkpoint / name, note))
             log.info("  %-12s %s", "checkpoint", self.checkpoint)
             best = self.checkpoint.with_name("best")
             if best.is_file():
                 log.info("  %-12s %s", "best", best.with_name(best.read_text().strip()))
-        if (self.view.folder / VALIDATION).is_file():
-            log.info("  %-12s %s", "answers", self.view.folder / VALIDATION)
-        log.info("  %-12s %s", "metrics", self.view.folder / "metrics.jsonl")
-        log.info("  %-12s %s", "config", self.view.folder / "config.yaml")
-        if self.spec.next_commands:
-            log.info("\nnext:")
-            for command in self.spec.next_commands:
-                log.info("  %s", command.replace("{run}", str(self.view.folder)))
+        if (folder / VALIDATION).is_file():
+            log.info("  %-12s %s", "answers", folder / VALIDATION)
+        log.info("  %-12s %s", "metrics", folder / METRICS)
+        log.info("  %-12s %s", "config", folder / "config.yaml")
 
     def _sample(self) -> str:
         tokenizer = self.view.tokenizer
@@ -93,3 +116,10 @@ class ClosingCallback(Callback):
             virtual_ids=self.view.run.virtual_ids,
         )
         return tokenizer.decode(ids)
+
+
+def _place(name: str, path: Path, note: str) -> str:
+    """Return a line on a folder; a narrow terminal gets the path alone, which can be copied."""
+    line, columns = f"  {name:<12} {path}", width()
+    whole = f"{line}  ({note})"
+    return whole if columns is None or len(whole) <= columns else line

@@ -46,6 +46,9 @@ class Callback:
     def on_rewind(self, view: RunView, progress: Progress) -> None:
         """After the run went back to an older step; `view` has the loader that it goes on with."""
 
+    def on_close(self) -> None:
+        """When no step will follow, also after a failure: local things only, no collectives."""
+
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         """After the last step and save; `finished` is False when a signal ended the run early."""
 

@@ -43,6 +43,7 @@ class DeepSpeedEngine:
     activation_checkpointing: ActivationCheckpointing = field(
         default_factory=ActivationCheckpointing
     )
+    """Whether blocks are computed again in the backward pass: less memory for more time."""
     config: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings, in the layout of its JSON file. Unknown keys are errors."""
 

@@ -53,6 +53,7 @@ class NativeEngine:
     activation_checkpointing: ActivationCheckpointing = field(
         default_factory=ActivationCheckpointing
     )
+    """Whether blocks are computed again in the backward pass: less memory for more time."""
     compile: bool = False
     """Compile each block (torch.compile, static shapes): faster steps after a slower first one."""
     sequence_parallel: bool = True

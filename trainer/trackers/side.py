@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer.files import exclusive
 from trainer.redaction import redact
+from trainer.screen import clean
 from trainer.trackers.delivery import Delivery, read_settings
 from trainer.trackers.protocol import FOLDER
 
@@ -98,6 +99,7 @@ class Side:
 
     def _write(self, text: str) -> None:
         # One call: other processes write into the same terminal. It may be gone: then nobody reads.
+        clean(self.terminal)
         try:
             os.write(self.terminal, f"tessera: {redact(text)}\n".encode())
         except OSError:

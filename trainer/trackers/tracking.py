@@ -14,6 +14,7 @@ from time import monotonic
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.progress import Progress
+from trainer.screen import labelled
 from trainer.trackers.delivery import write_settings
 from trainer.trackers.protocol import TrackerSpec
 from trainer.trackers.side import BROKEN_OFF_SECONDS, FINISH_SECONDS
@@ -37,7 +38,7 @@ class Tracking(Callback):
         try:  # a full disk or a lack of memory: whoever saves will meet and tell it
             write_settings(folder, self.trackers)
             for name, spec in self.trackers.items():
-                log.info("%-8s%s: %s", "curves", name, spec.describe(view.folder))
+                log.info("%s", labelled("curves", f"{name}: {spec.describe(view.folder)}"))
                 if spec.is_live:
                     self.sides.append(_start(folder, name))
         except OSError as error:

@@ -30,11 +30,15 @@ class WandbTracker:
     kind: ClassVar[str] = "wandb"
 
     project: str = "tessera"
+    """Project on the server; it is made where there is none."""
     entity: str | None = None
     """User or team; null: the default of the account."""
     name: str | None = None
     """As shown there; null: the name of the run."""
+    group: str | None = None
+    """Runs of one name are shown as one group, those of a sweep for example; null: none."""
     tags: tuple[str, ...] = ()
+    """Words to find runs by."""
     mode: Literal["online", "offline"] = "online"
     """offline: nothing is sent while the run goes on; `tessera sync run=DIR` sends it later."""
 
@@ -71,7 +75,8 @@ class WandbTracker:
         series = identity["series"]
         name = self.name or folder.name
         run = wandb.init(
-            project=self.project, entity=self.entity, tags=list(self.tags) or None,
+            project=self.project, entity=self.entity, group=self.group,
+            tags=list(self.tags) or None,
             name=name if series == 1 else f"{name}-r{series}",
             id=identity["id"] if series == 1 else f"{identity['id']}-r{series}",
             resume="allow", dir=str(folder / FOLDER), settings=_settings(),
