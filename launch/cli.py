@@ -6,7 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from launch.exit_codes import BAD_CONFIG, INTERNAL, MEANINGS, code_of
+from launch.exit_codes import (
+    BAD_CONFIG,
+    CHECK_FAILED,
+    INTERNAL,
+    MEANINGS,
+    STORAGE,
+    code_of,
+    in_words,
+)
 
 # One line each; the module is imported only when its command runs.
 COMMANDS = {
@@ -99,14 +107,30 @@ def _main(arguments: Sequence[str] | None) -> int:
     run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
     try:
         return run(rest)
+    except KeyboardInterrupt:
+        print(f"tessera: interrupted (exit code {128 + signal.SIGINT})", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
     except Exception as error:  # whatever has a remedy is said in one line
-        code = code_of(error)
-        if code == INTERNAL:
-            raise
-        from trainer.redaction import redact
+        return _refused(error)
 
-        print(f"tessera: {redact(str(error))}", file=sys.stderr)
-        return code
+
+def _refused(error: Exception) -> int:
+    """Say why a command ends, and return its exit code; without a remedy that takes a traceback."""
+    from launch.terminal import write_traceback
+    from trainer.redaction import redact
+
+    code, text = code_of(error), str(error)
+    if code == STORAGE and isinstance(error, OSError):
+        text = f"{error.filename or 'disk'}: {error.strerror}; make room there, or set runs=DIR"
+    if code == INTERNAL and type(error).__module__ != "trainer.errors":
+        write_traceback(error)
+        text = f"{type(error).__name__}: {text}; a defect: please report it with the lines above"
+    if code not in (BAD_CONFIG, CHECK_FAILED):
+        text += f"; {in_words(code)}"
+    print(f"tessera: {redact(text)}", file=sys.stderr)
+    return code
 
 
 def _help() -> str:

@@ -23,6 +23,14 @@ MEANINGS = {
 }
 
 
+# Decisions of ours: no accident ends a process with one of these, and the same would happen again.
+FINAL = (CORRUPT, BAD_CONFIG, DATA, STORAGE)
+
+
+def in_words(code: int) -> str:
+    return f"exit code {code} ({MEANINGS.get(code, 'unknown')})"
+
+
 def code_of(error: Exception) -> int:
     """Return the exit code that tells this failure from others."""
     from errno import EDQUOT, EIO, ENOSPC, EROFS

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.exit_codes import INTERNAL, code_of
+from launch.exit_codes import BAD_CONFIG, INTERNAL, PREEMPTED, code_of, in_words
+from launch.restarts import standing, way_on
 from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
@@ -28,16 +30,25 @@ def describe(
 
     Secrets are masked here, in all of it: who shortens a text later cannot cut one in two.
     """
-    from trainer.errors import MemoryExhaustedError, NumericError
+    from trainer.errors import (
+        CorruptionError,
+        MemoryExhaustedError,
+        NumericError,
+        StorageError,
+    )
 
     code = code_of(error)
     is_consequence = placement.world_size > 1 and lost_the_others(error)
+    is_known = code != INTERNAL or type(error).__module__ == "trainer.errors"
     record = {
         "code": code,
-        "reason": f"{type(error).__name__}: {error}",
+        "reason": str(error) if is_known else f"{type(error).__name__}: {error}",
+        "traceback": None if is_known or is_consequence else traceback.format_exception(error),
         "time": time.time(),
         **whereabouts.place,
         "provenance": whereabouts.provenance,
+        # What these say is of other steps, or of a disk: the samples at hand are not to blame.
+        "is_of_samples": not isinstance(error, NumericError | StorageError | CorruptionError),
         "is_consequence": is_consequence,
         "is_final": code != INTERNAL or isinstance(error, NumericError),
         "is_oom": isinstance(error, MemoryError | MemoryExhaustedError),
@@ -86,20 +97,56 @@ def last_collective() -> dict[str, Any] | None:
     }
 
 
-def report(error: Exception, record: dict[str, Any], placement: "Placement") -> None:
+def report(
+    error: Exception, record: dict[str, Any], placement: "Placement", attempt: Path | None
+) -> None:
     """Say what failed: one line where the remedy is known, a traceback where it is not."""
-    is_known = record["code"] != INTERNAL or type(error).__module__ == "trainer.errors"
-    if not is_known and not record["is_consequence"]:
+    if record["traceback"]:
         write_traceback(error)
     witness = Witness(rank=placement.rank, record=record)
     name = f"rank {placement.rank} of {placement.world_size}"
+    code = in_words(record["code"])
     if record["is_consequence"]:
         text = f"{name} lost the others{witness.where}: {_short(str(error))}"
     elif record["step"]:
-        text = f"{name} failed{witness.where}{witness.work}: {witness.reason}"
+        committed = max(_committed(attempt), default=0)
+        text = (
+            f"{name} failed{witness.where}{witness.work}: {witness.reason}; {standing(committed)}; "
+            f"once the cause is mended, {way_on(committed)}; {code}"
+        )
     else:
-        text = str(error)
+        text = str(error) if record["code"] == BAD_CONFIG else f"{error}; {code}"
     say(text)
+
+
+def stopped(reason: str, attempt: Path | None) -> str:
+    """Return the last line of a run that stopped and saved."""
+    committed = max(_committed(attempt), default=0)
+    return f"{reason}; {standing(committed)}; {way_on(committed)} (exit code {PREEMPTED})"
+
+
+def report_first(error: Exception, record: dict[str, Any], rank: int, attempt: Path) -> None:
+    """Write a traceback, unless another rank of this start has: our supervisor says the rest.
+
+    Of the others it stands in their exit records.
+    """
+    if record["traceback"] is None:
+        return
+    try:
+        (attempt / "failed_first").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    except OSError:  # a full disk: rather twice than never
+        pass
+    say(f"rank {rank} fails:")
+    write_traceback(error)
+
+
+def _committed(attempt: Path | None) -> list[int]:
+    from trainer.checkpoint.commit import committed_steps
+    from trainer.directory import CHECKPOINTS
+
+    return committed_steps(attempt.parent.parent / CHECKPOINTS) if attempt else []
 
 
 def judge_here(attempt: Path, num_ranks: int) -> str:

@@ -53,9 +53,12 @@ def refuse(folder: Path, tree: dict[str, Any], *, may_join: bool = False) -> Non
             f"set it to {f'one of {steps}' if steps else 'null'}"
         )
     if steps and (folder / CONFIG).exists():
-        changes = check_drift(read_stored(folder / CONFIG), tree, tree["resume_allow"])
+        try:
+            changes = check_drift(read_stored(folder / CONFIG), tree, tree["resume_allow"])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         for key, (was, now) in changes.items():
-            if not key.startswith(("resume", "launch")):
+            if not key.startswith(("resume", "launch", "name", "runs")):
                 print(f"# changed since this run was saved: {key}: {was} -> {now}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, NO_PROGRESS, PREEMPTED
+from launch.exit_codes import FINAL, FINISHED, INTERNAL, NO_PROGRESS, PREEMPTED, in_words
 from launch.verdict import Witness, judge
 from launch.watchdog import Hang
 from trainer.directory import VERDICT
@@ -39,10 +39,7 @@ class Failure:
         return max(0, self.executed - self.committed)
 
     def __str__(self) -> str:
-        return (
-            f"{self.sentence}; last committed step: {self.committed or 'none'}; "
-            f"steps lost: {self.num_lost}"
-        )
+        return f"{self.sentence}; {standing(self.committed)}; steps lost: {self.num_lost}"
 
 
 def failure_of(witnesses: Sequence[Witness], codes: Sequence[int], committed: int) -> Failure:
@@ -53,7 +50,7 @@ def failure_of(witnesses: Sequence[Witness], codes: Sequence[int], committed: in
     return Failure(
         code=codes[rank] if codes[rank] not in (FINISHED, PREEMPTED) else INTERNAL,
         sentence=sentence,
-        is_final=is_own and bool(record.get("is_final")),
+        is_final=(is_own and bool(record.get("is_final"))) or (not record and codes[rank] in FINAL),
         is_own=is_own,
         oom_step=int(blamed.spot.get("step", 0)) if blamed.is_oom else None,
         executed=max([committed, *(last_step(witness.place) for witness in witnesses)]),
@@ -77,6 +74,16 @@ def with_hang(failure: Failure, hang: Hang, attempt: Path) -> Failure:
         sentence=f"{failure.sentence}; no sign of life for {hang.seconds:.0f} s (limit of "
         f"{hang.section}: {hang.limit:.0f} s), stacks of all ranks in {attempt}/stacks.*.txt",
     )
+
+
+def standing(committed: int) -> str:
+    """Say what is left of a run, whatever happened."""
+    return f"last committed step: {committed or 'none'}"
+
+
+def way_on(committed: int) -> str:
+    """Say what starting the same command again would do."""
+    return f"the same command {f'goes on after step {committed}' if committed else 'starts anew'}"
 
 
 def last_step(place: dict[str, Any]) -> int:
@@ -106,26 +113,52 @@ class Restarts:
         if failure.committed > self.committed:
             self.committed, self.num_in_vain = failure.committed, 0
         self.num_in_vain += 1
-        if failure.is_final or is_at_once or not self.limit:
-            return failure.code, f"{failure}; {_meaning(failure.code)}"
+        why = self._why_not(failure, is_at_once=is_at_once)
+        if why:
+            return failure.code, _end(failure, f"not started again, {why}", failure.code)
         is_same = before is not None and before.oom_step == failure.oom_step
         if failure.oom_step is not None and is_same:
-            return INTERNAL, (
-                f"{failure}; memory ran out twice at this step: lower data.micro_rows, set "
-                f"activation_checkpointing, or shard the model (mesh=fsdp); {_meaning(INTERNAL)}"
+            why = (
+                "memory ran out twice at this step: lower data.micro_rows, set "
+                "engine.activation_checkpointing.mode=full, or shard the model (mesh=fsdp)"
             )
+            return INTERNAL, _end(failure, why, INTERNAL)
         if self.num_in_vain > self.limit:
             first = self.failures[-self.num_in_vain]
-            return NO_PROGRESS, (
-                f"{first}; gave up after {self.limit} restarts without a new checkpoint, the last "
-                f"failure: {failure}; {_meaning(NO_PROGRESS)}"
+            why = (
+                f"gave up after {self.limit} restart{'s' if self.limit > 1 else ''} without a new "
+                f"checkpoint, the last failure: {failure}"
             )
+            return NO_PROGRESS, _end(first, why, NO_PROGRESS)
         return None
+
+    def _why_not(self, failure: Failure, *, is_at_once: bool) -> str:
+        """Say why a restart is of no use; empty: it may be."""
+        if failure.code == PREEMPTED:
+            return "since only a scheduler can replace a node"
+        if failure.is_final:
+            return "since the same would happen"
+        if is_at_once:
+            return "since no step was done: the same would happen"
+        return "" if self.limit else "since launch.restarts=0"
+
+    def in_words(self, recoveries: Sequence[float]) -> str:
+        """Say how a run came to its end all the same; `recoveries`: seconds each."""
+        count, first = len(self.failures), self.failures[0]
+        seconds = ", ".join(f"{each:.1f} s" for each in recoveries)
+        lost = sum(each.num_lost for each in self.failures)
+        return (
+            f"finished after {count} restart{'s' if count > 1 else ''}; steps done twice: {lost}; "
+            f"time to recover: {seconds or 'not seen'}; the first failure: {first.sentence}"
+        )
 
     @property
     def counted(self) -> str:
         return f"restart {self.num_in_vain} of {self.limit} without a new checkpoint"
 
 
-def _meaning(code: int) -> str:
-    return f"exit code {code} ({MEANINGS.get(code, '')})"
+def _end(failure: Failure, why: str, code: int) -> str:
+    way = way_on(failure.committed)
+    if code != PREEMPTED:
+        way = f"once the cause is mended, {way}"
+    return f"{failure}; {why}; {way}; {in_words(code)}"

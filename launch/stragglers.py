@@ -66,8 +66,8 @@ class Stragglers:
         return (
             f"rank {slowest} of {self.num_ranks} holds the others up: steps {self._first} to "
             f"{step - 1} cost it {own[slowest]:.2f} s each, the median rank {median:.2f} s "
-            f"({self._stopped[slowest]:.1f} s in all stopped, {self._starved[slowest]:.1f} s "
-            "without data)"
+            f"(of all these steps {self._stopped[slowest]:.1f} s stopped, "
+            f"{self._starved[slowest]:.1f} s without data); look at its core, memory and disk"
         )
 
 

@@ -21,8 +21,17 @@ from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, PREEMPTE
 from launch.group import Group, Node
 from launch.meeting import Link
 from launch.report.write import try_report
-from launch.restarts import Failure, Restarts, failure_of, last_step, leave_verdict, with_hang
-from launch.signals import STOP_SIGNALS
+from launch.restarts import (
+    Failure,
+    Restarts,
+    failure_of,
+    last_step,
+    leave_verdict,
+    standing,
+    way_on,
+    with_hang,
+)
+from launch.signals import PATIENTLY_STOPPING, STOP_SIGNALS, STOPPING
 from launch.stragglers import Stragglers
 from launch.terminal import say, show_cursor
 from launch.verdict import Witness
@@ -145,12 +154,8 @@ class Supervisor:
 
     def _forward(self, group: Group | Crew, number: int) -> None:
         name = signal.Signals(number).name
-        hint = "" if self._is_patient else "; a second signal ends it at once"
-        say(
-            f"{name}: the run ends after this step, with a save{hint}"
-            if len(self.signals) == 1
-            else f"{name}: stopped at once by a second signal"
-        )
+        if len(self.signals) == 1:
+            say(f"{name}: {PATIENTLY_STOPPING if self._is_patient else STOPPING}")
         group.send(number)
 
     def _welcome_back(self, places: list[dict[str, Any]]) -> None:
@@ -165,27 +170,33 @@ class Supervisor:
 
     def _judge(self, group: Group | Crew, hang: Hang | None) -> int | Failure:
         if len(self.signals) > 1:
-            return 128 + self.signals[-1]
+            return self._left_at_once(self.signals[-1])
         witnesses = group.witnesses()
         if group.lost or group.refusal:
             return self._without_a_node(group, witnesses)
         # Leaving without a record is a failure, with 0 too.
         codes = [each.code if each.code in MEANINGS else INTERNAL for each in witnesses]
         if set(codes) == {FINISHED}:
-            self._say_how_it_went()
+            if self.restarts.failures:
+                say(self.restarts.in_words(self.recoveries))
             return FINISHED
         records = [each.record for each in witnesses]
         left_early = [record for record in records if record.get("has_begun") is False]
         if set(codes) == {PREEMPTED} or (self.signals and left_early):
             reason = (left_early or records)[0]["reason"]
-            step = self._committed() or "none"
-            say(
-                f"{reason}; last committed step: {step}; the same command goes on from there "
-                f"(exit code {PREEMPTED})"
-            )
+            step = self._committed()
+            say(f"{reason}; {standing(step)}; {way_on(step)} (exit code {PREEMPTED})")
             return PREEMPTED
         failure = failure_of(witnesses, codes, self._committed())
         return failure if hang is None else with_hang(failure, hang, self.attempt)
+
+    def _left_at_once(self, number: int) -> int:
+        step, code = self._committed(), 128 + number
+        say(
+            f"{signal.Signals(number).name}: stopped at once by a second signal, without a save; "
+            f"{standing(step)}; {way_on(step)} (exit code {code})"
+        )
+        return code
 
     def _without_a_node(self, group: Group | Crew, witnesses: Sequence[Witness]) -> Failure:
         """Judge a start that lost the launcher of a node, which only the scheduler can replace."""
@@ -201,16 +212,6 @@ class Supervisor:
             sentence=f"node {group.lost} of {self.node.count} is lost: its launcher has ended, or "
             "cannot be reached",
         )
-
-    def _say_how_it_went(self) -> None:
-        failures = self.restarts.failures
-        if failures:
-            seconds = ", ".join(f"{each:.1f}" for each in self.recoveries)
-            say(
-                f"finished after {len(failures)} restart(s), the first since {failures[0]}; steps "
-                f"lost in all: {sum(each.num_lost for each in failures)}; seconds to recover: "
-                f"{seconds}"
-            )
 
     def _committed(self) -> int:
         from trainer.checkpoint.commit import committed_steps

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.exit_codes import FINISHED, PREEMPTED
+from launch.exit_codes import FINAL, FINISHED, PREEMPTED, in_words
 from launch.traces import GONE, STOPPED
 
 MAX_SHOWN = 4  # samples, sources or ranks in one line; the exit record lists all
-MAX_REASON = 500  # characters
+MAX_REASON = 2000  # characters: the remedy comes last
 NEVER = float("inf")
 
 
@@ -34,8 +34,12 @@ class Witness:
 
     @property
     def code(self) -> int | None:
-        """The exit code of a process that ended by itself and left a record of it."""
-        return self.return_code if self.record.get("code") == self.return_code else None
+        """The exit code of a process that ended by itself and left a record of it.
+
+        A full disk takes no record, and no accident ends a process with a code of FINAL.
+        """
+        is_told = self.record.get("code") == self.return_code or self.return_code in FINAL
+        return self.return_code if is_told else None
 
     @property
     def has_ended_well(self) -> bool:
@@ -94,7 +98,8 @@ class Witness:
         if code is None:
             return "no record"
         if code >= 0:
-            return f"exit code {code}, and no record of it"
+            said = in_words(code) if code in FINAL else f"exit code {code}"
+            return f"{said}, and no record of it"
         hints = {True: " (the kernel ran out of memory for it)", None: " (out of memory?)"}
         hint = hints.get(self.was_out_of_memory, "") if -code == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"
@@ -115,6 +120,8 @@ class Witness:
     @property
     def work(self) -> str:
         """The samples that it worked on, and where they come from, if it was at work on some."""
+        if self.record.get("is_of_samples") is False:
+            return ""
         ranges = [f"[{first}:{last}]" for first, last in self.spot.get("samples", [])]
         sources = self.record.get("provenance", [])
         shown = f", samples {_some(ranges)}" if ranges else ""

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.deadline import seconds_left
 from launch.exit_codes import FINISHED, PREEMPTED
 from launch.group import ATTEMPT, PARENT, PIPE
-from launch.last_words import describe, judge_here, leave_record, report
+from launch.last_words import (
+    describe,
+    judge_here,
+    leave_record,
+    report,
+    report_first,
+    stopped,
+)
 from launch.parent import Stacks, die_with, obey
 from launch.signals import handle_signals
 from launch.terminal import redact_tracebacks, say
@@ -67,25 +74,36 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -
     start = Start(placement=placement, locate=locate, request=request, limit=limit)
     is_supervised = ATTEMPT in os.environ
     stacks = _report_to_supervisor(start) if is_supervised else None
-    failure, record = _outcome(run, start)
+    failure, record = _outcome(run, start, says=placement.is_main and not is_supervised)
     request.is_polled = True  # from here on a signal changes nothing
     attempt = Path(os.environ[ATTEMPT]) if is_supervised else start.whereabouts.attempt
-    if attempt:  # first of all: a supervisor or another rank may look for it
-        leave_record(attempt, placement.rank, record)
+    is_left = attempt is not None and _leave(attempt, placement.rank, record)
     if stacks:
         stacks.close()
     show_cursor()
-    if failure:
-        report(failure, record, placement)
+    if failure and attempt and is_supervised and is_left:
+        report_first(failure, record, placement.rank, attempt)
+    elif failure:
+        report(failure, record, placement, attempt)
         if attempt and record["is_consequence"] and not is_supervised:
             say(judge_here(attempt, placement.world_size))
     elif record["code"] == PREEMPTED and placement.is_main and not is_supervised:
-        say(f"{record['reason']}; the same command goes on from there (exit code {PREEMPTED})")
+        say(stopped(record["reason"], attempt))
     if attempt and placement.is_main and not is_supervised:  # else the supervisor does, at the end
         from launch.report.write import try_report
 
         try_report(attempt.parent.parent)
     return int(record["code"])
+
+
+def _leave(attempt: Path, rank: int, record: dict[str, Any]) -> bool:
+    """Leave the record, first of all: a supervisor or another rank may look for it."""
+    try:
+        leave_record(attempt, rank, record)
+    except OSError as error:  # a full disk: what failed is said all the same
+        say(f"rank {rank} could leave no record in {attempt}: {error.strerror}")
+        return False
+    return True
 
 
 def _report_to_supervisor(start: "Start") -> Stacks:
@@ -95,15 +113,18 @@ def _report_to_supervisor(start: "Start") -> Stacks:
     return Stacks(attempt, rank)
 
 
-def _outcome(run: "Run", start: "Start") -> tuple[Exception | None, dict[str, Any]]:
-    """Train; return what failed, if anything did, and the exit record."""
+def _outcome(run: "Run", start: "Start", *, says: bool) -> tuple[Exception | None, dict[str, Any]]:
+    """Train; return what failed, if anything did, and the exit record.
+
+    `says`: a signal is answered with a line.
+    """
     from trainer.construct import fit
     from trainer.errors import StoppedEarlyError
 
     request, failure = start.request, None
     try:
         try:
-            handle_signals(request, is_supervised=ATTEMPT in os.environ)
+            handle_signals(request, is_supervised=ATTEMPT in os.environ, says=says)
             if fit(run, start):
                 code, reason = FINISHED, "finished"
             else:

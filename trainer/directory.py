@@ -3,6 +3,7 @@
 Standard library and xxhash only.
 """
 
+import errno
 import os
 import re
 import stat
@@ -18,6 +19,7 @@ CONFIG, ENVIRONMENT, MIX = "config.yaml", "environment.json", "mix.json"
 COMMAND, VERDICT = "command.json", "verdict.json"  # of one start: its words; how it failed
 REWIND = "rewound_to"
 AUTO, NEVER = "auto", "never"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a storage failure, no wrong setting
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 
@@ -99,8 +101,15 @@ def new_numbered(folder: Path, kind: str) -> Path:
     parent = folder / kind
     for path in (folder.parent, folder):
         _refuse_open_to_others(path)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    parent.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        parent.mkdir(exist_ok=True)
+    except OSError as error:
+        if error.errno in _OF_THE_DISK:
+            raise
+        raise ValueError(
+            f"{error.filename} cannot be made: {error.strerror}; set runs=DIR where you may write"
+        ) from None
     taken = [int(entry.name) for entry in os.scandir(parent) if entry.name.isdigit()]
     for number in count(max(taken, default=0) + 1):
         try:

@@ -23,6 +23,7 @@ _SOURCES = ("data.path", "data.sources.")
 MIX = "data.mix"
 """In resume_allow: other shares of the sources, or other sources."""
 MISSING = "(absent)"
+MAX_TOLD = 4  # keys in one message
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -47,23 +48,24 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any,
 def check_drift(
     old: dict[str, Any], new: dict[str, Any], allowed: list[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the changes that a resumed run may carry; ValueError on the first that it may not."""
+    """Return the changes that a resumed run may carry; ValueError names all that it may not."""
     changes = difference(old, new)
-    for key, (was, wanted) in changes.items():
-        if fits(key, _SOURCES):
-            _check_mix(old, new, allowed)
-        if fits(key, _RECORDED):
-            continue
-        if not fits(key, _EXPLICIT):
-            raise ValueError(
-                f"{key} was {was} when this run was saved and is {wanted} now, which would make "
-                f"another run of it; set it back, or start anew with name=... or resume=never"
-            )
-        if key not in allowed:
-            raise ValueError(
-                f"{key} was {was} when this run was saved and is {wanted} now, "
-                f"which changes its data order; set it back, or allow it with resume_allow=[{key}]"
-            )
+    refused = [key for key in changes if not fits(key, (*_RECORDED, *_EXPLICIT))]
+    if refused:
+        raise ValueError(
+            f"{_listed(refused, changes)}, which would make another run of it; set "
+            f"{'it' if len(refused) == 1 else 'them'} back, or start anew with name=... or "
+            "resume=never"
+        )
+    if any(fits(key, _SOURCES) for key in changes):
+        _check_mix(old, new, allowed)
+    refused = [key for key in changes if fits(key, _EXPLICIT) and key not in allowed]
+    if refused:
+        raise ValueError(
+            f"{_listed(refused, changes)}, which changes its data order; set "
+            f"{'it' if len(refused) == 1 else 'them'} back, or allow it with "
+            f"resume_allow=[{','.join(refused)}]"
+        )
     return changes
 
 
@@ -99,6 +101,16 @@ def _shares(mixture: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
         return mixture  # will be refused for it
     total = sum(Fraction(str(number)) for number in numbers)
     return {name: (key, Fraction(str(number)) / total) for name, (key, number) in mixture.items()}
+
+
+def _listed(keys: list[str], changes: dict[str, tuple[Any, Any]]) -> str:
+    """Say what some keys were and are; a change of group has dozens."""
+    told = [
+        f"{key} was {changes[key][0]} when this run was saved and is {changes[key][1]} now"
+        for key in keys[:MAX_TOLD]
+    ]
+    more = f"; and {len(keys) - MAX_TOLD} more keys" if len(keys) > MAX_TOLD else ""
+    return "; ".join(told) + more
 
 
 def fits(key: str, patterns: tuple[str, ...]) -> bool:

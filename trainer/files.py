@@ -51,7 +51,7 @@ def read_keys(path: Path, advice: str = "give another folder") -> dict[str, Any]
     try:
         config = read_json(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}; {advice}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}; {advice}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}; {advice}") from None
     if not isinstance(config, dict):

@@ -56,7 +56,11 @@ def test_error_of_a_single_process_is_told_with_its_step_and_samples(
     run_fault(tmp_path, cache, Fault(kind="error", phase="data", rank=0), ranks=1)
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("tessera: rank 0 of 1 failed in step 3 (data), samples [16:17] [17:18] ")
-    assert last.endswith("ArithmeticError: broken on purpose")
+    assert last.endswith(
+        ": ArithmeticError: broken on purpose; last committed step: none; once the cause is "
+        "mended, the same command starts anew; exit code 70 (internal error, out of memory, or "
+        "too many non-finite steps)"
+    )
 
 
 def test_collective_that_one_rank_skips_ends_in_time_and_names_it(

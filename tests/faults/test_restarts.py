@@ -107,8 +107,8 @@ def test_killed_rank_is_named_and_the_run_starts_again_by_itself_and_finishes(
         "(restart 1 of 3 without a new checkpoint)"
     )
     assert back.startswith("tessera: back at work after ")
-    assert last.startswith("tessera: finished after 1 restart(s), the first since rank 1 of 2 fail")
-    assert "; steps lost in all: 1; seconds to recover: " in last
+    assert last.startswith("tessera: finished after 1 restart; steps done twice: 1; time to rec")
+    assert "; the first failure: rank 1 of 2 failed first in step 5 (train_step): kil" in last
 
 
 def test_run_that_fails_at_the_same_step_again_and_again_gives_up_with_the_first_failure_first(
@@ -189,7 +189,7 @@ def test_signal_to_the_supervisor_is_told_and_ends_the_run_with_its_last_step_sa
     )
     assert last == (
         f"tessera: stopped by {number.name}; last committed step: {step}; "
-        "the same command goes on from there (exit code 75)"
+        f"the same command goes on after step {step} (exit code 75)"
     )
 
 

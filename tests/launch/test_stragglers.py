@@ -27,13 +27,14 @@ def test_rank_that_is_stopped_again_and_again_is_told_with_what_it_costs() -> No
     (line,) = told({"state": STOPPED}, looks=STEPS)
     assert line == (
         f"rank 2 of 4 holds the others up: steps 2 to {STEPS + 1} cost it {GAP:.2f} s each, "
-        f"the median rank 0.00 s ({STEPS * GAP:.1f} s in all stopped, 0.0 s without data)"
+        f"the median rank 0.00 s (of all these steps {STEPS * GAP:.1f} s stopped, 0.0 s without "
+        "data); look at its core, memory and disk"
     )
 
 
 def test_rank_that_waits_for_its_data_is_told() -> None:
     (line,) = told({"phase": "data"}, looks=STEPS)
-    assert f"0.0 s in all stopped, {STEPS * GAP:.1f} s without data" in line
+    assert f"0.0 s stopped, {STEPS * GAP:.1f} s without data" in line
 
 
 @pytest.mark.parametrize(("phase", "looks"), [("data_of_others", STEPS), ("data", 1)])

@@ -368,7 +368,11 @@ def test_second_interrupt_ends_a_run_that_hangs_at_once(tmp_path: Path, cache: P
         command.process.send_signal(signal.SIGINT)
         assert command.wait(2.0) == 128 + signal.SIGINT
         assert not any(map(is_worker, workers.values()))
-        assert "stopped at once" in command.text
+        last = command.text.splitlines()[-1]
+        assert last == (
+            "tessera: SIGINT: stopped at once by a second signal, without a save; last committed "
+            "step: none; the same command starts anew (exit code 130)"
+        )
 
 
 def test_killed_worker_ends_the_run_with_its_rank_and_signal(tmp_path: Path, cache: Path) -> None:
@@ -443,4 +447,5 @@ def test_second_signal_ends_a_run_of_one_process_at_once(busy: Callable[[], Comm
     command.process.send_signal(signal.SIGTERM)
     command.process.send_signal(signal.SIGCONT)
     assert command.wait(2.0) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert ": stopped at once by a second signal, without a save (exit code 1" in command.text
     assert committed_steps(command.run / "checkpoints") == []

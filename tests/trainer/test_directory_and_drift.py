@@ -1,6 +1,7 @@
 """Which folder a start lives in, and which changes of config a resumed run may carry."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,22 @@ def test_run_where_other_users_may_put_theirs_in_its_place_is_refused(
 
 def test_new_run_is_closed_to_other_users(tmp_path: Path) -> None:
     assert new_attempt(tmp_path / "runs/one").parents[1].stat().st_mode & 0o077 == 0
+
+
+def test_all_keys_that_make_another_run_of_it_are_named_at_once() -> None:
+    new = copy.deepcopy(SAVED)
+    new["model"] |= {f"a{number}": number for number in range(3)}
+    told = "; ".join(
+        f"model.a{n} was (absent) when this run was saved and is {n} now" for n in range(3)
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}, which .* set them back"):
+        check_drift(SAVED, new, [])
+    new["model"] |= {f"b{number}": number for number in range(9)}
+    with pytest.raises(ValueError, match="; and 8 more keys, which would make another run"):
+        check_drift(SAVED, new, [])
+
+
+def test_run_where_nothing_can_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be made: Not a directory; set runs=DIR where"):
+        new_attempt(tmp_path / "file" / "runs" / "demo")

@@ -38,6 +38,7 @@ class ConsoleCallback(Callback):
         self.view, self.max_steps = view, view.run.num_steps
         self.started = time.monotonic()
         self.pace = Pace(step=progress.step, max_steps=self.max_steps)
+        self.last_saved = progress.step
         for name, text in view.banner.items():
             log.info("%s", labelled(name, text))
         log.info("%s", labelled("run", str(view.folder)))
@@ -82,6 +83,7 @@ class ConsoleCallback(Callback):
         log.info("%s", rows_of(self._step(progress.step, "eval"), cells))
 
     def on_save(self, progress: Progress, saved: Saved) -> None:
+        self.last_saved = saved.step
         step = self._step(saved.step, "save")
         took = f"{saved.seconds_paused:.2f} s paused", f"{saved.seconds_written:.1f} s written"
         if width() is None:
@@ -90,8 +92,15 @@ class ConsoleCallback(Callback):
             place = saved.folder.relative_to(self.view.folder)
             log.info("%s", columns_of([step, f"saved {place}", *took]))
 
+    def _saved_in_words(self, step: int) -> str:
+        if not step:
+            return "before its first step; the same command starts anew"
+        if self.last_saved == step:
+            return "and saved; the same command goes on from here"
+        return f"without a save; the same command goes on after step {self.last_saved}"
+
     def on_rewind(self, view: RunView, progress: Progress) -> None:
-        self.view = view
+        self.view, self.last_saved = view, progress.step
         self.pace.rewind(progress.step)
 
     def on_close(self) -> None:
@@ -100,9 +109,9 @@ class ConsoleCallback(Callback):
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         elapsed = timedelta(seconds=round(time.monotonic() - self.started))
-        verdict = f"finished after {elapsed}" if finished else f"stopped after {elapsed} and saved"
-        if not finished and width() is None:  # on a screen stands a card
-            verdict += "; the same command goes on from here"
+        verdict = f"finished after {elapsed}"
+        if not finished:
+            verdict = f"stopped after {elapsed} {self._saved_in_words(progress.step)}"
         log.info("%s", columns_of([self._step(progress.step)], verdict))
 
     def _step(self, step: int, kind: str = "step") -> str:

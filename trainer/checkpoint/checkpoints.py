@@ -213,8 +213,8 @@ class Checkpoints:
         rank = self.ranks.placement.rank
         is_late = self.lock is not None and self.failures.is_late
         failed, is_over = self.ranks.maximum([rank + 1 if own else 0, int(is_late)])
-        if own:
-            log.error("rank %d: %s", rank, own)
+        if own and not self.lock:
+            log.error("rank %d could not save step %d: %s", rank, flight.step, own)
         if self.lock:  # all writers are dead by now
             self._clear()
         self._flight = None
@@ -224,7 +224,11 @@ class Checkpoints:
         number = self.failures.in_a_row
         if is_over or number >= MAX_IN_A_ROW:
             raise StorageError(self.failures.last_words(reason, self.folder, self._needed))
-        log.error("checkpoint of step %d failed (%d in a row): %s", flight.step, number, reason)
+        if self.lock:
+            log.error(
+                "checkpoint of step %d failed (%d in a row; the run ends after %d): %s",
+                flight.step, number, MAX_IN_A_ROW, reason,
+            )  # fmt: skip
 
     def _clear(self) -> None:
         try:

@@ -11,7 +11,7 @@ from trainer.checkpoint.loading import STATE
 from trainer.checkpoint.spec import CheckpointSpec
 from trainer.checkpoint.staging import Group
 from trainer.checkpoint.tensor_file import index_of
-from trainer.checkpoint.writer import explain
+from trainer.checkpoint.writer import explain, size
 from trainer.errors import StorageError
 from trainer.files import json_text
 from trainer.protocols import Engine
@@ -77,7 +77,7 @@ class Composition:
 def sizes_of(groups: list[Group], files: dict[str, bytes]) -> dict[str, int]:
     """Return the bytes of every file of a checkpoint."""
     sizes = {name: len(text) for name, text in files.items()}
-    return sizes | {name: size for group in groups for name, size in group.sizes.items()}
+    return sizes | {name: num for group in groups for name, num in group.sizes.items()}
 
 
 def check_space(folder: Path, sizes: dict[str, int]) -> None:
@@ -87,8 +87,8 @@ def check_space(folder: Path, sizes: dict[str, int]) -> None:
     free = found.f_bavail * found.f_frsize
     if free < needed:
         raise StorageError(
-            f"{folder} has {free / 1e9:.3f} GB free, a checkpoint needs "
-            f"{needed / 1e9:.3f} GB; free space or lower checkpoint.keep"
+            f"{folder} has {size(free)} free, a checkpoint needs {size(needed)}; free space or "
+            "lower checkpoint.keep"
         )
     # Some file systems have no such limit and say 0.
     if found.f_files and found.f_favail < len(sizes) + SPARE_FILES:

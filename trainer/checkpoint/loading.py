@@ -53,9 +53,9 @@ def restore(
     A damaged step is set aside with a loud line, on the way to the next older one; `strict`: it is
     left as it is. StorageError where no step is used. Collective.
     """
-    for step in steps:
-        folder = commit.step_folder(parent, step)
-        if _verifies(folder, ranks):
+    for number, step in enumerate(steps, start=1):
+        folder, older = commit.step_folder(parent, step), steps[number:]
+        if _verifies(folder, ranks, is_main=is_main):
             return load(engine_at(step), folder, contents)
         if strict:
             raise StorageError(
@@ -64,24 +64,29 @@ def restore(
             )
         if is_main:
             aside = set_aside(folder, "bad")
-            log.error("step %d is damaged and was renamed to %s", step, aside.name)
+            log.error(
+                "step %d is damaged and was renamed to %s; next is %s",
+                step, aside.name, f"step {older[0]}" if older else "none: it was the last one",
+            )  # fmt: skip
         ranks.barrier()
     if steps:
         raise StorageError(
-            f"none of the {len(steps)} checkpoints in {parent} is intact; "
-            "start anew with resume=never"
+            f"none of the {len(steps)} checkpoints in {parent} is intact; all were renamed to "
+            "step_N.bad-K: bring their files back and rename them, or start anew with resume=never"
         )
     return None
 
 
-def _verifies(folder: Path, ranks: Ranks) -> bool:
-    placement, failure = ranks.placement, None
+def _verifies(folder: Path, ranks: Ranks, *, is_main: bool) -> bool:
+    placement, failure, is_read = ranks.placement, None, False
     try:
         body = commit.read_manifest(folder)
+        is_read = True
         commit.verify(folder, body, placement.rank, placement.world_size)
     except (OSError, StorageError) as error:
         failure = error
-        log.error("%s", error)
+        if is_main or is_read:  # one manifest for all: else each rank finds what is its own
+            log.error("%s", error)
     (failed,) = ranks.maximum([1 if failure else 0])
     return not failed
 

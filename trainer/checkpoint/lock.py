@@ -142,6 +142,6 @@ def _refusal(folder: Path, lease: dict[str, Any]) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(lease.get("since", 0))))
     holder = f"process {lease.get('pid', '?')} on {lease.get('host', '?')} since {since}"
     return (
-        f"{folder} is in use by {holder}; wait for it, stop it, "
-        "or start a run of another name (name=..)"
+        f"{folder} is in use by {holder}; wait for it, stop it there with a save (kill "
+        f"{lease.get('pid', 'PID')}), or start a run of another name (name=..)"
     )

@@ -29,6 +29,7 @@ from trainer.errors import StorageError
 from trainer.files import fsync_file
 from trainer.parent_death import die_with
 
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 NICENESS = 10  # training comes first where cores are few
 
 
@@ -118,8 +119,13 @@ def explain(error: OSError | StorageError, parent: Path) -> str:
     """Return what failed, where, and how much space there is."""
     if isinstance(error, StorageError):
         return str(error)
-    free = free_bytes(parent) / 1e9
-    return f"{error.filename or parent}: {error.strerror} ({free:.3f} GB free)"
+    return f"{error.filename or parent}: {error.strerror} ({size(free_bytes(parent))} free)"
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in the largest unit of which there is one."""
+    unit, name = next((u, n) for u, n in _UNITS if num_bytes >= u or u == _UNITS[-1][0])
+    return f"{num_bytes / unit:.1f} {name}"
 
 
 def free_bytes(folder: Path) -> int:

@@ -69,7 +69,12 @@ def write_settings(folder: Path, trackers: Mapping[str, TrackerSpec]) -> None:
 def read_settings(folder: Path) -> dict[str, TrackerSpec]:
     """Return the trackers of a run; ValueError in one line where it has none."""
     path = folder / FOLDER / SETTINGS
-    found = read_keys(path, "give the folder of a run that was trained with tracker=wandb, say")
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {FOLDER}/{SETTINGS}: it is no run, or was trained without a tracker; "
+            "give the folder of a run that was started with tracker=wandb or tracker=tensorboard"
+        )
+    found = read_keys(path, "start the run again, which writes the file anew")
     return {name: _spec(path, name, values) for name, values in found.items()}
 
 

@@ -44,7 +44,9 @@ class WandbTracker:
 
     def __post_init__(self) -> None:
         if not self.project:
-            raise ValueError("project is empty; set it to a name, for example tessera")
+            raise ValueError(
+                "tracker.wandb.project is empty; set it to a name, for example tessera"
+            )
 
     def check(self) -> None:
         """Raise ValueError where wandb is not installed."""
