@@ -209,14 +209,13 @@ class Checkpoints:
     def _fail(self, flight: Flight) -> None:
         """Give up the save on all ranks, and the run after too many of them, or too long."""
         self._writer.kill()
-        own = self._ended.error if self._ended else ""
-        rank = self.ranks.placement.rank
+        own, rank = self._ended.error if self._ended else "", self.ranks.placement.rank
         is_late = self.lock is not None and self.failures.is_late
         failed, is_over = self.ranks.maximum([rank + 1 if own else 0, int(is_late)])
-        if own and not self.lock:
-            log.error("rank %d could not save step %d: %s", rank, flight.step, own)
         if self.lock:  # all writers are dead by now
             self._clear()
+        elif own:
+            log.error("rank %d could not save step %d: %s", rank, flight.step, own)
         self._flight = None
         self.failures.add()
         self._tell(flight, None, 0.0)
@@ -225,10 +224,8 @@ class Checkpoints:
         if is_over or number >= MAX_IN_A_ROW:
             raise StorageError(self.failures.last_words(reason, self.folder, self._needed))
         if self.lock:
-            log.error(
-                "checkpoint of step %d failed (%d in a row; the run ends after %d): %s",
-                flight.step, number, MAX_IN_A_ROW, reason,
-            )  # fmt: skip
+            log.error("checkpoint of step %d failed (%d in a row; the run ends after %d): %s",
+                      flight.step, number, MAX_IN_A_ROW, reason)  # fmt: skip
 
     def _clear(self) -> None:
         try:
