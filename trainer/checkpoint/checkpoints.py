@@ -210,8 +210,7 @@ class Checkpoints:
         """Give up the save on all ranks, and the run after too many of them, or too long."""
         self._writer.kill()
         own, rank = self._ended.error if self._ended else "", self.ranks.placement.rank
-        is_late = self.lock is not None and self.failures.is_late
-        failed, is_over = self.ranks.maximum([rank + 1 if own else 0, int(is_late)])
+        failed, is_over = self.ranks.maximum([rank + 1 if own else 0, int(self.failures.is_late)])
         if self.lock:  # all writers are dead by now
             self._clear()
         elif own:
