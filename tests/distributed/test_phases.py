@@ -119,11 +119,19 @@ def losses_of(folder: Path) -> list[float]:
 def assert_close(found: Path, expected: tuple[dict[str, Any], list[float]], limit: float) -> None:
     weights, losses = expected
     assert losses_of(found) == pytest.approx(losses, rel=limit, abs=0)
-    saved = last_weights(found)
-    assert saved.keys() == weights.keys()
-    for name, value in weights.items():
-        difference = (saved[name].double() - value.double()).abs().max() / value.abs().max()
-        assert float(difference) < limit, name
+    for name, difference in differences(last_weights(found), weights).items():
+        assert difference < limit, name
+
+
+def differences(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Return the largest difference of each weight, relative to its largest value."""
+    assert found.keys() == expected.keys()
+    return {
+        name: float((found[name].double() - value.double()).abs().max() / value.abs().max())
+        for name, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -151,12 +159,19 @@ def test_a_group_that_unfreezes_trains_as_in_a_loop_by_hand(
 def test_deepspeed_counts_the_steps_of_each_phase_apart(
     tmp_path: Path, cache: Path, stage: int
 ) -> None:
-    # All files: on the first ten, rounding in fp32 exceeds the limit by a thirtieth.
-    engine = DeepSpeedEngine(stage=stage)
-    run = phased_run(cache, engine=engine, save_every=1, data_max_documents=None)
+    """A wrong count is wrong by hundredths; fp32 rounds, and how far depends on text and CPU.
+
+    AdamW divides the smallest gradients by themselves, with their rounding: single elements are off
+    by millionths. So the limit is ten times what the loop by hand is off in fp32, from fp64.
+    """
+    run = phased_run(cache, engine=DeepSpeedEngine(stage=stage), save_every=1)
     run_ranks(2, train, tmp_path / "run", replace(run, max_steps=BORDER + 2))
     run_ranks(2, train, tmp_path / "run", run)  # both counts are saved and read
-    assert_close(tmp_path / "run", by_hand(replace(run, precision="fp64")), 1e-6)
+    exact, losses = by_hand(replace(run, precision="fp64"))
+    rounding = max(differences(by_hand(run)[0], exact).values())
+    assert rounding < 5e-6
+    assert losses_of(tmp_path / "run") == pytest.approx(losses, rel=1e-6, abs=0)
+    assert max(differences(last_weights(tmp_path / "run"), exact).values()) < 10 * rounding
 
 
 def test_runs_that_die_around_the_border_equal_one_that_never_did(
