@@ -9,7 +9,6 @@ from typing import Any
 from launch.group import Group, Node
 from launch.meeting import Link, LostError
 from launch.verdict import Witness
-from trainer.ports import free_port
 
 KILL_SECONDS = 30.0  # for another node to say that none of its workers is left
 ANY_INTERFACE = ""
@@ -59,6 +58,8 @@ class Crew:
 
     def __init__(self, node: Node, attempt: Path, worker: str, links: Sequence[Link]) -> None:
         self.node, self.attempt = node, attempt
+        from trainer.ports import free_port  # here: the help needs nothing of the trainer
+
         self.port = free_port(address=ANY_INTERFACE)
         self.own = Group(node, attempt, worker, self.port)
         size = node.processes

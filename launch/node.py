@@ -20,10 +20,10 @@ from launch.follower import Follower
 from launch.group import Node, safe_paths
 from launch.handover import Handover, note_outcome, read_handover
 from launch.meeting import Link, LostError, Meeting, come, ports_of
-from launch.report.write import try_report
 from launch.request import LEASE_SECONDS, new_start, refuse
 from launch.signals import STOP_SIGNALS
 from launch.supervisor import WORKER, Supervisor
+from launch.terminal import redact_tracebacks, say
 from launch.watchdog import WatchdogSpec
 
 
@@ -92,6 +92,8 @@ class Launcher:
             raise
         code = self._note(code)
         say_end(links, code)
+        from launch.report.write import try_report  # here: ranks are watched without the trainer
+
         try_report(Path(self.handover.folder))
         return code
 
@@ -166,14 +168,8 @@ class Launcher:
         return noted
 
 
-def say(text: str) -> None:
-    print(f"tessera: {text}", file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str], worker: str = WORKER) -> int:
     """Launch one node's part; return the exit code of the run."""
-    from launch.terminal import redact_tracebacks
-
     redact_tracebacks()
     place = Path(arguments[0])
     try:

@@ -9,9 +9,6 @@ from typing import Any
 from launch.exit_codes import FINAL, FINISHED, INTERNAL, NO_PROGRESS, PREEMPTED, in_words
 from launch.verdict import Witness, judge
 from launch.watchdog import Hang
-from trainer.directory import VERDICT
-from trainer.files import write_json
-from trainer.redaction import redact_tree
 
 _UNFINISHED = ("data", "data_of_others", "train_step")  # phases of a step in which it is not done
 
@@ -60,6 +57,10 @@ def failure_of(witnesses: Sequence[Witness], codes: Sequence[int], committed: in
 
 def leave_verdict(attempt: Path, failure: Failure) -> None:
     """Write down what is said of a start that failed: its ranks may have left nothing."""
+    from trainer.directory import VERDICT  # here: the help needs nothing of the trainer
+    from trainer.files import write_json
+    from trainer.redaction import redact_tree
+
     said = redact_tree({"code": failure.code, "sentence": str(failure)})
     with suppress(OSError):  # the sentence is printed too
         write_json(attempt / VERDICT, said)

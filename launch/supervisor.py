@@ -20,7 +20,6 @@ from launch.crew import Crew
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, PREEMPTED
 from launch.group import Group, Node
 from launch.meeting import Link
-from launch.report.write import try_report
 from launch.restarts import (
     Failure,
     Restarts,
@@ -231,6 +230,8 @@ def main() -> int:
     processes, attempt, restarts, watchdog = sys.argv[1:]
     spec = WatchdogSpec(**limits) if (limits := json.loads(watchdog)) else None
     code = Supervisor(int(processes), Path(attempt), restarts=int(restarts), watchdog=spec).run()
+    from launch.report.write import try_report  # here: ranks are watched without the trainer
+
     try_report(Path(attempt).parent.parent)
     return code
 

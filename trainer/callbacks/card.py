@@ -86,4 +86,5 @@ def next_commands(folder: Path, *, writes_text: bool, finished: bool) -> list[st
         *generate,
         f"tessera evaluate checkpoint={folder}",
         f"tessera export checkpoint={folder} output=DIR",
+        f"tessera report run={folder}",
     ]
