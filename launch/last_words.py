@@ -13,7 +13,7 @@ from launch.restarts import standing, way_on
 from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
-from trainer.redaction import redact_tree
+from trainer.redaction import redact, redact_tree
 
 if TYPE_CHECKING:
     from trainer.distributed import Placement
@@ -107,7 +107,7 @@ def report(
     name = f"rank {placement.rank} of {placement.world_size}"
     code = in_words(record["code"])
     if record["is_consequence"]:
-        text = f"{name} lost the others{witness.where}: {_short(str(error))}"
+        text = f"{name} lost the others{witness.where}: {_short(redact(str(error)))}"
     elif record["step"]:
         committed = max(_committed(attempt), default=0)
         text = (

@@ -88,7 +88,7 @@ def test_the_mixture_changes_when_it_is_allowed_by_name(
         words = [word for word in words if not word.startswith("data.sources.b.")]
     words = [*words, *(word.format(folder) for word in MIXES[name]), "dry_run=true"]
     message = (
-        r"^the mixture was a weight 1, b weight 1 when this run was saved and is .*; "
+        r": the mixture was a weight 1, b weight 1 when this run was saved and is .*; "
         r"set data\.sources back, or allow it with resume_allow=\[data\.mix\]$"
     )
     with pytest.raises(ValueError, match=message):

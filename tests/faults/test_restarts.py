@@ -210,7 +210,7 @@ def test_worker_ends_with_the_pipe_to_its_supervisor_alone(tmp_path: Path) -> No
     environment = {"TESSERA_ATTEMPT": str(attempt), "TESSERA_SUPERVISOR_PIPE": str(theirs)}
     process = subprocess.Popen(
         [sys.executable, "-m", WORKER, "orphan"],
-        env=os.environ | environment | {"RANK": "0"}, pass_fds=(theirs,),
+        env=os.environ | environment | {"RANK": "0", "WORLD_SIZE": "1"}, pass_fds=(theirs,),
     )  # fmt: skip
     os.close(theirs)
     try:

@@ -108,13 +108,13 @@ def test_an_exit_record_is_masked_whole_before_anything_is_cut(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     secret = SECRETS["hub token"]
-    error = StorageError("." * (MAX_REASON - len("StorageError: ") - 12) + f" {secret}")
+    error = StorageError("." * (MAX_REASON - 12) + f" {secret}")
     whereabouts = Whereabouts()
     whereabouts.enter("train_step", 3, [(0, 8)], [f"{URL}[0:8]"])
     record = describe(error, whereabouts, Placement())
     assert secret not in record["reason"]
     assert record["provenance"] == ["https://[redacted]@git.example.org/team/repo.git[0:8]"]
-    report(error, record, Placement())
+    report(error, record, Placement(), None)
     assert secret[:8] not in capfd.readouterr().err
     leave_record(tmp_path, 0, record)
     assert json.loads((tmp_path / "exit.00000.json").read_text()) == record
