@@ -91,7 +91,7 @@ REFUSALS = {
     ),
     "option of another style": (["train", "--max-steps=3"], ["'--max-steps=3'", "key=value"]),
     "word without a value": (["train", "max_steps"], ["'max_steps'", "key=value"]),
-    "argument of a command without": (["list", "models"], ["no argument", "'models'"]),
+    "argument of a command without": (["list", "models"], ["no group", "'models'", "model"]),
     "torn list": (["train", "experiment=demo", "optim.betas=[0.9"], ["optim.betas"]),
     "two values": ([*TINY, "seed=1,2"], ["seed=1,2"]),
     "dry_run unclear": ([*TINY, "dry_run=maybe"], ["dry_run=maybe", "true", "false"]),

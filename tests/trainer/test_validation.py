@@ -196,7 +196,7 @@ def test_what_a_run_says_of_its_answers_is_the_same_on_other_ranks(
     assert "odd?" in html
     assert "<dt>exact_match_question_only</dt>" in html
     assert len(read_note(tmp_path / "2", ANSWERS)["shown"]) == 5
-    assert report_page(read_history(tmp_path / "2")).count('<div class="card') == 5
+    assert report_page(read_history(tmp_path / "2")).count('<div class="card ') == 5
 
 
 def test_the_last_evaluation_has_answers_though_patience_ran_out_before(
