@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trainer.parallel.pieces import local_tensor
+from trainer.planning.apart import apart
 from trainer.planning.attention import without_masks
 from trainer.planning.live import BACKWARD, BUILD, FORWARD, GATHERED, Block, Ledger
 from trainer.planning.step import BUFFERS, GRADIENTS, HOST, OPTIMIZER, WEIGHTS, pretend
@@ -41,7 +42,7 @@ def memory_of(run: Run, world_size: int, *, is_gpu: bool) -> Memory:
     pp = run.chosen_mesh(world_size)[0].axes(world_size)["pp"]
     # The first stage keeps most micro-batches, the last one has the logits.
     ranks = (0, world_size - world_size // pp) if pp > 1 else (0,)
-    found = [_of_rank(planned, world_size, rank, is_gpu=is_gpu) for rank in ranks]
+    found = [apart(_of_rank, planned, world_size, rank, is_gpu=is_gpu) for rank in ranks]
     return max(found, key=lambda memory: memory.peak)
 
 
