@@ -34,7 +34,9 @@ class WatchdogSpec:
     save_seconds: float = 420.0
     """In a save, however short those before were."""
     floor_seconds: float = 60.0
-    """In a step, however short those before were; a stopped process has no more than this."""
+    """In a step, however short those before were."""
+    stopped_seconds: float = 5.0
+    """That a process may be stopped (SIGSTOP): the kernel says so, no limit has to be learnt."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -92,8 +94,8 @@ class Watchdog:
         rank, section = self.ranks[number], self._section(place)
         is_stopped = place.get("state") == STOPPED
         rank.stopped_seconds = rank.stopped_seconds + gap if is_stopped else 0.0
-        if rank.stopped_seconds > self.spec.floor_seconds:
-            seconds, limit = rank.stopped_seconds, self.spec.floor_seconds
+        if rank.stopped_seconds > self.spec.stopped_seconds:
+            seconds, limit = rank.stopped_seconds, self.spec.stopped_seconds
             return Hang(rank=number, seconds=seconds, limit=limit, section=section)
         beats = place.get("beats")
         if beats != rank.beats:

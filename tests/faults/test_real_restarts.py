@@ -27,7 +27,6 @@ LIMIT_SECONDS = 300.0
 RECOVERY_SECONDS = 10.0  # on 2 cores with nothing else on them
 FOUND_SECONDS, STOPPED_SECONDS = 7.0, 20.0
 WORDS = ("launch.processes=2", "save_every=10", "max_steps=400")
-WATCHED = ("launch.watchdog.floor_seconds=5", "launch.watchdog.step_seconds=5")
 BACK = re.compile(r"tessera: back at work after ([0-9.]+) s: step (\d+) is done")
 
 
@@ -70,7 +69,7 @@ def test_run_whose_rank_is_killed_comes_back_by_itself_with_the_same_numbers(
 def test_stopped_rank_is_named_within_seconds_and_the_run_comes_back(
     whole: Path, tmp_path: Path, cache: Path, figure: Figure
 ) -> None:
-    with started(tmp_path, cache, *WORDS, *WATCHED) as command:
+    with started(tmp_path, cache, *WORDS) as command:
         until(lambda: len(ledger(command.run)) > 25, LIMIT_SECONDS)
         os.kill(command.workers()[1], signal.SIGSTOP)
         start = time.monotonic()

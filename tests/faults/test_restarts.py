@@ -19,7 +19,10 @@ from tests.faults.plain_worker import WORKER, Plan
 from trainer.checkpoint.commit import committed_steps
 
 LIMIT_SECONDS = 60.0
-LIMITS = {"setup_seconds": 60.0, "step_seconds": 1.0, "save_seconds": 60.0, "floor_seconds": 1.0}
+LIMITS = {
+    "setup_seconds": 60.0, "step_seconds": 1.0, "save_seconds": 60.0, "floor_seconds": 1.0,
+    "stopped_seconds": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
