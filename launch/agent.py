@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from launch.exit_codes import FINISHED, INTERNAL, MEANINGS, PREEMPTED
-from launch.restarts import failure_of
+from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, in_words
+from launch.restarts import failure_of, standing
 from launch.signals import STOP_SIGNALS
+from launch.terminal import say
 from launch.traces import read_places, read_records
 from launch.verdict import Witness
+from trainer.directory import ENVIRONMENT, attempts_of, newest_step
 
 AGENT = "TESSERA_AGENT_PID"
 """Set for ranks: they end with torchrun, and with 0 where they have saved and stopped, since any
@@ -31,7 +33,7 @@ class Agent:
 
     def __init__(self, folder: Path, arguments: list[str]) -> None:
         self.folder, self.arguments = folder, arguments
-        self.before = set(self._attempts())
+        self.before = set(attempts_of(folder))
         self.signals: list[int] = []
 
     def run(self) -> int:
@@ -55,7 +57,7 @@ class Agent:
             time.sleep(POLL_SECONDS)
         code, sentence = self.judge(torchrun.returncode)
         if sentence:
-            print(f"tessera: {sentence}", file=sys.stderr, flush=True)
+            say(sentence)
         return code
 
     def _receive(self, number: int, _: FrameType | None) -> None:
@@ -63,7 +65,7 @@ class Agent:
 
     def judge(self, returned: int) -> tuple[int, str]:
         """Return the exit code of the run and the last words, by what its last start has left."""
-        new = sorted(set(self._attempts()) - self.before)
+        new = [each for each in attempts_of(self.folder) if each not in self.before]
         if not new:
             if self.signals:
                 name = signal.Signals(self.signals[0]).name
@@ -79,33 +81,21 @@ class Agent:
             return FINISHED, ""
         stopped = [record for record in records if record.get("code") == PREEMPTED]
         if stopped and set(codes) <= {FINISHED, PREEMPTED}:
-            step = self._committed() or "none"
             return PREEMPTED, (
-                f"{stopped[0]['reason']}; last committed step: {step}; the same command goes on "
-                f"from there (exit code {PREEMPTED})"
+                f"{stopped[0]['reason']}; {standing(newest_step(self.folder))}; the same command "
+                f"goes on from there (exit code {PREEMPTED})"
             )
         places = read_places(attempt, ranks)
         witnesses = [
             Witness(rank=rank, place=place, record=record)
             for rank, place, record in zip(ranks, places, records, strict=True)
         ]
-        failure = failure_of(witnesses, codes, self._committed())
-        return failure.code, f"{failure}; exit code {failure.code} ({MEANINGS[failure.code]})"
-
-    def _attempts(self) -> list[Path]:
-        return [path for path in (self.folder / "attempts").glob("*") if path.name.isdigit()]
-
-    def _committed(self) -> int:
-        from trainer.checkpoint.commit import committed_steps
-        from trainer.directory import CHECKPOINTS
-
-        return max(committed_steps(self.folder / CHECKPOINTS), default=0)
+        failure = failure_of(witnesses, codes, newest_step(self.folder))
+        return failure.code, f"{failure}; {in_words(failure.code)}"
 
 
 def _size(attempt: Path) -> int:
     """Return how many ranks a start had; those that left a trace, where it did not come far."""
-    from trainer.directory import ENVIRONMENT
-
     try:
         return int(json.loads((attempt / ENVIRONMENT).read_text())["world_size"])
     except (OSError, ValueError, KeyError):

@@ -109,7 +109,7 @@ def report(
     if record["is_consequence"]:
         text = f"{name} lost the others{witness.where}: {_short(redact(str(error)))}"
     elif record["step"]:
-        committed = max(_committed(attempt), default=0)
+        committed = _committed(attempt)
         text = (
             f"{name} failed{witness.where}{witness.work}: {witness.reason}; {standing(committed)}; "
             f"once the cause is mended, {way_on(committed)}; {code}"
@@ -121,7 +121,7 @@ def report(
 
 def stopped(reason: str, attempt: Path | None) -> str:
     """Return the last line of a run that stopped and saved."""
-    committed = max(_committed(attempt), default=0)
+    committed = _committed(attempt)
     return f"{reason}; {standing(committed)}; {way_on(committed)} (exit code {PREEMPTED})"
 
 
@@ -142,11 +142,10 @@ def report_first(error: Exception, record: dict[str, Any], rank: int, attempt: P
     write_traceback(error)
 
 
-def _committed(attempt: Path | None) -> list[int]:
-    from trainer.checkpoint.commit import committed_steps
-    from trainer.directory import CHECKPOINTS
+def _committed(attempt: Path | None) -> int:
+    from trainer.directory import newest_step
 
-    return committed_steps(attempt.parent.parent / CHECKPOINTS) if attempt else []
+    return newest_step(attempt.parent.parent) if attempt else 0
 
 
 def judge_here(attempt: Path, num_ranks: int) -> str:

@@ -7,7 +7,6 @@ with the same code. Standard library only, but for what reads the config.
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,7 +19,7 @@ from launch.follower import Follower
 from launch.group import Node, safe_paths
 from launch.handover import Handover, note_outcome, read_handover
 from launch.meeting import Link, LostError, Meeting, come, ports_of
-from launch.request import LEASE_SECONDS, new_start, refuse
+from launch.request import LEASE_SECONDS, new_start, once_free, refuse
 from launch.signals import STOP_SIGNALS
 from launch.supervisor import WORKER, Supervisor
 from launch.terminal import redact_tracebacks, say
@@ -109,22 +108,17 @@ class Launcher:
         """Return the folder of this start, once the run is free; None where a stop came first."""
         from trainer.code_version import git_commit
         from trainer.directory import CONFIG
-        from trainer.errors import LockedError
         from trainer.stored_config import read_stored
 
         if (now := git_commit()) not in (None, self.handover.git_commit):
             say(f"submitted with the code of {self.handover.git_commit}, which is {now} now")
         folder, tree = Path(self.handover.folder), read_stored(self.place / CONFIG)
-        deadline = time.monotonic() + LEASE_SECONDS
-        while not self.signals:
-            try:
-                refuse(folder, tree)
-                return new_start(folder, tree)
-            except LockedError:  # by a node that was lost, perhaps
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1.0)
-        return None
+
+        def start() -> Path:
+            refuse(folder, tree)
+            return new_start(folder, tree)
+
+        return once_free(start, LEASE_SECONDS, self._is_stopped)
 
     def _follow(self) -> int:
         link = come(self.node, self.handover.key, self._ports, self._is_stopped)
@@ -152,10 +146,9 @@ class Launcher:
         return PREEMPTED
 
     def _committed(self) -> int:
-        from trainer.checkpoint.commit import committed_steps
-        from trainer.directory import CHECKPOINTS
+        from trainer.directory import newest_step
 
-        return max(committed_steps(Path(self.handover.folder) / CHECKPOINTS), default=0)
+        return newest_step(Path(self.handover.folder))
 
     def _note(self, code: int) -> int:
         """Return the code to end with, written down for the scheduler."""

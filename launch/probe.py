@@ -1,6 +1,5 @@
 """Three real steps of a run, in a folder that goes again: how fast, and how much memory."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from launch.group import safe_paths
+from trainer.files import read_lines
+from trainer.trackers.spool import METRICS
 
 STEPS = 3
 NO_EXTRAS = (
@@ -42,11 +43,11 @@ def probe(words: list[str], processes: int) -> Probe:
             [sys.executable, "-m", "launch", "train", *kept, *own],
             env=os.environ | safe_paths(os.environ), capture_output=True, text=True, check=False,
         )  # fmt: skip
-        metrics = Path(runs) / "probe" / "metrics.jsonl"
+        metrics = Path(runs) / "probe" / METRICS
         if done.returncode or not metrics.is_file():
             last = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()[-1]
             raise RuntimeError(f"probe=true: training ended with {done.returncode}: {last}")
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines = read_lines(metrics)
     steps = [line for line in lines if line.get("split") == "train"]
     return Probe(
         tokens_per_second=median(line["tokens_per_second"] for line in steps[1:]),

@@ -1,5 +1,7 @@
 """A composed command line, and the folder that its run lives in. Needs neither torch nor Hydra."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,24 @@ def refuse(folder: Path, tree: dict[str, Any], *, may_join: bool = False) -> Non
         for key, (was, now) in changes.items():
             if not key.startswith(("resume", "launch", "name", "runs")):
                 print(f"# changed since this run was saved: {key}: {was} -> {now}")
+
+
+def once_free(
+    start: Callable[[], Path], seconds: float, is_stopped: Callable[[], bool] = lambda: False
+) -> Path | None:
+    """Return what `start` returns, which is tried again while the run is locked, by a node that was
+    lost perhaps; LockedError after so many seconds, None where a stop was asked for."""
+    from trainer.errors import LockedError
+
+    deadline = time.monotonic() + seconds
+    while not is_stopped():
+        try:
+            return start()
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+    return None
 
 
 def new_start(folder: Path, tree: dict[str, Any], words: tuple[str, ...] = ()) -> Path:

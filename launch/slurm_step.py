@@ -3,8 +3,9 @@
 import re
 from collections.abc import Mapping
 
+from launch.meeting import PORTS
+
 _FIRST = re.compile(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)")
-_PORTS = range(20_000, 32_000)  # below those that Linux hands out
 
 
 def ranks_of_step(environ: Mapping[str, str]) -> dict[str, str]:
@@ -21,7 +22,7 @@ def ranks_of_step(environ: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environ["SLURM_LOCALID"],
         "WORLD_SIZE": count,
         "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(_PORTS[number % len(_PORTS)]),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(PORTS[number % len(PORTS)]),
     }
 
 

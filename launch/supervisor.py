@@ -213,10 +213,9 @@ class Supervisor:
         )
 
     def _committed(self) -> int:
-        from trainer.checkpoint.commit import committed_steps
-        from trainer.directory import CHECKPOINTS
+        from trainer.directory import newest_step
 
-        return max(committed_steps(self.attempt.parent.parent / CHECKPOINTS), default=0)
+        return newest_step(self.attempt.parent.parent)
 
     def _next_attempt(self) -> Path:
         from trainer.directory import CONFIG, new_attempt

@@ -110,7 +110,9 @@ def _has_finished(folder: Path, tree: dict[str, Any], num_steps: int) -> bool:
 
 def exit_code(folder: Path) -> int | None:
     """Return the exit code of rank 0 in a run's newest start; None: it left none."""
-    attempts = sorted(path for path in (folder / "attempts").glob("*") if path.name.isdigit())
+    from trainer.directory import attempts_of
+
+    attempts = attempts_of(folder)
     record = read_records(attempts[-1], [0])[0] if attempts else {}
     code = record.get("code")
     return code if isinstance(code, int) else None

@@ -31,8 +31,9 @@ def _row(job: SweepJob, code: int | None) -> dict[str, Any]:
     from trainer.callbacks.card import best_of
     from trainer.files import read_lines
     from trainer.progress import TOKENS
+    from trainer.trackers.spool import METRICS
 
-    points = read_lines(job.folder / "metrics.jsonl")
+    points = read_lines(job.folder / METRICS)
     train = [point for point in points if point["split"] == "train"]
     evaluations = [point for point in points if point["split"] == "eval"]
     metric = job.best.metric or "loss"

@@ -1,7 +1,6 @@
 """`tessera train`: compose, check, then train: here, under our supervisor or as a torchrun rank."""
 
 import os
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from launch.determinism import hold
 from launch.exit_codes import FINISHED, PREEMPTED
 from launch.menu import lines
 from launch.protocol import Job, Launch
-from launch.request import LEASE_SECONDS, Request
+from launch.request import LEASE_SECONDS, Request, once_free
 from launch.signals import leaving_on_signals
 from launch.truth import truth
 from launch.words import split_off
@@ -153,13 +152,7 @@ def _train_as_rank(request: Request) -> int:
 
 def _locate(request: Request, is_patient: bool, num_steps: int) -> Path:
     """Return a new attempt; after the loss of a node, wait for the end of its lease of the run."""
-    from trainer.errors import LockedError
-
-    deadline = time.monotonic() + LEASE_SECONDS * is_patient
-    while True:
-        try:
-            return request.locate(num_steps)
-        except LockedError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
+    seconds = LEASE_SECONDS if is_patient else 0.0
+    attempt = once_free(partial(request.locate, num_steps), seconds)
+    assert attempt is not None  # nothing stops the wait but its end
+    return attempt

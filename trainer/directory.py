@@ -91,6 +91,17 @@ def _refuse_open_to_others(folder: Path) -> None:
         )
 
 
+def newest_step(folder: Path) -> int:
+    """Return the newest committed step of a run; 0: there is none."""
+    return max(committed_steps(folder / CHECKPOINTS), default=0)
+
+
+def attempts_of(folder: Path) -> list[Path]:
+    """Return the folders of a run's starts, the first one first."""
+    found = (path for path in (folder / "attempts").glob("*") if path.name.isdigit())
+    return sorted(found, key=lambda path: int(path.name))
+
+
 def new_attempt(folder: Path) -> Path:
     """Make and return the folder of this start: attempts/001, 002, .. (mkdir decides a race)."""
     return new_numbered(folder, "attempts")

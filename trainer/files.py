@@ -25,6 +25,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds; nothing where none can be read."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file; a torn last line is left out."""
     if not path.exists():

@@ -22,21 +22,16 @@ def prove_sources(proof: Proof, folder: Path, lives: list[Life], saved: dict[str
     mixture = Mixture.load(saved["mix"], saved["seed"])
     _check_eras(proof, mixture)
     _check_starts(proof, folder, lives, mixture)
-    given = _given(mixture, proof.end)
+    given_before = mixture.eras.exactly_done
+    given = given_before(proof.end)
     for first, last in proof.passed_over:
-        out = _minus(_given(mixture, last), _given(mixture, first))
-        given = _minus(given, out)
+        given = _minus(given, _minus(given_before(last), given_before(first)))
     proof.by_source = dict(zip(mixture.names, given, strict=False))
     proof.mixtures = len(mixture.eras.eras)
     if sum(given) != proof.samples:
         proof.findings.append(
             f"the sources gave {sum(given)} samples, the ledger has {proof.samples}"
         )
-
-
-def _given(mixture: Mixture, samples: int) -> list[int]:
-    """Return how many of the first `samples` places are each source's."""
-    return mixture.eras.exactly_done(samples)
 
 
 def _minus(more: list[int], less: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from trainer.files import read_json, write_json
+from trainer.files import read_mapping, write_json
 from trainer.redaction import redact_tree
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,4 @@ def write_note(folder: Path, kind: str, values: dict[str, Any]) -> None:
 
 def read_note(folder: Path, kind: str) -> dict[str, Any]:
     """Return a note; nothing where there is none that can be read."""
-    try:
-        found = read_json(folder / NOTES / f"{kind}.json")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_mapping(folder / NOTES / f"{kind}.json")

@@ -11,7 +11,7 @@ from trainer.checkpoint.commit import committed_steps, read_manifest, step_folde
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT
 from trainer.drift import difference, fits
 from trainer.errors import StorageError
-from trainer.files import read_json
+from trainer.files import read_mapping
 from trainer.notes import ABOUT, read_note
 from trainer.redaction import redact_tree
 from trainer.stored_config import read_stored
@@ -36,11 +36,7 @@ class Side:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        try:
-            found = read_json(self.folder / ENVIRONMENT)
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return redact_tree(found) if isinstance(found, dict) else {}
+        return redact_tree(read_mapping(self.folder / ENVIRONMENT))
 
     @cached_property
     def points(self) -> Points:

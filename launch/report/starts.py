@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.traces import read_records
-from trainer.directory import COMMAND, CONFIG, VERDICT
+from trainer.directory import COMMAND, CONFIG, VERDICT, attempts_of
 from trainer.drift import difference
-from trainer.files import read_json
+from trainer.files import read_mapping
 from trainer.stored_config import read_stored
 
 MAX_RANKS = 256  # whose records are read, of each start
@@ -75,17 +75,14 @@ class Past:
 def read_past(folder: Path) -> Past:
     """Return what is known; whatever cannot be read is left out."""
     ledger = Ledger(folder / "ledger/rank00000.jsonl")
-    attempts = sorted(
-        (path for path in (folder / "attempts").glob("*") if path.name.isdigit()),
-        key=lambda path: int(path.name),
-    )
+    attempts = attempts_of(folder)
     spans = ledger.spans([int(path.name) for path in attempts])
     starts, before = [], None
     for path in attempts:
         config = _config(path / CONFIG)
         starts.append(_start(path, spans.get(int(path.name)), before, config))
         before = config or before
-    commands = [found for path in attempts if (found := _json(path / COMMAND))]
+    commands = [found for path in attempts if (found := read_mapping(path / COMMAND))]
     words = commands[-1].get("words") if commands else []
     return Past(
         starts=starts, skipped=list(ledger.skipped()), rewinds=_rewinds(folder),
@@ -107,7 +104,7 @@ def _start(
         first_step=span and span[0],
         last_step=span and span[1],
         records=[record for record in read_records(path, ranks) if record],
-        verdict=_json(path / VERDICT),
+        verdict=read_mapping(path / VERDICT),
         changes={key: pair for key, pair in known.items() if not key.startswith(_IDLE)},
     )
 
@@ -173,14 +170,6 @@ def _config(path: Path) -> dict[str, Any] | None:
         return read_stored(path)
     except (OSError, ValueError):
         return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _time(record: dict[str, Any]) -> float:

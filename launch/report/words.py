@@ -4,7 +4,7 @@ import shlex
 import statistics
 from collections.abc import Iterator
 
-from launch.exit_codes import MEANINGS
+from launch.exit_codes import FINISHED, MEANINGS, PREEMPTED
 from launch.report.axes import exact
 from launch.report.charts import LOSS
 from launch.report.history import History, part
@@ -31,11 +31,9 @@ def outcome(history: History) -> tuple[str, str]:
     if not history.past.starts:
         return "open", "no start left a record"
     code, reason = history.past.starts[-1].ending
-    if code == 0:
+    if code == FINISHED:
         return "good", "finished"
-    if code == 75:
-        return "open", reason
-    if code is None:
+    if code is None or code == PREEMPTED:
         return "open", reason
     return "bad", f"{reason} (exit code {code}: {MEANINGS.get(code, 'unknown')})"
 

@@ -81,7 +81,7 @@ def facts_of(run: Run, processes: int, device: Device | None) -> Facts:
     parameters = [parameter for _, parameter in unique_parameters(model)]
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     samples, unit = _samples(data)
-    weights, state = _checkpoint(run, model, trainable)
+    weights, state = _checkpoint(run, parameters, trainable)
     return Facts(
         mesh=axes, why=why, trainable=trainable,
         frozen=sum(p.numel() for p in parameters) - trainable,
@@ -107,17 +107,15 @@ def _samples(data: Any) -> tuple[int, str]:
     return data.global_documents, "documents"
 
 
-def _checkpoint(run: Run, model: nn.Module, trainable: int) -> tuple[int, int]:
+def _checkpoint(run: Run, parameters: list[nn.Parameter], trainable: int) -> tuple[int, int]:
     """Return the bytes of weights, and of optimizer state, that a save writes."""
-    parameters = [parameter for _, parameter in unique_parameters(model)]
     is_alone = not isinstance(run.adapter, NoAdapter) or is_trained_alone(
         run.checkpoint.contents, new_tokens=run.freeze.new_tokens
     )
     saved = [p for p in parameters if p.requires_grad or not is_alone]
     size = PRECISIONS[run.precision].master.itemsize
-    return sum(
-        p.numel() * p.element_size() for p in saved
-    ), trainable * size * run.optim.state_tensors
+    weights = sum(p.numel() * p.element_size() for p in saved)
+    return weights, trainable * size * run.optim.state_tensors
 
 
 def _saves(run: Run, processes: int) -> str:
