@@ -77,6 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[dict
         ENDLESS,
         "launch.processes=2",
         "launch.restarts=0",
+        "launch.watchdog.stopped_seconds=600",  # here the collectives shall notice
         f"timeout_seconds={TIMEOUT_SECONDS}",
     )
     with ExitStack() as stack:
