@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.faults.injected import Fault, execute_fault, prepare
 from tests.ranks import run_ranks
 from trainer.distributed import Placement, Ranks
 from trainer.mesh import MeshSpec
+from trainer.verify.forked import RankFailedError
 from trainer.whereabouts import Whereabouts
 
 TIMEOUT_SECONDS = 2.0
@@ -113,6 +115,34 @@ def test_groups_of_a_mesh_wait_no_longer_than_the_timeout() -> None:
     """torch gives groups that a mesh makes 30 minutes, whatever the whole was given."""
     seconds = run_ranks(4, wait_alone, 3.0, limit_seconds=30.0)
     assert max(seconds[:2]) < 3.0 + 2.5
+
+
+def say_and_stop(placement: Placement, writer: int) -> None:
+    os.write(writer, b"x")
+    signal.pause()
+
+
+def test_ranks_without_a_result_in_time_are_told_with_their_stacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+
+    def time_is_over_when_both_are_there(*_: Any) -> list[Any]:
+        os.read(reader, 1)
+        os.read(reader, 1)
+        return []
+
+    monkeypatch.setattr("trainer.verify.forked.wait", time_is_over_when_both_are_there)
+    with pytest.raises(RankFailedError) as caught:
+        run_ranks(2, say_and_stop, writer)
+    first, *ranks = re.split(r"\nrank (?=\d)", str(caught.value))
+    assert first == "no result within 60.0 s from rank 0, 1"
+    for number, text in enumerate(ranks):
+        assert re.match(rf"{number}, \d+\.\d s of CPU time:\nFatal Python error: Aborted\n", text)
+        assert " in say_and_stop\n" in text
+    assert len(ranks) == 2
+    os.close(reader)
+    os.close(writer)
 
 
 def test_noting_where_a_step_is_costs_less_than_50_microseconds(tmp_path: Path) -> None:
