@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.distributed import LOOPBACK, Placement
-from trainer.ports import free_port
+from trainer.ports import hold_port
 
 
 class RankFailedError(Exception):
@@ -31,7 +31,7 @@ class _Rank(NamedTuple):
 
 
 def run_ranks(
-    world_size: int, work: Callable[..., Any], *arguments: Any, limit_seconds: float = 60.0
+    world_size: int, work: Callable[..., Any], *arguments: Any, limit_seconds: float = 150.0
 ) -> list[Any]:
     """Return `work(placement, *arguments)` of every rank; raise RankFailedError for the first.
 
@@ -44,14 +44,19 @@ def run_ranks(
     import torch.distributed.pipelining  # noqa: F401
 
     context = mp.get_context("fork")
-    port = free_port()
     ranks: list[_Rank] = []
-    with ExitStack() as stack:
+    with hold_port() as holder, ExitStack() as stack:
+        port = holder.getsockname()[1]
         for number in range(world_size):
+            placement = Placement(
+                rank=number, world_size=world_size, local_rank=number,
+                is_distributed=world_size > 1, loopback_port=port if world_size > 1 else None,
+            )  # fmt: skip
             receiver, sender = context.Pipe(duplex=False)
             stacks = stack.enter_context(TemporaryFile())
-            words = (number, world_size, port, sender, stacks, work, arguments)
-            process = context.Process(target=_child, args=words)
+            process = context.Process(
+                target=_child, args=(placement, port, sender, stacks, work, arguments)
+            )
             process.start()
             stack.callback(process.join)
             stack.callback(process.kill)
@@ -101,23 +106,12 @@ def _stacks(rank: _Rank) -> str:
 
 
 def _child(
-    rank: int,
-    world_size: int,
-    port: int,
-    sender: Any,
-    stacks: Any,
-    work: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    placement: Placement, port: int, sender: Connection, stacks: Any, work: Any, arguments: Any
 ) -> None:
     faulthandler.enable(stacks)
     torch.set_num_threads(1)
     # Others build groups of their own from the environment: accelerate, DeepSpeed.
     os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port))
-    is_distributed = world_size > 1
-    placement = Placement(
-        rank=rank, world_size=world_size, local_rank=rank, is_distributed=is_distributed,
-        loopback_port=port if is_distributed else None,
-    )  # fmt: skip
     try:
         sender.send((True, work(placement, *arguments)))
     except BaseException:  # whatever it is, the parent shows it
