@@ -86,7 +86,9 @@ def _collect(ranks: list[_Rank], limit_seconds: float) -> list[Any]:
         )
     if waiting:
         for number in waiting:  # all at once: none shall see the end of another
-            os.kill(ranks[number].process.pid, signal.SIGABRT)
+            pid = ranks[number].process.pid
+            assert pid is not None  # it was started
+            os.kill(pid, signal.SIGABRT)
         found = "".join(f"\nrank {number}, {_stacks(ranks[number])}" for number in waiting)
         names = ", ".join(map(str, waiting))
         raise RankFailedError(f"no result within {limit_seconds} s from rank {names}{found}")
