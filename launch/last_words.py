@@ -8,8 +8,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.exit_codes import BAD_CONFIG, INTERNAL, PREEMPTED, code_of, in_words
-from launch.restarts import standing, way_on
+from launch.exit_codes import BAD_CONFIG, INTERNAL, code_of, in_words
+from launch.restarts import saved_and_stopped, standing, way_on
 from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
@@ -121,8 +121,7 @@ def report(
 
 def stopped(reason: str, attempt: Path | None) -> str:
     """Return the last line of a run that stopped and saved."""
-    committed = _committed(attempt)
-    return f"{reason}; {standing(committed)}; {way_on(committed)} (exit code {PREEMPTED})"
+    return saved_and_stopped(reason, _committed(attempt))
 
 
 def report_first(error: Exception, record: dict[str, Any], rank: int, attempt: Path) -> None:
