@@ -107,7 +107,7 @@ def report(
     name = f"rank {placement.rank} of {placement.world_size}"
     code = in_words(record["code"])
     if record["is_consequence"]:
-        text = f"{name} lost the others{witness.where}: {_short(redact(str(error)))}"
+        text = f"{name} lost the others{witness.where}: {without_advice(redact(str(error)))}"
     elif record["step"]:
         committed = _committed(attempt)
         text = (
@@ -176,6 +176,6 @@ def write_whole(path: Path, values: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _short(text: str) -> str:
+def without_advice(text: str) -> str:
     """Return gloo's message without its source file and its advice."""
     return re.sub(r"^\[[^]]*\] ", "", text).partition(". This is typically")[0]
