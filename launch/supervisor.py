@@ -26,6 +26,7 @@ from launch.restarts import (
     failure_of,
     last_step,
     leave_verdict,
+    saved_and_stopped,
     standing,
     way_on,
     with_hang,
@@ -100,10 +101,11 @@ class Supervisor:
 
     def _start_once(self) -> int | Failure:
         """Return the exit code of the run, or the failure of this start."""
+        count = len(self.restarts.failures)
         group: Group | Crew = (
-            Crew(self.node, self.attempt, self.worker, self.links)
+            Crew(self.node, self.attempt, self.worker, self.links, count)
             if self.links
-            else Group(self.node, self.attempt, self.worker)
+            else Group(self.node, self.attempt, self.worker, restarts=count)
         )
         hang = None
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -183,8 +185,7 @@ class Supervisor:
         left_early = [record for record in records if record.get("has_begun") is False]
         if set(codes) == {PREEMPTED} or (self.signals and left_early):
             reason = (left_early or records)[0]["reason"]
-            step = self._committed()
-            say(f"{reason}; {standing(step)}; {way_on(step)} (exit code {PREEMPTED})")
+            say(saved_and_stopped(reason, self._committed()))
             return PREEMPTED
         failure = failure_of(witnesses, codes, self._committed())
         return failure if hang is None else with_hang(failure, hang, self.attempt)

@@ -7,8 +7,8 @@ from pathlib import Path
 from launch.compose import parsed
 from launch.exit_codes import CHECK_FAILED, FINISHED, PREEMPTED
 from launch.signals import leaving_on_signals
-from launch.sweep_crew import DEVICES, Crew
 from launch.sweep_plan import SweepJob, plan
+from launch.sweep_runner import DEVICES, SweepRunner
 from launch.sweep_table import record, results, table
 from launch.terminal import say
 from launch.truth import truth
@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> int:
     if is_dry:
         print("\n".join(_listed(jobs)))
         return FINISHED
-    return _run(jobs, folder, Crew(slots, folder / LOGS, devices), stop_on_failure=stop_on_failure)
+    return _run(
+        jobs, folder, SweepRunner(slots, folder / LOGS, devices), stop_on_failure=stop_on_failure
+    )
 
 
 def _base(overrides: list[str]) -> tuple[Path, str, list[str]]:
@@ -102,22 +104,22 @@ def _listed(jobs: list[SweepJob]) -> list[str]:
     return [*lines, f"# {len(jobs)} jobs checked, {waiting} to run; nothing was started"]
 
 
-def _run(jobs: list[SweepJob], folder: Path, crew: Crew, *, stop_on_failure: bool) -> int:
+def _run(jobs: list[SweepJob], folder: Path, runner: SweepRunner, *, stop_on_failure: bool) -> int:
     waiting = [job for job in jobs if not job.is_finished]
 
     def tell(text: str) -> None:
         say(text)
         if folder.is_dir():  # also half way: whoever looks in sees what there is
-            record(folder / RESULTS, results(jobs, crew.codes))
+            record(folder / RESULTS, results(jobs, runner.codes))
 
     if done := len(jobs) - len(waiting):
         tell(f"{done} of {len(jobs)} jobs have finished before")
-    crew.run(waiting, stop_on_failure=stop_on_failure, tell=tell)
-    rows = results(jobs, crew.codes)
+    runner.run(waiting, stop_on_failure=stop_on_failure, tell=tell)
+    rows = results(jobs, runner.codes)
     record(folder / RESULTS, rows)
     print("\n".join(["", *table(rows), "", f"{folder / RESULTS}"]), flush=True)
     codes = {row["exit_code"] for row in rows} - {FINISHED}
-    if crew.signals or codes == {PREEMPTED}:
+    if runner.signals or codes == {PREEMPTED}:
         tell(f"stopped; the same command goes on from here (exit code {PREEMPTED})")
         return PREEMPTED
     return CHECK_FAILED if codes else FINISHED

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launch.compose import Combination, combinations
 from launch.exit_codes import FINISHED
 from launch.traces import read_records
-from launch.train import bind_run, read_request, settled
+from launch.train import bind_with_launch, read_request, settled
 
 if TYPE_CHECKING:
     from trainer.best import BestSpec
@@ -73,7 +73,7 @@ def _job(name: str, combination: Combination, runs: Path) -> SweepJob:
     wandb = (tree.get("tracker") or {}).get("wandb")
     if wandb and wandb.get("group") is None:  # so that the server shows them side by side
         words.append(f"tracker.wandb.group={quoted(runs.name)}")
-    run, launch = bind_run(tree)
+    run, launch = bind_with_launch(tree)
     run.check(launch.world_size)
     num_steps = (run if run.max_steps else settled(run)).num_steps
     folder = runs / name
