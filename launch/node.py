@@ -116,7 +116,7 @@ class Launcher:
 
         def start() -> Path:
             refuse(folder, tree)
-            return new_start(folder, tree)
+            return new_start(folder, tree, tuple(self.handover.words))
 
         return once_free(start, LEASE_SECONDS, self._is_stopped)
 
