@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.compose import Combination, combinations
+from launch.deadline import refuse_past
 from launch.exit_codes import FINISHED
 from launch.protocol import Job, Launch
 from launch.queue import Queued, runs_in_queue
@@ -127,6 +128,7 @@ def _job(
             queued.place, tree, f"{folder} is {queued.words}", "scancel it, set sweep=NAME", _IDLE
         )
     elif not is_finished:
+        refuse_past(tree["stop_at"])
         request.choose(run.num_steps)  # refuses a run in use, or of another config
     return SweepJob(
         name=name, varied=combination.varied, launch=launch, is_finished=is_finished, best=run.best,
