@@ -5,6 +5,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.handover import PLAN
 from launch.sbatch import SCRIPT, places_of
 
 ASK_SECONDS = 60.0
@@ -42,20 +43,24 @@ def runs_in_queue(folder: Path) -> dict[Path, Queued]:
 
 
 def read_queue(text: str, folder: Path) -> dict[Path, Queued]:
-    """Return what lines of `number state script` say of the runs below a folder."""
+    """Return what lines of `number state script` say of the runs below a folder.
+
+    ValueError for one whose files were removed: a new one in their place would be its, too.
+    """
     found = {}
     for line in text.splitlines():
         number, state, command = line.split(" ", 2)
         script = Path(command)
         if script.name != SCRIPT or not script.resolve().is_relative_to(folder):
             continue
-        try:
-            places = places_of(script.read_text())
-        except OSError:  # somebody has removed the run: nothing of it is in the way
-            continue
-        task = number.partition("_")[2] or "0"
-        if int(task) < len(places):
-            place = places[int(task)]
-            words = f"{state.lower()} as {number}"
-            found[place.parents[1].resolve()] = Queued(place=place, words=words)
+        places = places_of(script.read_text()) if script.exists() else []
+        place = dict(enumerate(places)).get(int(number.partition("_")[2] or 0), script)
+        if not (place / PLAN).exists():
+            raise ValueError(
+                f"job {number} is {state.lower()}, and {place} is gone, which it needs; scancel "
+                f"{number}, and try again"
+            )
+        found[place.parents[1].resolve()] = Queued(
+            place=place, words=f"{state.lower()} as {number}"
+        )
     return found

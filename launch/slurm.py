@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from launch.protocol import Job, Supervised
@@ -159,6 +160,7 @@ def _seconds(limit: str) -> int:
     return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
 
+@cache  # the jobs of a sweep ask the same
 def _answer(*command: str) -> str:
     """Return what a command of Slurm prints; nothing where it fails: sbatch will say why."""
     with suppress(OSError, subprocess.SubprocessError):

@@ -145,13 +145,16 @@ def test_queue_is_read_by_scripts_and_strangers_are_passed_over(tmp_path: Path) 
     place = tmp_path / "a b" / "it's" / "jobs" / "001"
     place.mkdir(parents=True)
     (place / "job.sh").write_text(f"#!/bin/bash\njob={shlex.quote(str(place))}\n")
-    lines = [
-        f"7 RUNNING {place}/job.sh", "8 PENDING (null)", "9_1 RUNNING /home/me/train.sh",
-        f"10_4 PENDING {place}/job.sh", f"11 RUNNING {tmp_path}/gone/job.sh",
-    ]  # fmt: skip
-    found = read_queue("\n".join(lines), tmp_path)
+    (place / "launch.json").touch()
+    text = f"7 RUNNING {place}/job.sh\n8 PENDING (null)\n9_1 RUNNING /home/me/train.sh\n"
+    found = read_queue(text, tmp_path)
     assert {run: each.words for run, each in found.items()} == {place.parents[1]: "running as 7"}
-    assert read_queue("\n".join(lines), tmp_path / "other") == {}
+    assert read_queue(text, tmp_path / "other") == {}
+    for line in (f"10_4 PENDING {place}/job.sh", f"10_4 PENDING {tmp_path}/gone/job.sh"):
+        with pytest.raises(
+            ValueError, match=r"job 10_4 is pending, and .* is gone.*; scancel 10_4"
+        ):
+            read_queue(text + line, tmp_path)
 
 
 def test_table_comes_where_there_is_something_to_show(
