@@ -8,6 +8,7 @@ import pytest
 
 from launch.binding import bind, convert
 from launch.compose import compose
+from launch.known_keys import known_keys
 from launch.protocol import Launch
 from tests.assembled import write_clip, write_text_model
 
@@ -92,3 +93,23 @@ def train_commands(page: Path) -> list[str]:
 
 def test_commands_are_found_at_all() -> None:
     assert sum(len(train_commands(page)) for page in PAGES) > 50
+
+
+def test_the_keys_that_others_are_told_to_use_exist() -> None:
+    known: set[str] = set()
+    for words in (
+        ["data=chat", "task=dpo", "adapter=lora", "schedule=wsd", "engine=deepspeed"],
+        ["data=text", "task=sequence_classification", "model=pretrained", "launch=slurm"],
+    ):
+        known |= set(known_keys(compose(words, is_partial=True).tree))
+    cells = re.findall(r"^\|.*\| (.*) \|$", (ROOT / "docs/migrating.md").read_text(), re.MULTILINE)
+    spans = [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
+    words = [word.strip("'").partition("=") for span in spans for word in span.split()]
+    keys = {key for key, is_set, _ in words if is_set or "." in key}
+    assert len(keys) > 50
+    wrong = {key for key in keys if re.fullmatch(r"[a-z_.]+", key)} - known - OPTIONS
+    assert not wrong
+
+
+# Of `tessera export`, `tessera plan` and `tessera train`.
+OPTIONS = {"dtype", "processes", "device", "dry_run"}
