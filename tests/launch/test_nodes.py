@@ -103,8 +103,11 @@ def outcome(run: Started) -> int:
 
 
 def test_run_on_three_nodes_ends_everywhere_with_zero_and_no_word(tmp_path: Path) -> None:
-    with started(tmp_path, Plan(steps=3), nodes=3) as run:
+    words = ["seed=1", "launch=slurm"]
+    with started(tmp_path, Plan(steps=3), nodes=3, words=words) as run:
         assert run.wait() == [FINISHED] * 3, run.text
+    start = tmp_path / "run" / "attempts" / "001"
+    assert json.loads((start / "command.json").read_text()) == {"words": words}
     assert [line for line in run.text.splitlines() if "submitted" not in line] == []
     records = [json.loads(p.read_text()) for p in sorted(tmp_path.rglob("exit.*.json"))]
     assert [record["code"] for record in records] == [FINISHED] * 3

@@ -96,6 +96,10 @@ REFUSALS = {
     "two values": ([*TINY, "seed=1,2"], ["seed=1,2"]),
     "dry_run unclear": ([*TINY, "dry_run=maybe"], ["dry_run=maybe", "true", "false"]),
     "text cut at an interpolation": ([*TINY, "tokenizer=${nothing}"], ["nothing", "tokenizer"]),
+    "limit that has passed": (
+        [*TINY, "stop_at=2020-12-31T08:00"],
+        ["stop_at=2020-12-31T08:00 has passed", "set it to a later time"],
+    ),
     # Names of groups, choices and keys.
     "unknown group": (["train", "modle=llama_tiny"], ["modle", "did you mean model?"]),
     "unknown choice": (

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launch.exit_codes import BAD_CONFIG, DATA, FINISHED, INTERNAL, PREEMPTED
+from launch.exit_codes import BAD_CONFIG, DATA, FINISHED, INTERNAL, NO_PROGRESS, PREEMPTED
 from tests.conftest import Figure
 from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder, verify
 from trainer.record import read_lines
@@ -358,6 +358,19 @@ def test_signal_while_workers_start_ends_as_preempted(tmp_path: Path, cache: Pat
         command.process.send_signal(signal.SIGTERM)
         assert command.wait() == PREEMPTED, command.text
     assert not any(map(is_worker, workers.values()))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stop_at_without_time_for_a_step_is_not_to_be_started_again(
+    processes: int, tmp_path: Path, cache: Path
+) -> None:
+    """Who starts a run again after 75 would do so for ever."""
+    with started(tmp_path, cache, "stop_at=+1s", ENDLESS, f"launch.processes={processes}") as run:
+        assert run.wait() == NO_PROGRESS, run.text
+    assert "stopped by its time limit; stop_at leaves no time for a start, a step and" in run.text
+    assert f"last committed step: none; the same command starts anew (exit code {NO_PROGRESS})" in (
+        run.text
+    )
 
 
 def test_second_interrupt_ends_a_run_that_hangs_at_once(tmp_path: Path, cache: Path) -> None:
