@@ -88,7 +88,10 @@ class Columns:
     def series(self, name: str) -> "tuple[array[int], array[float]]":
         """Return the steps and values of the points that have a finite number of this name."""
         if name not in self._series:
-            self._series[name] = self._finite(self.column(name))
+            found = self._columns.get(name)
+            self._series[name] = (
+                self._finite(found.numbers()) if found else (array("q"), array("d"))
+            )
         return self._series[name]
 
     def _finite(self, column: "array[float]") -> "tuple[array[int], array[float]]":

@@ -7,6 +7,7 @@ import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,9 +35,12 @@ class Points:
     num_torn: int = 0
     """Lines that could not be read."""
 
-    @property
+    @cached_property
     def speed(self) -> float | None:
-        """Tokens per second: the median of all log points, which a slow first one does not move."""
+        """Tokens per second: the median of all log points, which a slow first one does not move.
+
+        Sorting a million takes a moment: it is kept, for points that are all there.
+        """
         rates = self.train.series(TOKENS)[1]
         return median(rates) if rates else None
 
