@@ -58,8 +58,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE.format(devices=", ".join(DEVICES)), end="")
         return FINISHED
     own, words = split_off("plan", arguments, OWN)
-    composed = compose(words, command="plan", options=OWN)
-    tree = composed.tree | {"name": composed.tree["name"] or composed.experiment or "run"}
+    tree = compose(words, command="plan", options=OWN).named
     options = _options(own, tree)
     run = _run(tree)
     from launch import plan_text
@@ -121,10 +120,10 @@ def _mfu(text: str) -> float:
 
 
 def _run(tree: dict[str, Any]) -> Any:
-    from launch.binding import bind
+    from launch.binding import bind_run
     from trainer.run import Run
 
-    run = bind({key: value for key, value in tree.items() if key != "launch"})
+    run = bind_run(tree)
     assert isinstance(run, Run)
     return run
 

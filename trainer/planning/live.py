@@ -60,7 +60,7 @@ class Ledger:
         """Write down what an operation made."""
         self.now += 1
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:  # DeepSpeed keeps shapes so
                 storage = tensor.untyped_storage()
                 if storage not in self._alive:
                     self._begin(storage, storage.nbytes(), tuple(tensor.shape), "")
