@@ -29,14 +29,21 @@ class Loss(NamedTuple):
 
 
 class WholeVocabulary:
-    """Every logit is here."""
+    """Every logit is here.
+
+    All passes go over a few rows of logits, then over the next: what lies in a CPU's cache is not
+    fetched from memory again. None: over all rows at once, as on a GPU.
+    """
+
+    def __init__(self, cached_logits: int | None = CACHED_LOGITS) -> None:
+        self.cached_logits = cached_logits
 
     def gradient(
         self, logits_XV: Tensor, labels_X: Tensor, scale_X1: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # All passes over a few rows, then over the next: what lies in a CPU's cache is not fetched
-        # from memory again. A GPU takes all rows at once.
-        rows = max(1, CACHED_LOGITS // logits_XV.shape[1]) if logits_XV.is_cpu else len(logits_XV)
+        rows = len(logits_XV)
+        if self.cached_logits is not None and logits_XV.is_cpu:
+            rows = max(1, self.cached_logits // logits_XV.shape[1])
         scales = repeat(None) if scale_X1 is None else scale_X1.split(rows)
         blocks = zip(logits_XV.split(rows), labels_X.split(rows), scales, strict=False)
         nll = [_to_gradient(*block) for block in blocks]

@@ -105,17 +105,15 @@ def test_bf16_keeps_the_loss_in_fp32() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 20, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_few_rows_of_logits_at_a_time_give_the_same(
-    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("models.nn.head.CACHED_LOGITS", rows * VOCAB + 1)
+def test_a_few_rows_of_logits_at_a_time_give_the_same(dtype: torch.dtype, rows: int) -> None:
     head, hidden, targets = head_and_inputs(dtype, 1000, "one masked chunk")
     logits_XV = (hidden @ head.weight.T).detach().flatten(0, 1) * 30
     labels_X, is_target_X1 = targets.flatten(), (targets.flatten() != IGNORED)[:, None]
     log_p_XV = logits_XV.double().log_softmax(-1)
     one_hot_XV = F.one_hot(labels_X.clamp(min=0), VOCAB)
     wanted = (log_p_XV.exp() - one_hot_XV) * is_target_X1
-    nll_X, grad_XV = WholeVocabulary().gradient(logits_XV.clone(), labels_X, None)
+    vocabulary = WholeVocabulary(cached_logits=rows * VOCAB + 1)
+    nll_X, grad_XV = vocabulary.gradient(logits_XV.clone(), labels_X, None)
     each = F.nll_loss(log_p_XV, labels_X, ignore_index=IGNORED, reduction="none")
     limit = 1e-12 if dtype == torch.float64 else 1e-6  # of fp32; logits have what bf16 left them
     torch.testing.assert_close(nll_X.double(), each, rtol=limit, atol=limit)
