@@ -5,8 +5,8 @@
 
 Each case runs in a process of its own, with the engine and loop of `tessera train`: nine steps as
 they are, interleaved with the step's own products one by one; one step whose operations are
-counted; two under torch's profiler. The floor is what products cost at the rate of a square product and what
-the optimizer moves at the rate of memory; it leaves out all else that a step must do.
+counted; two under torch's profiler. The floor is what products cost at the rate of a square product
+and what the optimizer moves at the rate of memory; it leaves out all else that a step must do.
 """
 
 import json

@@ -51,7 +51,7 @@ class Found:
     num_bytes: int = 0
     calls: int = 0
     data_wait: float = 0.0
-    """The longest of a step: seconds without the next batch."""
+    """The largest share of a step without the next batch."""
     kinds: dict[str, float] = field(default_factory=dict)
     """Of operations, under the profiler."""
     profiled_seconds: float = 0.0
@@ -92,7 +92,7 @@ class Observer(Callback):
                 start = time.perf_counter()
                 metrics = yield
                 seconds.append(time.perf_counter() - start)
-                found.data_wait = max(found.data_wait, metrics.get("data_wait", 0.0))
+                found.data_wait = max(found.data_wait, metrics["data_wait_fraction"])
             for product, left, right in products:
                 rounds[product].append(typical(lambda a=left, b=right: torch.matmul(a, b)))
         found.seconds = median(seconds)
