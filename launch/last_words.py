@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import BAD_CONFIG, INTERNAL, code_of, in_words
-from launch.restarts import standing, way_on
+from launch.restarts import how_it_stopped, standing, way_on
 from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
@@ -107,7 +107,7 @@ def report(
     name = f"rank {placement.rank} of {placement.world_size}"
     code = in_words(record["code"])
     if record["is_consequence"]:
-        text = f"{name} lost the others{witness.where}: {_short(redact(str(error)))}"
+        text = f"{name} lost the others{witness.where}: {without_advice(redact(str(error)))}"
     elif record["step"]:
         committed = newest_of(attempt)
         text = (
@@ -121,8 +121,7 @@ def report(
 
 def stopped(reason: str, attempt: Path | None, code: int) -> str:
     """Return the last line of a run that stopped."""
-    committed = newest_of(attempt)
-    return f"{reason}; {standing(committed)}; {way_on(committed)} (exit code {code})"
+    return how_it_stopped(reason, newest_of(attempt), code)
 
 
 def report_first(error: Exception, record: dict[str, Any], rank: int, attempt: Path) -> None:
@@ -178,6 +177,6 @@ def write_whole(path: Path, values: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _short(text: str) -> str:
+def without_advice(text: str) -> str:
     """Return gloo's message without its source file and its advice."""
     return re.sub(r"^\[[^]]*\] ", "", text).partition(". This is typically")[0]

@@ -20,6 +20,7 @@ from launch.group import Node, safe_paths
 from launch.handover import Handover, note_outcome, read_handover
 from launch.meeting import Link, LostError, Meeting, come, ports_of
 from launch.request import LEASE_SECONDS, new_start, once_free, refuse
+from launch.restarts import standing
 from launch.signals import STOP_SIGNALS
 from launch.supervisor import WORKER, Supervisor
 from launch.terminal import redact_tracebacks, say
@@ -134,10 +135,9 @@ class Launcher:
             code = PREEMPTED if self._committed() > self._committed_before else INTERNAL
             if self.node.rank == 1:  # one of those that are left speaks
                 code = self._note(code)
-                step = self._committed() or "none"
                 say(
                     f"node 0 of {self.node.count} is lost: its launcher has ended, or cannot be "
-                    f"reached; last committed step: {step} (exit code {code})"
+                    f"reached; {standing(self._committed())} (exit code {code})"
                 )
             return code
 

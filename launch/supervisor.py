@@ -26,6 +26,7 @@ from launch.restarts import (
     Failure,
     Restarts,
     failure_of,
+    how_it_stopped,
     last_step,
     leave_verdict,
     standing,
@@ -102,10 +103,11 @@ class Supervisor:
 
     def _start_once(self) -> int | Failure:
         """Return the exit code of the run, or the failure of this start."""
+        count = len(self.restarts.failures)
         group: Group | Crew = (
-            Crew(self.node, self.attempt, self.worker, self.links)
+            Crew(self.node, self.attempt, self.worker, self.links, count)
             if self.links
-            else Group(self.node, self.attempt, self.worker)
+            else Group(self.node, self.attempt, self.worker, restarts=count)
         )
         hang = None
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -189,7 +191,7 @@ class Supervisor:
             is_saved = self._is_patient or step > self._committed_before  # who is patient may count
             if vain := in_vain(records[0], is_saved, os.environ):
                 reason, code = f"{reason}; {vain}", NO_PROGRESS
-            say(f"{reason}; {standing(step)}; {way_on(step)} (exit code {code})")
+            say(how_it_stopped(reason, step, code))
             return code
         failure = failure_of(witnesses, codes, self._committed())
         return failure if hang is None else with_hang(failure, hang, self.attempt)

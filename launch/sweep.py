@@ -8,8 +8,8 @@ from launch.compose import parsed
 from launch.exit_codes import CHECK_FAILED, FINISHED, PREEMPTED
 from launch.signals import leaving_on_signals
 from launch.slurm import SlurmSpec
-from launch.sweep_crew import DEVICES, Crew
 from launch.sweep_plan import SweepJob, listed, plan
+from launch.sweep_runner import DEVICES, SweepRunner
 from launch.sweep_slurm import preview, run_on_slurm
 from launch.sweep_table import conclude, record, results, table
 from launch.terminal import say
@@ -74,7 +74,9 @@ def main(arguments: list[str]) -> int:
         devices = _devices(slots, max(job.launch.world_size for job in jobs))
     if is_dry:
         return _list(jobs)
-    return _run(jobs, folder, Crew(slots, folder / LOGS, devices), stop_on_failure=stop_on_failure)
+    return _run(
+        jobs, folder, SweepRunner(slots, folder / LOGS, devices), stop_on_failure=stop_on_failure
+    )
 
 
 def _base(overrides: list[str]) -> tuple[Path, str, list[str]]:
@@ -123,21 +125,21 @@ def _list(jobs: list[SweepJob]) -> int:
     return FINISHED
 
 
-def _run(jobs: list[SweepJob], folder: Path, crew: Crew, *, stop_on_failure: bool) -> int:
+def _run(jobs: list[SweepJob], folder: Path, runner: SweepRunner, *, stop_on_failure: bool) -> int:
     waiting = [job for job in jobs if job.is_waiting]
 
     def tell(text: str) -> None:
         say(text)
         if folder.is_dir():  # also half way: whoever looks in sees what there is
-            record(folder, results(jobs, crew.codes))
+            record(folder, results(jobs, runner.codes))
 
     if done := len(jobs) - len(waiting):
         tell(f"{done} of {len(jobs)} jobs have finished before")
-    crew.run(waiting, stop_on_failure=stop_on_failure, tell=tell)
-    rows = results(jobs, crew.codes)
+    runner.run(waiting, stop_on_failure=stop_on_failure, tell=tell)
+    rows = results(jobs, runner.codes)
     conclude(folder, rows)
     codes = {row["exit_code"] for row in rows} - {FINISHED}
-    if crew.signals or codes == {PREEMPTED}:
+    if runner.signals or codes == {PREEMPTED}:
         tell(f"stopped; the same command goes on from here (exit code {PREEMPTED})")
         return PREEMPTED
     return CHECK_FAILED if codes else FINISHED

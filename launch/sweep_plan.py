@@ -15,7 +15,7 @@ from launch.protocol import Job, Launch
 from launch.queue import Queued, runs_in_queue
 from launch.slurm import SlurmSpec
 from launch.traces import read_records
-from launch.train import bind_run, read_request, settled
+from launch.train import bind_with_launch, read_request, settled
 
 if TYPE_CHECKING:
     from trainer.best import BestSpec
@@ -116,7 +116,7 @@ def _job(
     if wandb and wandb.get("group") is None:  # so that the server shows them side by side
         words.append(f"tracker.wandb.group={quoted(runs.name)}")
         wandb["group"] = runs.name
-    run, launch = bind_run(tree)
+    run, launch = bind_with_launch(tree)
     run.check(launch.world_size)
     run = run if run.max_steps else settled(run)
     folder = runs / name

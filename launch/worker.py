@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.deadline import in_vain, seconds_left
 from launch.exit_codes import FINISHED, NO_PROGRESS, PREEMPTED
-from launch.group import ATTEMPT, PARENT, PIPE
+from launch.group import ATTEMPT, PARENT, PIPE, RESTART_COUNT
 from launch.last_words import (
     describe,
     judge_here,
@@ -77,7 +77,10 @@ def execute(
     configure_logging(placement.rank)
     request = StopRequest()
     limit = TimeLimit(seconds_left(os.environ, run.stop_at))
-    start = Start(placement=placement, locate=locate, request=request, limit=limit)
+    start = Start(
+        placement=placement, locate=locate, request=request, limit=limit,
+        is_again=os.environ.get(RESTART_COUNT, "0") != "0",
+    )  # fmt: skip
     is_supervised = ATTEMPT in os.environ
     stacks = _report_to_supervisor(start) if is_supervised else None
     failure, record = _outcome(run, start, says=placement.is_main and not is_supervised)
@@ -163,13 +166,12 @@ def main() -> None:
     """Run as one worker of the supervisor."""
     die_with(int(os.environ[PARENT]))
     redact_tracebacks()
-    from launch.binding import bind
+    from launch.binding import bind_run
     from trainer.stored_config import read_stored
 
     attempt = Path(os.environ[ATTEMPT])
-    tree = read_stored(attempt / "config.yaml")
-    tree.pop("launch")
-    leave(execute(bind(tree), placement_from(os.environ), lambda _: attempt))
+    run = bind_run(read_stored(attempt / "config.yaml"))
+    leave(execute(run, placement_from(os.environ), lambda _: attempt))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from trainer.evaluations import Evaluations
 from trainer.judges import answer_judge, evaluator_of
 from trainer.loop import Loop
 from trainer.mesh import Mesh
-from trainer.meter import Meter
+from trainer.meter import Meter, held_before
 from trainer.new_tokens import starting_at_mean
 from trainer.notes import ABOUT, write_note
 from trainer.numerics.guard import Guard
@@ -54,6 +54,8 @@ class Start:
     request: StopRequest
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
     limit: TimeLimit = field(default_factory=TimeLimit)
+    is_again: bool = False
+    """Whether the same command has said before what it trains."""
 
     def stopping(self, control: ControlWord) -> Stopping:
         """Return what ends the run early."""
@@ -97,6 +99,7 @@ def fit(run: Run, start: Start) -> bool:
 def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | None) -> bool:
     """Build everything on the connected ranks, and train."""
     start.whereabouts.enter("build")
+    before = held_before(ranks.device)
     folder, is_main = attempt.parent.parent, start.placement.is_main
     mesh_spec, why = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
@@ -118,12 +121,12 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     callbacks = _callbacks(run)
     view = RunView(
         run=run, folder=folder, is_main=is_main, engine=engine, tokenizer=tokenizer,
-        loader=loader, eval_loader=eval_loader,
+        loader=loader, eval_loader=eval_loader, start=int(attempt.name), is_again=start.is_again,
         banner=describe(run, model, engine.trained, mesh, why, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     if is_main:
         found = counts(run, engine.trained, loader, eval_loader)
-        write_note(folder, ABOUT, {**found, "banner": view.banner})
+        write_note(folder, ABOUT, {**found, **before, "banner": view.banner})
     validator = answer_judge(
         run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
         page=folder / VALIDATION if is_main else None,

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from launch.compose import compose
-from launch.train import bind_run
+from launch.train import bind_with_launch
 from trainer.run import Run
 
 LAYERS = {1: 10, 2: 18, 4: 18}  # by ranks: what one holds of weights and state is above 100 MB
@@ -50,7 +50,7 @@ class Case:
                 words += ["mesh=single"]
             words += [f"model.{key}={self.layers or LAYERS[self.processes]}"]
         tree = compose([*words, *self.words, f"data.cache={folder}"]).tree
-        run, _ = bind_run(tree | {"name": self.name.replace(" ", "_")})
+        run, _ = bind_with_launch(tree | {"name": self.name.replace(" ", "_")})
         return replace(run, callbacks={})
 
     @property
@@ -112,11 +112,18 @@ CASES = {
             for stage in range(4)
         ),
         _case("gemma", "model=gemma_tiny"),
+        _case("gemma lora", "model=gemma_tiny", "adapter=lora", layers=30),
         _case("gemma fsdp", "model=gemma_tiny", "mesh=fsdp", processes=2),
         _case("gpt_bigcode", "model=gpt_bigcode_tiny"),
+        _case("gpt_bigcode fsdp", "model=gpt_bigcode_tiny", "mesh=fsdp", processes=2),
         _case("gpt_bigcode tp", "model=gpt_bigcode_tiny", SINGLE, "mesh.tp=2", processes=2),
         _case("idefics", "freeze=none"),
         _case("idefics frozen", "freeze=idefics_frozen"),
         _case("idefics ddp", "freeze=none", "mesh=ddp", processes=2),
+        _case("idefics fsdp", "freeze=none", "mesh=fsdp", processes=2),
+        _case(
+            "idefics zero3", "freeze=none", "mesh=ddp", "engine=deepspeed", "engine.stage=3",
+            *SMALL_BUCKETS, processes=2,
+        ),
     )
 }  # fmt: skip

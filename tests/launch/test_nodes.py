@@ -22,7 +22,7 @@ from launch.node import node_of
 from tests.faults.plain_worker import WORKER, Plan
 from trainer.checkpoint.commit import committed_steps
 
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 150.0
 CODE = f"import sys; from launch.node import main; sys.exit(main(sys.argv[1:], {WORKER!r}))"
 KEY = "0123456789abcdef" * 2
 
@@ -61,7 +61,7 @@ class Started:
 def handover(folder: Path, nodes: int = 2, **changes: Any) -> Handover:
     values: dict[str, Any] = {
         "folder": str(folder / "run"), "nodes": nodes, "processes": 1, "restarts": 3,
-        "watchdog": {"setup_seconds": 60.0, "step_seconds": 1.5, "floor_seconds": 1.5},
+        "watchdog": {"stopped_seconds": 1.0},  # other limits a busy machine may reach
         "stop_at": None, "deterministic": "off", "git_commit": None, "key": KEY,
     }  # fmt: skip
     return Handover(**values | changes)

@@ -1,11 +1,11 @@
 """What a person sees of a run: on a terminal lines that fit, a live line and a card; else lines."""
 
 import io
-import json
 import logging
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from torch import _dynamo  # noqa: F401  once for all children, which would each take seconds for it
 
 from launch.terminal import configure_logging
-from tests.runs import tiny_run, train
+from tests.runs import start_in, tiny_run, train
 from tests.terminals import Seen, seen
 from trainer.best import BestSpec
 from trainer.callbacks.card import card
@@ -22,7 +22,9 @@ from trainer.callbacks.closing import Closing
 from trainer.callbacks.console import Console
 from trainer.callbacks.protocol import Callback
 from trainer.callbacks.status import Pace
+from trainer.construct import fit
 from trainer.distributed import Placement
+from trainer.points import Points
 from trainer.progress import Progress
 from trainer.screen import clean, columns_of, labelled, rows_of, width
 
@@ -71,6 +73,23 @@ def test_a_terminal_shows_a_live_line_then_a_card_and_is_left_clean(
     assert "run     tiny finished: 4 of 4 steps, " in screen.text
     assert "next:\n  tessera generate checkpoint=" in screen.text
     assert COLOUR.search(written)
+
+
+@pytest.mark.parametrize("is_again", [False, True])
+def test_what_is_trained_is_told_once_and_a_restart_says_where_it_goes_on(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, is_again: bool
+) -> None:
+    callbacks = {"console": Console()}
+    run = tiny_run(cache, callbacks=callbacks, max_steps=2, save_every=2, log_every=9)
+    train(Placement(), tmp_path, run)
+    caplog.clear()
+    start = replace(start_in(tmp_path, Placement()), is_again=is_again)
+    with caplog.at_level(logging.INFO, "trainer"):
+        fit(replace(run, max_steps=3), start)
+    told = [record.getMessage() for record in caplog.records]
+    assert "start   2 goes on after step 2" in told
+    assert (told[0] == "start   2 goes on after step 2") is is_again
+    assert any(line.startswith("model ") for line in told) is not is_again
 
 
 def test_a_failure_leaves_no_live_line_and_a_cursor(tmp_path: Path, cache: Path) -> None:
@@ -180,14 +199,16 @@ def test_the_card_tells_first_and_last_loss_the_median_speed_and_the_best_evalua
             "name": "tiny", "step": 10, "max_steps": 10, "seconds": 61.0, "first_step": 0,
             "finished": True,
         }  # fmt: skip
-        return card(json.loads(json.dumps(POINTS)), best, **given | changes)
+        points = Points()
+        points.add(POINTS)
+        return card(points, best, **given | changes)
 
     assert lines(BestSpec()) == {
         "run": "tiny finished: 10 of 10 steps, 0:01:01",
-        "loss": "4.0000 at step 1 -> NaN at step 10",
+        "loss": "4 at step 1 -> not finite at step 10",
         "speed": "505 tokens/s (median of log points), 1,000 tokens in all",
-        "eval": "best loss 3.0000 at step 5, of 2; accuracy 0.2500",
+        "eval": "best loss 3 at step 5, last not finite, of 2; accuracy 0.25",
     }
-    assert lines(BestSpec(metric="accuracy"))["eval"] == ("best accuracy 0.5000 at step 10, of 2")
+    assert lines(BestSpec(metric="accuracy"))["eval"] == ("best accuracy 0.5 at step 10, of 2")
     stopped = lines(BestSpec(), finished=False, step=7, first_step=3)["run"]
     assert stopped == "tiny stopped and saved: 7 of 10 steps, 0:01:01 since step 3"

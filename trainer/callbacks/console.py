@@ -8,7 +8,8 @@ from typing import Any
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.callbacks.status import Pace, StatusLine
-from trainer.progress import TOKENS, Progress
+from trainer.points import TOKENS
+from trainer.progress import Progress
 from trainer.protocols import Saved
 from trainer.screen import columns_of, labelled, rows_of, width
 from trainer.validation.scores import QUESTION_ONLY
@@ -39,11 +40,10 @@ class ConsoleCallback(Callback):
         self.started = time.monotonic()
         self.pace = Pace(step=progress.step, max_steps=self.max_steps)
         self.last_saved = progress.step
-        for name, text in view.banner.items():
+        banner = {} if view.is_again else {**view.banner, "run": str(view.folder)}
+        where = f"goes on after step {progress.step}" if progress.step else "begins anew"
+        for name, text in {**banner, "start": f"{view.start} {where}"}.items():
             log.info("%s", labelled(name, text))
-        log.info("%s", labelled("run", str(view.folder)))
-        if progress.step:
-            log.info("%s", labelled("resume", f"continues after step {progress.step}"))
         if view.is_main and self.wants_bar and width() is not None:
             self.status = StatusLine(progress, self.pace)
 

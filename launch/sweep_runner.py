@@ -19,7 +19,7 @@ POLL_SECONDS = 0.1
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-class Crew:
+class SweepRunner:
     """Runs jobs; each in a session of its own, so that the terminal's Ctrl-C reaches us alone."""
 
     def __init__(self, slots: int, logs: Path, devices: list[str]) -> None:
