@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, in_words
-from launch.restarts import failure_of, standing
+from launch.restarts import failure_of, how_it_stopped
 from launch.signals import STOP_SIGNALS
 from launch.terminal import say
 from launch.traces import read_places, read_records
@@ -81,10 +81,8 @@ class Agent:
             return FINISHED, ""
         stopped = [record for record in records if record.get("code") == PREEMPTED]
         if stopped and set(codes) <= {FINISHED, PREEMPTED}:
-            return PREEMPTED, (
-                f"{stopped[0]['reason']}; {standing(newest_step(self.folder))}; the same command "
-                f"goes on from there (exit code {PREEMPTED})"
-            )
+            step = newest_step(self.folder)
+            return PREEMPTED, how_it_stopped(stopped[0]["reason"], step)
         places = read_places(attempt, ranks)
         witnesses = [
             Witness(rank=rank, place=place, record=record)

@@ -27,6 +27,11 @@ def bind(tree: Mapping[str, Any], path: str = "") -> Any:
     return _bind_as(_resolve(tree[TARGET], path), tree, path)
 
 
+def bind_run(tree: Mapping[str, Any]) -> Any:
+    """Return the Run of a resolved config; `launch`, how it is started, is no part of it."""
+    return bind({key: value for key, value in tree.items() if key != "launch"})
+
+
 def _resolve(target: Any, path: str) -> type:
     """Return the class of a target: a frozen dataclass that is defined in one of our packages."""
     module_name, _, class_name = str(target).rpartition(".")

@@ -21,6 +21,12 @@ class Composed:
     tree: dict[str, Any]
     experiment: str | None
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """The tree with a name of the run in it: the experiment's, where none is given."""
+        given = self.tree.get("name")
+        return self.tree | {"name": (self.experiment or "run") if given is None else given}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:

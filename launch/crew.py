@@ -56,12 +56,14 @@ class Member:
 class Crew:
     """Behaves as a Group does, over all nodes."""
 
-    def __init__(self, node: Node, attempt: Path, worker: str, links: Sequence[Link]) -> None:
+    def __init__(
+        self, node: Node, attempt: Path, worker: str, links: Sequence[Link], restarts: int = 0
+    ) -> None:
         self.node, self.attempt = node, attempt
         from trainer.ports import free_port  # here: the help needs nothing of the trainer
 
         self.port = free_port(address=ANY_INTERFACE)
-        self.own = Group(node, attempt, worker, self.port)
+        self.own = Group(node, attempt, worker, self.port, restarts)
         size = node.processes
         self.others = [
             Member(link, range(number * size, (number + 1) * size))
@@ -69,7 +71,8 @@ class Crew:
         ]
 
     def start(self) -> None:
-        self._tell(do="start", attempt=str(self.attempt), port=self.port)
+        count = self.own.restarts
+        self._tell(do="start", attempt=str(self.attempt), port=self.port, restarts=count)
         self.own.start()
 
     def _tell(self, **message: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.examine.finding import Finding, line, screen, verdict
+from launch.examine.finding import RANKS, Finding, line, screen, verdict
 from launch.examine.folder import examine_folder
 from launch.examine.machine import examine_machine
 from launch.examine.ranks import default_processes, examine_here
@@ -117,6 +117,10 @@ def _as_rank(processes: str, runs: Path, *, is_json: bool, is_quick: bool) -> in
         _take(report, _look(runs, is_quick))
     report.say(f"{placement.world_size} ranks:")
     _take(report, examine_ranks(placement, runs, is_quick=is_quick))
+    if not placement.is_main:
+        for finding in report.findings:
+            if finding.check == RANKS:  # nobody else knows
+                print(line(finding), file=sys.stderr)
     leave(_end(report, is_json and placement.is_main))
 
 

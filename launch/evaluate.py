@@ -128,17 +128,16 @@ def _composed(folder: Path, words: list[str], is_adapter: bool) -> dict[str, Any
         base = base_folder(folder)
     chosen = [] if any(word.startswith("model=") for word in words) else ["model=pretrained"]
     tree = compose([*chosen, *words, f"model.path={base}"], command="evaluate").tree
-    tree["name"] = tree["name"] or "evaluate"
-    return tree
+    return tree | {"name": tree["name"] or "evaluate"}  # the title of the page of answers
 
 
 def _evaluated(tree: dict[str, Any], page: Path | None) -> dict[str, Any]:
-    from launch.binding import bind
+    from launch.binding import bind_run
     from launch.terminal import configure_logging
     from trainer.evaluate_run import evaluate_run
 
     configure_logging(rank=0)
-    run = bind({key: value for key, value in tree.items() if key != "launch"})
+    run = bind_run(tree)
     run.check(1)
     if page is not None and run.validation.every is None:
         raise ValueError(

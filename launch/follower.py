@@ -53,7 +53,7 @@ class Follower:
 
     def _obey(self, message: dict[str, Any]) -> None:
         if message["do"] == "start":
-            self._start(Path(message["attempt"]), message["port"])
+            self._start(Path(message["attempt"]), message["port"], message["restarts"])
         group = self._group
         if group is None:
             return
@@ -72,7 +72,7 @@ class Follower:
                 group.kill()
                 self.link.send(witnesses=[asdict(each) for each in group.witnesses()])
 
-    def _start(self, attempt: Path, port: int) -> None:
+    def _start(self, attempt: Path, port: int, restarts: int) -> None:
         config = attempt / "config.yaml"
         deadline = time.monotonic() + SEE_SECONDS
         while not config.exists():
@@ -85,7 +85,7 @@ class Follower:
             time.sleep(POLL_SECONDS)
         self.attempt = attempt
         self._has_noted, self._reported = False, None
-        self._group = Group(self.node, attempt, self.worker, port)
+        self._group = Group(self.node, attempt, self.worker, port, restarts)
         # Workers inherit what is blocked, until they can take it; stacks have a handler later.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -20,6 +20,8 @@ from launch.verdict import Witness
 
 # What a worker is told beside torchrun's variables.
 ATTEMPT, PARENT, PIPE = "TESSERA_ATTEMPT", "TESSERA_SUPERVISOR_PID", "TESSERA_SUPERVISOR_PIPE"
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
+"""Of torchrun's variables: how often all ranks were started again by what started them."""
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 ASK = b"?"
 STACKS_SECONDS = 1.0  # for ranks to write their stacks, and what they wait for
@@ -54,9 +56,12 @@ class Group:
     heard: Sequence[int] = ()
     """Signals that reached other nodes."""
 
-    def __init__(self, node: Node, attempt: Path, worker: str, port: int | None = None) -> None:
-        """`port` is where rank 0 will listen; None: any free one."""
+    def __init__(
+        self, node: Node, attempt: Path, worker: str, port: int | None = None, restarts: int = 0
+    ) -> None:
+        """`port` is where rank 0 will listen; None: any free one. `restarts` were before."""
         self.node, self.attempt, self.worker, self.port = node, attempt, worker, port
+        self.restarts = restarts
         self.workers: list[subprocess.Popen[bytes]] = []
         self.pipes: list[int] = []
         """Write ends, one per worker: a worker ends when the other end does."""
@@ -101,6 +106,7 @@ class Group:
             "GROUP_WORLD_SIZE": str(node.count),
             "MASTER_ADDR": node.address,
             "MASTER_PORT": str(port),
+            RESTART_COUNT: str(self.restarts),
             ATTEMPT: str(self.attempt),
             PARENT: str(os.getpid()),
             **safe_paths(os.environ),

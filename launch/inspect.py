@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launch.binding import TARGET, bind
 from launch.compose import compose
 from launch.exit_codes import FINISHED
-from launch.train import bind_run
+from launch.train import bind_with_launch
 from launch.words import split_off
 
 if TYPE_CHECKING:
@@ -106,9 +106,8 @@ def _value(text: str) -> Any:
 
 def bound(words: list[str]) -> Any:
     """Return the Run of a command line, its data checked; ValueError as `tessera train` has it."""
-    composed = compose(words, command="inspect", options=Options.__dataclass_fields__)
-    name = composed.tree["name"] or composed.experiment or "run"
-    run, _ = bind_run(composed.tree | {"name": name})
+    tree = compose(words, command="inspect", options=Options.__dataclass_fields__).named
+    run, _ = bind_with_launch(tree)
     run.check_data()
     return run
 

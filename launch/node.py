@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.crew import say_end
-from launch.deadline import end_time, note_end
+from launch.deadline import end_time, note_end, refuse_past
 from launch.determinism import hold
 from launch.exit_codes import INTERNAL, PREEMPTED, code_of
 from launch.follower import Follower
@@ -20,6 +20,7 @@ from launch.group import Node, safe_paths
 from launch.handover import Handover, note_outcome, read_handover
 from launch.meeting import Link, LostError, Meeting, come, ports_of
 from launch.request import LEASE_SECONDS, new_start, once_free, refuse
+from launch.restarts import standing
 from launch.signals import STOP_SIGNALS
 from launch.supervisor import WORKER, Supervisor
 from launch.terminal import redact_tracebacks, say
@@ -110,13 +111,14 @@ class Launcher:
         from trainer.directory import CONFIG
         from trainer.stored_config import read_stored
 
+        refuse_past(self.handover.stop_at)
         if (now := git_commit()) not in (None, self.handover.git_commit):
             say(f"submitted with the code of {self.handover.git_commit}, which is {now} now")
         folder, tree = Path(self.handover.folder), read_stored(self.place / CONFIG)
 
         def start() -> Path:
             refuse(folder, tree)
-            return new_start(folder, tree)
+            return new_start(folder, tree, tuple(self.handover.words))
 
         return once_free(start, LEASE_SECONDS, self._is_stopped)
 
@@ -133,10 +135,9 @@ class Launcher:
             code = PREEMPTED if self._committed() > self._committed_before else INTERNAL
             if self.node.rank == 1:  # one of those that are left speaks
                 code = self._note(code)
-                step = self._committed() or "none"
                 say(
                     f"node 0 of {self.node.count} is lost: its launcher has ended, or cannot be "
-                    f"reached; last committed step: {step} (exit code {code})"
+                    f"reached; {standing(self._committed())} (exit code {code})"
                 )
             return code
 

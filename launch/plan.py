@@ -95,8 +95,7 @@ def _planned(
 ) -> tuple[dict[str, Any], Options]:
     """Return the config that is planned, and how."""
     if folder is None:
-        composed = compose(words, command="plan", options=OWN)
-        tree = composed.tree | {"name": composed.tree["name"] or composed.experiment or "run"}
+        tree = compose(words, command="plan", options=OWN).named
         return tree, _options(own, tree)
     tree, processes = stored_run(folder, words)
     options = _options({"processes": str(processes)} | own, tree)
@@ -140,10 +139,10 @@ def _mfu(text: str) -> float:
 
 
 def _run(tree: dict[str, Any]) -> Any:
-    from launch.binding import bind
+    from launch.binding import bind_run
     from trainer.run import Run
 
-    run = bind({key: value for key, value in tree.items() if key != "launch"})
+    run = bind_run(tree)
     assert isinstance(run, Run)
     return run
 

@@ -70,7 +70,7 @@ def _options(arguments: list[str]) -> tuple[Path, int, bool]:
 
 
 def _replay(folder: Path, step: int) -> "Replayed":
-    from launch.binding import bind
+    from launch.binding import bind_run
     from launch.terminal import configure_logging
     from trainer.replay import recorded_step, replay
     from trainer.stored_config import read_stored
@@ -80,13 +80,12 @@ def _replay(folder: Path, step: int) -> "Replayed":
     # Of the start that trained it: a later one may have had other settings.
     config = folder / "attempts" / f"{recorded.attempt:03d}" / "config.yaml"
     tree: dict[str, Any] = read_stored(config) | _ALONE
-    tree.pop("launch", None)
     engine = tree["engine"]
     tree["engine"] = {"_target_": _NATIVE, **{k: engine[k] for k in _KEPT if k in engine}}
     data = tree["data"]
     if data.get("micro_rows", 1) is None:  # all rows of a rank: of one of that many
         data["micro_rows"] = data["global_rows"] // recorded.num_shares
-    run = bind(tree)
+    run = bind_run(tree)
     run.check(1)
     return replay(run, folder, step)
 

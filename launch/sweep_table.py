@@ -9,6 +9,7 @@ from typing import Any
 from launch.sweep_plan import SweepJob, exit_code
 
 TRAIN = "train loss"
+RESULTS = "sweep.json"
 
 
 def results(jobs: list[SweepJob], codes: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -83,8 +84,14 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def record(path: Path, rows: list[dict[str, Any]]) -> None:
+def record(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Write the rows as sweep.json, whole or not at all."""
     from trainer.files import write_json
 
-    write_json(path, {"jobs": rows})
+    write_json(folder / RESULTS, {"jobs": rows})
+    return folder / RESULTS
+
+
+def conclude(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Record the rows and print them as a table."""
+    print("\n".join(["", *table(rows), "", str(record(folder, rows))]), flush=True)

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.binding import bind, convert
+from launch.binding import bind_run, convert
 from launch.compose import compose
-from launch.deadline import end_time
+from launch.deadline import end_time, refuse_past
 from launch.determinism import hold
 from launch.exit_codes import FINISHED, PREEMPTED
 from launch.menu import lines
@@ -56,11 +56,12 @@ def _train(request: Request) -> int:
         refuse_lone_rank(os.environ)
         if "RANK" in os.environ:
             return _train_as_rank(request)
+    refuse_past(request.tree["stop_at"])
     max_steps = request.tree["max_steps"]
     # Before torch is imported, where that is possible: a refusal is fast.
     may_join = bool(request.tree["launch"].get("endpoint"))  # a node that comes to others
     folder = None if max_steps is None else request.choose(max_steps, may_join=may_join)
-    run, launch = bind_run(request.tree)
+    run, launch = bind_with_launch(request.tree)
     run.check(launch.world_size)
     run = settled(run)
     folder = folder or request.choose(run.num_steps, may_join=may_join)
@@ -108,10 +109,7 @@ def _print_shards(run: Any, processes: int) -> None:
 def read_request(arguments: list[str]) -> Request:
     """Compose a command line; ValueError for what does not fit."""
     own, words = split_off("train", arguments, ["dry_run"])
-    composed = compose(words)
-    tree = composed.tree
-    if tree.get("name") is None:
-        tree["name"] = composed.experiment or "run"
+    tree = compose(words).named
     for key, kind in _NEEDED_FIRST.items():
         if key not in tree:
             raise ValueError(f"{key} is missing; leave the root config's line for it as it is")
@@ -122,9 +120,9 @@ def read_request(arguments: list[str]) -> Request:
     return Request(tree=tree, is_dry=is_dry, words=tuple(words))
 
 
-def bind_run(tree: dict[str, Any]) -> tuple[Any, Launch]:
+def bind_with_launch(tree: dict[str, Any]) -> tuple[Any, Launch]:
     """Return the Run of a composed config, and how it is started."""
-    run = bind({key: value for key, value in tree.items() if key != "launch"})
+    run = bind_run(tree)
     launch: Launch = convert(tree["launch"], Launch, "launch")
     launch.check()
     return run, launch
@@ -136,7 +134,7 @@ def _train_as_rank(request: Request) -> int:
     from launch.worker import execute, leave, placement_from
     from trainer.parent_death import die_with
 
-    run, launch = bind_run(request.tree)
+    run, launch = bind_with_launch(request.tree)
     placement = placement_from(os.environ)
     if launch.world_size not in (1, placement.world_size):
         raise ValueError(

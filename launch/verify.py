@@ -70,13 +70,11 @@ def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _small(words: list[str]) -> Any:
-    from launch.binding import bind
+    from launch.binding import bind_run
     from launch.compose import compose
     from trainer.verify.shrink import shrink
 
-    composed = compose(words, command="verify", options=OWN)
-    tree = composed.tree | {"name": composed.tree["name"] or "verify"}
-    return shrink(bind({key: value for key, value in tree.items() if key != "launch"}))
+    return shrink(bind_run(compose(words, command="verify", options=OWN).named))
 
 
 def _print_head(small: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from launch.binding import bind
+from launch.binding import bind_run
 from launch.compose import compose
 from tests.conftest import tiny_spec
 from trainer.adapters.protocol import NoAdapter
@@ -69,7 +69,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
         "resume_step": None,
         "resume_allow": [],
         "max_skipped_in_a_row": 3,
-        "timeout_seconds": 20.0,
+        "timeout_seconds": 60.0,
     }
     settings |= {k: v for k, v in changes.items() if not k.startswith("data_")}
     return Run(**settings)
@@ -94,7 +94,7 @@ def train(placement: Placement, folder: Path, run: Run) -> bool:
 def train_words(placement: Placement, folder: Path, words: list[str]) -> bool:
     """Train one rank of a command line in `folder`, which gets its resolved config."""
     tree = compose(words).tree | {"name": folder.name}
-    run: Run = bind({key: value for key, value in tree.items() if key != "launch"})
+    run: Run = bind_run(tree)
 
     def locate(_: int) -> Path:
         attempt = new_attempt(folder)

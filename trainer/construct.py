@@ -54,6 +54,8 @@ class Start:
     request: StopRequest
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
     limit: TimeLimit = field(default_factory=TimeLimit)
+    is_again: bool = False
+    """Whether the same command has said before what it trains."""
 
     def stopping(self, control: ControlWord) -> Stopping:
         """Return what ends the run early."""
@@ -118,7 +120,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     callbacks = _callbacks(run)
     view = RunView(
         run=run, folder=folder, is_main=is_main, engine=engine, tokenizer=tokenizer,
-        loader=loader, eval_loader=eval_loader,
+        loader=loader, eval_loader=eval_loader, start=int(attempt.name), is_again=start.is_again,
         banner=describe(run, model, engine.trained, mesh, why, ranks, loader, eval_loader, meter),
     )  # fmt: skip
     if is_main:

@@ -20,7 +20,7 @@ _RECORDED = (
 )  # fmt: skip
 _EXPLICIT = ("data.global_rows", "data.global_documents")
 _SOURCES = ("data.path", "data.sources.")
-MIX = "data.mix"
+ALLOW_MIX = "data.mix"
 """In resume_allow: other shares of the sources, or other sources."""
 MISSING = "(absent)"
 MAX_TOLD = 4  # keys in one message
@@ -71,7 +71,7 @@ def check_drift(
 
 def _check_mix(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
     was, now = _mixture(old), _mixture(new)
-    if _shares(was) == _shares(now) or MIX in allowed:
+    if _shares(was) == _shares(now) or ALLOW_MIX in allowed:
         return
     before, after = (
         ", ".join(f"{name} {' '.join(map(str, share))}" for name, share in each.items())
@@ -79,7 +79,7 @@ def _check_mix(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> 
     )
     raise ValueError(
         f"the mixture was {before} when this run was saved and is {after} now, which changes its "
-        f"data; set data.sources back, or allow it with resume_allow=[{MIX}]"
+        f"data; set data.sources back, or allow it with resume_allow=[{ALLOW_MIX}]"
     )
 
 

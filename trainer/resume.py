@@ -140,7 +140,7 @@ def restore(
     rewinds = rewinds_of(folder, ranks)
     check_bits(run, state["progress"]["step"], state.get("bits"), place.bits)
     place = place.at(state, kept(rewinds, state["progress"]["step"]))
-    loader = place.loader.mixed(may_change=drift.MIX in run.resume_allow)
+    loader = place.loader.mixed(may_change=drift.ALLOW_MIX in run.resume_allow)
     place = replace(place, loader=loader)
     if ranks.placement.is_main:
         # Newest first: whatever is interrupted here, the newest that is left belongs to the rest.

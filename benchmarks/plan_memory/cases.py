@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from launch.compose import compose
-from launch.train import bind_run
+from launch.train import bind_with_launch
 from trainer.run import Run
 
 LAYERS = {1: 10, 2: 18, 4: 18}  # by ranks: what one holds of weights and state is above 100 MB
@@ -50,7 +50,7 @@ class Case:
                 words += ["mesh=single"]
             words += [f"model.{key}={self.layers or LAYERS[self.processes]}"]
         tree = compose([*words, *self.words, f"data.cache={folder}"]).tree
-        run, _ = bind_run(tree | {"name": self.name.replace(" ", "_")})
+        run, _ = bind_with_launch(tree | {"name": self.name.replace(" ", "_")})
         return replace(run, callbacks={})
 
     @property

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 GIB = 1 << 30
 NAME_WIDTH = 15
+RANKS = "ranks"
+"""The check that a rank may fail alone."""
 _INDENT = " " * (8 + NAME_WIDTH + 1)
 _GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[1;31m", "\x1b[0m"
 
@@ -25,9 +27,13 @@ class Finding:
     @staticmethod
     def of_size(check: str, free: int, total: int, least: int, remedy: str) -> "Finding":
         return Finding(
-            check=check, found=f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
-            needed=f">= {least / GIB:.2g} GiB", is_fine=free >= least, remedy=remedy,
+            check=check, found=f"{size(free)} of {size(total)} free", needed=f">= {size(least)}",
+            is_fine=free >= least, remedy=remedy,
         )  # fmt: skip
+
+
+def size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes >> 20} MiB"
 
 
 def line(finding: Finding) -> str:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from launch.examine import cgroup
-from launch.examine.finding import GIB, Finding
+from launch.examine.finding import GIB, Finding, size
 from launch.floors import FLOORS, PYTHON, is_below
 
 MIN_MEMORY, MIN_SHARED = 1 * GIB, 64 << 20
@@ -49,11 +49,13 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_cores() -> Finding:
-    """Say how many cores this process may use: containers and schedulers give fewer."""
+    """Say how many cores this process may use, and how many are wanted: containers and schedulers
+    give fewer, and others' programs slow down what is timed."""
     mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count()
     quota = cgroup.cores()
     limited = f", time of {quota:.1f} of them granted (cgroup)" if quota else ""
-    return Finding(check="cores", found=f"{mine} of {all_cores}{limited}")
+    load = f", load of the last minute {os.getloadavg()[0]:.1f}"
+    return Finding(check="cores", found=f"{mine} of {all_cores}{limited}{load}")
 
 
 def check_memory() -> Finding:
@@ -75,29 +77,40 @@ def check_shared_memory() -> Finding:
     if not folder.is_dir():
         return Finding(check="/dev/shm", found="none")
     usage = shutil.disk_usage(folder)
-    remedy = "remove what lies in /dev/shm, or start the container with --shm-size=1g"
+    remedy = "start the container with --shm-size=1g"
+    if usage.total >= MIN_SHARED:
+        remedy = f"remove what lies in /dev/shm, or {remedy}"
     return Finding.of_size("/dev/shm", usage.free, usage.total, MIN_SHARED, remedy)
 
 
 def check_limits() -> Iterator[Finding]:
     """Look at open files, processes, and memory that network cards may pin."""
-    yield _limit("open files", resource.RLIMIT_NOFILE, MIN_FILES, "ulimit -n 65536")
-    yield _limit("processes", resource.RLIMIT_NPROC, MIN_PROCESSES, "ulimit -u 65536")
+    yield _limit("open files", resource.RLIMIT_NOFILE, MIN_FILES, "nofile", "ulimit -n 65536")
+    yield _limit("processes", resource.RLIMIT_NPROC, MIN_PROCESSES, "nproc", "ulimit -u 65536")
     cards = Path("/sys/class/infiniband")
     has_cards = cards.is_dir() and any(cards.iterdir())
     least = resource.RLIM_INFINITY if has_cards else 0
-    yield _limit("locked memory", resource.RLIMIT_MEMLOCK, least, "ulimit -l unlimited, for the "
-                 "daemon that starts jobs, too: NCCL pins memory for InfiniBand")  # fmt: skip
+    remedy = "ulimit -l unlimited, for the daemon that starts jobs, too: NCCL pins memory for cards"
+    yield _limit("locked memory", resource.RLIMIT_MEMLOCK, least, "memlock", remedy)
 
 
-def _limit(check: str, kind: int, least: int, remedy: str) -> Finding:
+def _limit(check: str, kind: int, least: int, name: str, remedy: str) -> Finding:
     soft, hard = resource.getrlimit(kind)
-    is_fine = soft == resource.RLIM_INFINITY or soft >= least != resource.RLIM_INFINITY
+    if not _reaches(hard, least):
+        remedy = (
+            f"as root: raise {name} in /etc/security/limits.conf and log in again, or start the "
+            f"container with --ulimit {name}=.., then {remedy}"
+        )
+    spelled = size if kind == resource.RLIMIT_MEMLOCK else str
+    found, most, needed = (
+        "unlimited" if limit == resource.RLIM_INFINITY else spelled(limit)
+        for limit in (soft, hard, least)
+    )
     return Finding(
-        check=check, found=f"{_named(soft)} (may be raised to {_named(hard)})",
-        needed=f">= {_named(least)}", is_fine=is_fine, remedy=remedy,
+        check=check, found=f"{found} (may be raised to {most})", needed=f">= {needed}",
+        is_fine=_reaches(soft, least), remedy=remedy,
     )  # fmt: skip
 
 
-def _named(limit: int) -> str:
-    return "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
+def _reaches(limit: int, least: int) -> bool:
+    return limit == resource.RLIM_INFINITY or limit >= least != resource.RLIM_INFINITY

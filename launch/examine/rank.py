@@ -4,10 +4,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.examine.finding import Finding, from_text, to_text
+from launch.examine.finding import RANKS, Finding, from_text, to_text
 from launch.examine.folder import examine_folder
 from launch.examine.machine import examine_machine
 
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 90.0
 """For a rank to come, and for each collective: all start within seconds where all is well."""
+KERNEL_SECONDS = 300.0
+"""For the ranks that compile: 21 s of a free core with nothing compiled before, 168 s were seen on
+a machine with ten other programs for each core."""
 
 
 def examine_ranks(placement: "Placement", runs: Path, *, is_quick: bool) -> Iterator[Finding | str]:
-    """Yield findings, the same on every rank; before each stage, what it does. Collective."""
+    """Yield findings, the same on every rank but for RANKS; before each stage, what it does.
+
+    Collective.
+    """
     from launch.examine.kernels import check_torch
+    from launch.last_words import without_advice
     from trainer.distributed import Ranks
 
     torch_build = check_torch()
@@ -37,8 +45,9 @@ def examine_ranks(placement: "Placement", runs: Path, *, is_quick: bool) -> Iter
             yield stage
             yield from look()
     except (RuntimeError, OSError) as error:  # gloo's and NCCL's errors are RuntimeErrors
+        text = " ".join(without_advice(str(error)).split())[:300]
         yield Finding(
-            check="ranks", found=f"{stage}: {' '.join(str(error).split())[:300]}",
+            check=RANKS, found=f"{stage}, rank {placement.rank}: {text}",
             needed=f"{placement.world_size} ranks that reach each other", is_fine=False,
             remedy="look at the first rank that failed, at firewalls, and at the interface "
             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
@@ -52,7 +61,7 @@ def _too_many(placement: "Placement") -> Finding | None:
     if not count or placement.local_rank < count:
         return None
     return Finding(
-        check="ranks", found=f"rank {placement.rank} is number {placement.local_rank + 1} of its "
+        check=RANKS, found=f"rank {placement.rank} is number {placement.local_rank + 1} of its "
         f"host, which shows {count} GPU(s)", needed="a GPU for each rank", is_fine=False,
         remedy=f"start {count} per host",
     )  # fmt: skip
@@ -108,13 +117,18 @@ _VERSIONED = {"python", "torch build"}
 
 def _kernels(ranks: "Ranks", hosts: list[str]) -> Iterator[Finding]:
     """Yield what every host can do; its ranks share the work. Collective."""
+    from torch import distributed as dist
+
     from launch.examine.gathering import gather
     from launch.examine.kernels import names, try_kernel
 
     rank = ranks.placement.rank
     mates = [other for other, host in enumerate(hosts) if host == hosts[rank]]
     mine = names(ranks.device)[mates.index(rank) :: len(mates)]
-    told = gather(ranks, to_text([try_kernel(name, ranks.device) for name in mine]))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=KERNEL_SECONDS))
+    found = to_text([try_kernel(name, ranks.device) for name in mine])
+    dist.barrier(group=patient)
+    told = gather(ranks, found)
     seen: set[tuple[str, str]] = set()
     for host, text in told:
         for finding in from_text(text):
@@ -125,7 +139,10 @@ def _kernels(ranks: "Ranks", hosts: list[str]) -> Iterator[Finding]:
 
 
 def main() -> None:
-    """Be a rank of this machine alone; rank 0 tells its parent what it finds, line by line."""
+    """Be a rank of this machine alone; rank 0 tells its parent what it finds, line by line.
+
+    The others tell it what went wrong with themselves alone.
+    """
     from launch.group import PARENT
     from launch.parent import die_with
     from launch.worker import leave, placement_from
@@ -135,7 +152,8 @@ def main() -> None:
     placement = placement_from(os.environ)
     local = type(placement)(**vars(placement) | {"loopback_port": int(port)})
     for found in examine_ranks(local, Path(runs), is_quick=quick == "true"):
-        if local.is_main:
+        is_own = isinstance(found, Finding) and found.check == RANKS
+        if local.is_main or is_own:
             print(json.dumps(found if isinstance(found, str) else vars(found)), flush=True)
     leave(0)
 

@@ -8,15 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Timer
 
-from launch.examine.finding import Finding
+from launch.examine.finding import RANKS, Finding
 from launch.group import LOOPBACK_INTERFACE, PARENT, safe_paths
 
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 600.0
 
 
 def default_processes(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
@@ -42,20 +43,26 @@ def examine_here(processes: int, runs: Path, *, is_quick: bool) -> Iterator[Find
             )
             for environment, error in zip(_environments(processes), errors, strict=True)
         ]  # fmt: skip
-        timer = Timer(LIMIT_SECONDS, _kill, [ranks])
+        timer, deadline = Timer(LIMIT_SECONDS, _kill, [ranks]), time.monotonic() + LIMIT_SECONDS
         timer.start()
+        stage = "starting"
         try:
             assert ranks[0].stdout
             for text in ranks[0].stdout:
                 said = json.loads(text)
+                stage = said if isinstance(said, str) else stage
                 yield said if isinstance(said, str) else Finding(**said)
             for rank in ranks:
                 rank.wait()
         finally:
             timer.cancel()
-            for rank in ranks:
-                rank.kill()
-                rank.communicate()
+            _kill(ranks)
+            told = [rank.communicate()[0] for rank in ranks]
+        if time.monotonic() > deadline:
+            yield _late(stage)
+            return
+        for text in b"".join(told[1:]).splitlines():
+            yield Finding(**json.loads(text))
         for number, (rank, error) in enumerate(zip(ranks, errors, strict=True)):
             if rank.returncode:
                 error.seek(0)
@@ -70,9 +77,17 @@ def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
 def _ended(rank: int, code: int, text: str) -> Finding:
     last = (text.strip().splitlines() or ["it said nothing"])[-1]
     return Finding(
-        check="ranks", found=f"rank {rank} ended with code {code}: {last[:300]}",
+        check=RANKS, found=f"rank {rank} ended with code {code}: {last[:300]}",
         needed="every rank to come to its end", is_fine=False,
         remedy="start it again with processes=1, and see whether that works",
+    )  # fmt: skip
+
+
+def _late(stage: str) -> Finding:
+    return Finding(
+        check=RANKS, found=f"{stage}: not done after {LIMIT_SECONDS:.0f} s",
+        needed="every rank to come to its end", is_fine=False,
+        remedy="see what else runs here (the load), and whether a device hangs (nvidia-smi)",
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-from launch.binding import bind
+from launch.binding import bind_run
 from launch.compose import compose
 from launch.request import Request
 from trainer.ports import free_port
@@ -86,7 +86,7 @@ class Forks:
             import_module(module)
         tree = compose([*words, f"launch.processes={ranks}"]).tree
         self.request = Request(tree=tree, is_dry=False)
-        self.run = bind({key: value for key, value in tree.items() if key != "launch"})
+        self.run = bind_run(tree)
         self.ranks, self.log = ranks, folder / "output.log"
         self.children: dict[int, int] = {}
         """Process id of every rank that was not waited for yet."""

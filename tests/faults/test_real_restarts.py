@@ -62,6 +62,8 @@ def test_run_whose_rank_is_killed_comes_back_by_itself_with_the_same_numbers(
     figure("A1 one killed rank of `tessera train`: from its end to the next step", seconds, "s")
     assert curve(command.run) == curve(whole)
     assert "tessera: rank 1 of 2 failed first in step " in command.text
+    assert len(re.findall(r"^model ", command.text, re.MULTILINE)) == 1
+    assert len(re.findall(r"^start +2 goes on after step \d+$", command.text, re.MULTILINE)) == 1
     assert command.text.splitlines()[-1].startswith("tessera: finished after 1 restart; steps ")
     assert seconds < RECOVERY_SECONDS
 

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -166,11 +167,60 @@ def test_few_open_files_are_bad_and_locked_memory_only_beside_network_cards(
     files, processes, locked = machine.check_limits()
     assert not files.is_fine
     assert files.found == "256 (may be raised to 4096)"
+    assert files.remedy == "ulimit -n 65536"
     assert not processes.is_fine
     assert locked.is_fine
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: unlimited)
     assert all(finding.is_fine for finding in machine.check_limits())
+
+
+def test_a_limit_that_only_root_can_raise_is_said_with_where_it_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 256))
+    files, *_ = machine.check_limits()
+    assert files.remedy.startswith("as root: raise nofile in /etc/security/limits.conf ")
+    assert files.remedy.endswith("--ulimit nofile=.., then ulimit -n 65536")
+
+
+def test_sizes_below_a_gibibyte_are_said_in_mebibytes() -> None:
+    few = Finding.of_size("disk", free=23 << 20, total=3 << 30, least=64 << 20, remedy="make room")
+    assert (few.found, few.needed, few.is_fine) == ("23 MiB of 3.0 GiB free", ">= 64 MiB", False)
+
+
+@pytest.mark.slow  # 90 s: rank 0 waits that long for another to come
+@pytest.mark.timeout(600)
+def test_a_rank_that_fails_alone_is_named_beside_what_the_first_one_saw(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from launch.examine import ranks
+
+    whole = ranks._environments
+
+    def environments(processes: int) -> Iterator[dict[str, str]]:
+        for number, each in enumerate(whole(processes)):
+            yield each | ({"GLOO_SOCKET_IFNAME": "none0"} if number == 1 else {})
+
+    monkeypatch.setattr(ranks, "_environments", environments)
+    monkeypatch.setattr(ranks, "safe_paths", lambda _: {"PYTHONPATH": str(ROOT)})
+    *_, first, second = ranks.examine_here(2, tmp_path, is_quick=True)
+    assert isinstance(first, Finding)
+    assert first.found.startswith("connecting, rank 0: ")
+    assert isinstance(second, Finding)
+    assert second.found.startswith("connecting, rank 1: ")
+    assert second.found.endswith("Unable to find address for: none0")
+
+
+def test_ranks_that_do_not_end_are_told_with_what_they_were_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from launch.examine import ranks
+
+    monkeypatch.setattr(ranks, "LIMIT_SECONDS", 0.5)  # importing torch takes longer
+    (finding,) = ranks.examine_here(1, tmp_path, is_quick=True)
+    assert isinstance(finding, Finding)
+    assert finding.found == "starting: not done after 0 s"
 
 
 def test_a_device_much_slower_than_its_peers_is_named() -> None:

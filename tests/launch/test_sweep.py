@@ -11,6 +11,8 @@ import pytest
 from launch.cli import main
 from launch.compose import combinations
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
+from launch.local import LocalSpec
+from launch.protocol import Job
 from launch.sweep_plan import SweepJob, name_of, plan, quoted
 from launch.sweep_table import results, table
 from trainer.best import BestSpec
@@ -97,7 +99,7 @@ def test_a_dry_run_lists_the_jobs_and_starts_nothing(
 def test_jobs_are_a_group_on_a_wandb_server_unless_they_have_one(tmp_path: Path) -> None:
     def words(*more: str) -> list[str]:
         (job,) = plan([*TINY, *more], "demo", tmp_path / "s")
-        return [word for word in job.words if "wandb.group" in word]
+        return [word for word in job.job.words if "wandb.group" in word]
 
     assert words() == []
     assert words("tracker=wandb") == ['tracker.wandb.group="s"']
@@ -114,8 +116,8 @@ def job_with(folder: Path, name: str, best: BestSpec, *numbers: float | str) -> 
     ]
     text = "".join(json.dumps(point) + "\n" for point in points)
     (folder / name / "metrics.jsonl").write_text(text)
-    return SweepJob(name=name, varied={"seed": name}, words=[], folder=folder / name,
-               is_finished=False, processes=1, best=best)  # fmt: skip
+    return SweepJob(name=name, varied={"seed": name}, is_finished=False, launch=LocalSpec(),
+               job=Job(run=None, tree={}, folder=folder / name, end=None), best=best)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ def test_a_saved_stop_is_75_though_torchrun_calls_it_a_success_or_a_failure(tmp_
     for number, returned in enumerate((0, 1)):
         code, text = left(tmp_path / str(number), 75, 75).judge(returned)
         assert code == PREEMPTED
-        assert text.startswith("reason 75; last committed step: none; the same command goes on")
+        assert text == (
+            "reason 75; last committed step: none; the same command starts anew (exit code 75)"
+        )
 
 
 def test_a_failure_keeps_the_code_and_the_reason_of_the_rank_that_failed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console as RichConsole
 from torch import _dynamo  # noqa: F401  once for all children, which would each take seconds for it
 
 from launch.terminal import configure_logging
-from tests.runs import tiny_run, train
+from tests.runs import start_in, tiny_run, train
 from tests.terminals import Seen, seen
 from trainer.best import BestSpec
 from trainer.callbacks.card import card
@@ -22,6 +23,7 @@ from trainer.callbacks.closing import Closing
 from trainer.callbacks.console import Console
 from trainer.callbacks.protocol import Callback
 from trainer.callbacks.status import Pace
+from trainer.construct import fit
 from trainer.distributed import Placement
 from trainer.progress import Progress
 from trainer.screen import clean, columns_of, labelled, rows_of, width
@@ -71,6 +73,23 @@ def test_a_terminal_shows_a_live_line_then_a_card_and_is_left_clean(
     assert "run     tiny finished: 4 of 4 steps, " in screen.text
     assert "next:\n  tessera generate checkpoint=" in screen.text
     assert COLOUR.search(written)
+
+
+@pytest.mark.parametrize("is_again", [False, True])
+def test_what_is_trained_is_told_once_and_a_restart_says_where_it_goes_on(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, is_again: bool
+) -> None:
+    callbacks = {"console": Console()}
+    run = tiny_run(cache, callbacks=callbacks, max_steps=2, save_every=2, log_every=9)
+    train(Placement(), tmp_path, run)
+    caplog.clear()
+    start = replace(start_in(tmp_path, Placement()), is_again=is_again)
+    with caplog.at_level(logging.INFO, "trainer"):
+        fit(replace(run, max_steps=3), start)
+    told = [record.getMessage() for record in caplog.records]
+    assert "start   2 goes on after step 2" in told
+    assert (told[0] == "start   2 goes on after step 2") is is_again
+    assert any(line.startswith("model ") for line in told) is not is_again
 
 
 def test_a_failure_leaves_no_live_line_and_a_cursor(tmp_path: Path, cache: Path) -> None:

@@ -39,11 +39,10 @@ class ConsoleCallback(Callback):
         self.started = time.monotonic()
         self.pace = Pace(step=progress.step, max_steps=self.max_steps)
         self.last_saved = progress.step
-        for name, text in view.banner.items():
+        banner = {} if view.is_again else {**view.banner, "run": str(view.folder)}
+        where = f"goes on after step {progress.step}" if progress.step else "begins anew"
+        for name, text in {**banner, "start": f"{view.start} {where}"}.items():
             log.info("%s", labelled(name, text))
-        log.info("%s", labelled("run", str(view.folder)))
-        if progress.step:
-            log.info("%s", labelled("resume", f"continues after step {progress.step}"))
         if view.is_main and self.wants_bar and width() is not None:
             self.status = StatusLine(progress, self.pace)
 

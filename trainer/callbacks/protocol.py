@@ -19,6 +19,10 @@ class RunView:
 
     run: "Run"
     folder: Path
+    start: int
+    """Which start of the run this is, from 1."""
+    is_again: bool
+    """Whether the same command has told of an earlier one."""
     is_main: bool
     engine: Engine
     tokenizer: Tokenizer

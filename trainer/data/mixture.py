@@ -8,7 +8,7 @@ from math import gcd, lcm
 from typing import Any
 
 from trainer.data.eras import Era, Eras
-from trainer.drift import MIX
+from trainer.drift import ALLOW_MIX
 
 _FINGERPRINT = 16  # characters of one, which tell sources apart well enough
 
@@ -70,7 +70,7 @@ class Mixture:
                 of, anew = "", ""
                 if name:
                     of = f" of data.sources.{name}"
-                    anew = f"give it a new name and resume_allow=[{MIX}], "
+                    anew = f"give it a new name and resume_allow=[{ALLOW_MIX}], "
                 raise ValueError(
                     f"the data's fingerprint{of} is {mine}, the checkpoint was made with {before}; "
                     f"bring the old data and tokenizer back, {anew}or start anew with name=... or "
@@ -108,7 +108,7 @@ class Mixture:
             raise ValueError(
                 f"data.sources had the shares {self.in_words(before)} when this checkpoint was "
                 f"saved and have {self.in_words(weights)} now; set them back, or allow it with "
-                f"resume_allow=[{MIX}]"
+                f"resume_allow=[{ALLOW_MIX}]"
             )
         return replace(self, eras=self.eras.then(first, weights))
 
