@@ -2,9 +2,8 @@
 
 NUM_COLOURS = 8
 
-STYLE = """:root { --trained: #bfe8c4; --special: #7a3fb0; --light: 42%; }
-@media (prefers-color-scheme: dark) {
-  :root { --trained: #1f5a2c; --special: #c99bf0; --light: 62%; } }
+STYLE = """:root { --trained: light-dark(#bfe8c4, #1f5a2c);
+  --special: light-dark(#7a3fb0, #c99bf0); }
 h2 small + small { float: right; font-size: .85rem; }
 h3 { font-size: .85rem; font-weight: 500; margin: .9rem 0 .3rem; padding-top: .5rem;
   border-top: 1px solid var(--line); color: var(--quiet); }
@@ -27,9 +26,10 @@ h3 { font-size: .85rem; font-weight: 500; margin: .9rem 0 .3rem; padding-top: .5
   white-space: nowrap; vertical-align: middle; }
 .l { margin: 0 .25em 0 .1em; padding: 0 .35em; border: 1px solid currentColor; border-radius: 4px;
   color: var(--mark); font-size: .75rem; font-weight: 600; }
-.v { border-bottom: 2px solid hsl(var(--hue) 70% var(--light)); }
+.v { border-bottom: 2px solid light-dark(hsl(var(--hue) 70% 42%), hsl(var(--hue) 70% 62%)); }
 .image { display: inline-block; position: relative; vertical-align: middle; line-height: 0;
-  margin: 2px; border: 3px solid hsl(var(--hue) 70% var(--light)); border-radius: 5px; }
+  margin: 2px; border: 3px solid light-dark(hsl(var(--hue) 70% 42%), hsl(var(--hue) 70% 62%));
+  border-radius: 5px; }
 .image img { display: block; pointer-events: none; width: 64px; height: 64px; border-radius: 2px; }
 .image:hover { transform: scale(3); transform-origin: bottom right; z-index: 1; }
 .image::after { content: attr(data-number); position: absolute; right: 0;

@@ -34,8 +34,12 @@ def evaluations(history: History) -> str:
     left_out = len(columns.steps) - len(kept)
     note = f", {left_out} of them left out" if left_out else ""
     heads = ["step", *(name.replace("_", " ") for name in names)]
-    shown = table(f"All {len(columns.steps)} evaluations{note}", heads, rows)
+    shown = table(f"{_counted(len(columns.steps))}{note}", heads, rows)
     return _wide(shown, NUMBERS) + _confusion(history.points.last_eval.get("confusion"))
+
+
+def _counted(count: int) -> str:
+    return "1 evaluation" if count == 1 else f"All {count} evaluations"
 
 
 def _some(count: int) -> list[int]:

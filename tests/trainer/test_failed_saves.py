@@ -76,7 +76,7 @@ def test_saves_that_fail_for_too_long_end_the_run_with_the_bytes(
     messages = run_ranks(2, outcome, tmp_path, blocked(cache, range(4, 8)))
     for message in messages:  # of three in a row there was no time
         assert "2 saves in a row failed within 0 minutes, the last one: " in message
-        assert f"GB, {tmp_path}/checkpoints has " in message
+        assert f"B, {tmp_path}/checkpoints has " in message
     assert any("Directory not empty" in message for message in messages)
 
 

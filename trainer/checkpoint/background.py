@@ -55,7 +55,7 @@ class Writer:
                 self._map = mmap.mmap(self._descriptor, num_bytes)
             except OSError as error:
                 raise StorageError(
-                    f"no shared memory of {num_bytes / 1e9:.3f} GB for a copy of what is saved: "
+                    f"no shared memory of {writer.size(num_bytes)} for a copy of what is saved: "
                     f"{error.strerror}; free memory, or raise the limit (ulimit -f)"
                 ) from error
         return self._map
