@@ -24,12 +24,28 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links(page: Path) -> list[str]:
+    """Return where the links of a page lead, but for those to the web."""
+    found = re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", page.read_text()))
+    return [link for link in found if not link.startswith("http")]
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop().resolve()
+        if page.suffix == ".md" and page not in reached:
+            reached.add(page)
+            waiting += [
+                page.parent / link.partition("#")[0] for link in links(page) if link[0] != "#"
+            ]
+    assert set(PAGES) <= reached
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
     lost = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", page.read_text())):
-        if link.startswith("http"):
-            continue
+    for link in links(page):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         if not target.exists() or (anchor and anchor not in anchors(target)):

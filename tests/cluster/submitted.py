@@ -89,9 +89,11 @@ class Submitted:
         self.until(lambda: path.exists() and len(ledger(self.run)) >= count)
 
     def processes(self, module: bytes) -> list[int]:
-        """Return the processes of this run that run a module."""
+        """Return the processes of this run that run a module; srun only has it among its words."""
         pids = [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()]
-        return [pid for pid in pids if module in command_line(pid) and self._is_mine(pid)]
+        words = {pid: command_line(pid) for pid in pids}
+        found = [pid for pid, line in words.items() if module in line and line[:5] != b"srun\0"]
+        return [pid for pid in found if self._is_mine(pid)]
 
     def _is_mine(self, pid: int) -> bool:
         try:

@@ -6,15 +6,18 @@ pytest -m slow tests/cluster/test_other_launchers.py
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from launch.worker import refuse_lone_rank
 from tests.test_architecture import ROOT
+from trainer.ports import free_port
 from trainer.record import read_lines
 
 STEPS = 3
+LIMIT_SECONDS = 600.0
 BIN = Path(sys.executable).parent
 TINY = [
     "experiment=demo", "name=run", f"max_steps={STEPS}", "log_every=1", "eval_every=null",
@@ -29,18 +32,34 @@ LAUNCHERS = {
         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "launch",
     ],
     "deepspeed": ["deepspeed", "--num_gpus=2", "--no_local_rank", "--module", "launch"],
-    "deepspeed hostfile": [
-        "deepspeed", "--hostfile={folder}/hosts", "--no_ssh", "--node_rank=0",
-        "--master_addr=127.0.0.1", "--no_local_rank", "--module", "launch",
-    ],
 }  # fmt: skip
+HOSTFILE = [
+    str(BIN / "deepspeed"), "--hostfile={folder}/hosts", "--master_addr=127.0.0.1",
+    "--master_port={port}", "--no_local_rank",
+]  # fmt: skip
+HOSTS = "127.0.0.1 slots=1\nlocalhost slots=1\n"
+"""Two names of this machine: two nodes, each with one process."""
+PDSH = """#!{python}
+# Runs a line for each host as pdsh does, with %n for its number, but all of them on this machine.
+import subprocess, sys
+hosts = sys.argv[sys.argv.index("-w") + 1].split(",")
+line = " ".join(sys.argv[sys.argv.index("-w") + 2:])
+runs = [subprocess.Popen(line.replace("%n", str(n)), shell=True) for n in range(len(hosts))]
+sys.exit(max([run.wait() for run in runs]))
+"""
 
 
-def losses(folder: Path, command: list[str], *words: str) -> list[float]:
-    every = [*command, "train", *TINY, f"runs={folder}", *words]
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run(every, cwd=ROOT, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def losses(folder: Path, *commands: list[str], words: Sequence[str] = ()) -> list[float]:
+    """Return those of one run, which all commands together start."""
+    path = f"{folder}:{BIN}:{os.environ['PATH']}"
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
+    started = []
+    for number, command in enumerate(commands):
+        every = [*command, "train", *TINY, f"runs={folder}", *words]
+        with open(folder / f"{number}.log", "wb") as log:
+            started.append(subprocess.Popen(every, cwd=ROOT, env=environ, stdout=log, stderr=log))
+    for number, process in enumerate(started):
+        assert process.wait(LIMIT_SECONDS) == 0, (folder / f"{number}.log").read_text()
     lines = read_lines(folder / "run" / "metrics.jsonl")
     return [line["loss"] for line in lines if line["split"] == "train"]
 
@@ -49,7 +68,7 @@ def losses(folder: Path, command: list[str], *words: str) -> list[float]:
 def expected(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[float]:
     ours = [sys.executable, "-m", "launch"]
     folder = tmp_path_factory.mktemp("ours")
-    return losses(folder, ours, "launch.processes=2", f"data.cache={cache}")
+    return losses(folder, ours, words=["launch.processes=2", f"data.cache={cache}"])
 
 
 @pytest.mark.slow
@@ -58,11 +77,28 @@ def expected(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[floa
 def test_two_processes_of_another_launcher_give_the_losses_of_ours(
     tmp_path: Path, cache: Path, expected: list[float], name: str
 ) -> None:
-    (tmp_path / "hosts").write_text("localhost slots=2\n")
-    program, *flags = [word.format(folder=tmp_path) for word in LAUNCHERS[name]]
+    program, *flags = LAUNCHERS[name]
     command = [str(BIN / program), *flags]
-    assert losses(tmp_path, command, f"data.cache={cache}") == expected
+    assert losses(tmp_path, command, words=[f"data.cache={cache}"]) == expected
     assert len(expected) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("by", ["one command on each host", "pdsh"])
+def test_two_hosts_of_deepspeed_give_the_losses_of_one(
+    tmp_path: Path, cache: Path, expected: list[float], by: str
+) -> None:
+    (tmp_path / "hosts").write_text(HOSTS)
+    pdsh = tmp_path / "pdsh"
+    pdsh.write_text(PDSH.format(python=sys.executable))
+    pdsh.chmod(0o755)
+    flags = [["--no_ssh", f"--node_rank={node}"] for node in (0, 1)]
+    if by == "pdsh":
+        flags = [["--no_ssh_check"]]
+    head = [word.format(folder=tmp_path, port=free_port()) for word in HOSTFILE]
+    commands = [[*head, *each, "--module", "launch"] for each in flags]
+    assert losses(tmp_path, *commands, words=[f"data.cache={cache}"]) == expected
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def test_limit_of_time_queues_a_job_again_and_scancel_ends_it_saved(cluster: Clu
     job.until(lambda: bool(committed_steps(job.run / "checkpoints")))
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=01:00:00")
     first = committed_steps(job.run / "checkpoints")[0]
-    assert re.search(r"stopped by (SIGUSR1|its time limit); last committed step: \d", job.log)
+    told = re.compile(r"stopped by (SIGUSR1|its time limit); last committed step: \d")
+    job.until(lambda: bool(told.search(job.log)))  # it comes after the save
     job.until_steps(first + 15)
     restarts = job.value("Restarts")
     assert int(restarts) >= 1

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launch.compose import combinations
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
 from launch.local import LocalSpec
 from launch.protocol import Job
+from launch.sweep_crew import Crew
 from launch.sweep_plan import SweepJob, name_of, plan, quoted
 from launch.sweep_table import results, table
 from trainer.best import BestSpec
@@ -141,6 +143,15 @@ def test_the_table_begins_with_the_best_and_ends_with_those_that_have_nothing(
     lines = table(rows)
     assert len(lines) == 5
     assert len({line.index(row["name"]) for line, row in zip(lines[1:], rows, strict=True)}) == 1
+
+
+def test_jobs_at_a_time_share_out_the_cores_that_the_sweep_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    job = replace(job_with(tmp_path, "a", BestSpec()), launch=LocalSpec(processes=2))
+    assert Crew(3, tmp_path, [])._environment(job, 0)["OMP_NUM_THREADS"] == "2"
 
 
 def sweep(*words: str) -> "subprocess.CompletedProcess[str]":
