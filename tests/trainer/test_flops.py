@@ -196,7 +196,7 @@ def test_the_reference_of_dpo_is_one_more_forward_pass_without_adapters() -> Non
     scores = full_attention(LAYERS) + 2 * LAYERS * WIDTH * LENGTH  # halves, of both passes
     first = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     unneeded = 2 * size(models[1], *(f"{n}.{end}weight" for n in first for end in ("", "lora_A.")))
-    # A CPU's head leaves out what has no target: prompts of 3 tokens but for their last, last tokens.
+    # A CPU head leaves out what has no target: prompts of 3 tokens but for their last; last tokens.
     left_out = 8 * HEAD * 2 * (3 - 1 + 1) / LENGTH
     again = 2 * HEAD  # logits are computed once more in the backward pass
     counted = counter.get_total_flops() / LENGTH + left_out
