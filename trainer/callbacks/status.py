@@ -70,7 +70,9 @@ class StatusLine:
         self._live: Live = Live(
             get_renderable=self.draw, transient=True, refresh_per_second=REDRAWS_PER_SECOND
         )
-        self._live.start()
+        # Drawn here first: a line of the log and the thread's first draw would not know of each
+        # other, and stand in one line.
+        self._live.start(refresh=True)
 
     def note(self, metrics: dict[str, Any]) -> None:
         """Show the numbers of a log point."""
