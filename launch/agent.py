@@ -16,7 +16,7 @@ from types import FrameType
 
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, in_words
 from launch.node_watch import AGENT, NodeWatch
-from launch.restarts import failure_of, saved_and_stopped
+from launch.restarts import failure_of, how_it_stopped
 from launch.signals import STOP_SIGNALS
 from launch.terminal import say
 from launch.traces import read_places, read_records
@@ -92,7 +92,7 @@ class Agent:
         stopped = [record for record in records if record.get("code") == PREEMPTED]
         if stopped and set(codes) <= {FINISHED, PREEMPTED}:
             step = newest_step(self.folder)
-            return PREEMPTED, saved_and_stopped(stopped[0]["reason"], step)
+            return PREEMPTED, how_it_stopped(stopped[0]["reason"], step)
         places = read_places(attempt, ranks)
         witnesses = [
             Witness(rank=rank, place=place, record=record)

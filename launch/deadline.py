@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 END = "TESSERA_END_TIME"
@@ -25,6 +26,23 @@ def seconds_left(environ: Mapping[str, str], stop_at: str | None) -> float:
     known = environ.get(END)
     end = float(known) if known else end_time(stop_at, environ)
     return math.inf if end is None else end - time.time()
+
+
+def refuse_past(stop_at: str | None) -> None:
+    """Raise ValueError for a `stop_at` that has come before anything is started."""
+    end = end_time(stop_at, {})
+    if end is not None and end <= time.time():
+        raise ValueError(f"stop_at={stop_at} has passed; set it to a later time, or to null")
+
+
+def in_vain(record: Mapping[str, Any], saved: bool, environ: Mapping[str, str]) -> str:
+    """Say that `stop_at` ends every start of a run before it has saved a step; empty: it does not.
+
+    The end of a Slurm job is another matter: the next one may have more time.
+    """
+    if saved or not record.get("is_limit") or SLURM_END in environ:
+        return ""
+    return "stop_at leaves no time for a start, a step and its save: set it later"
 
 
 def end_time(stop_at: str | None, environ: Mapping[str, str]) -> float | None:

@@ -19,7 +19,7 @@ MEANINGS = {
     INTERNAL: "internal error, out of memory, or too many non-finite steps",
     STORAGE: "no good checkpoint could be written or read",
     PREEMPTED: "stopped by a signal, a limit or a lost node; saved; start the same command again",
-    NO_PROGRESS: "restarted again and again without a new checkpoint; look at the first failure",
+    NO_PROGRESS: "restarted again and again, or stopped by stop_at, without a new checkpoint",
 }
 
 

@@ -6,13 +6,13 @@ edited after the submission does not change the job.
 
 import json
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from launch.exit_codes import NO_PROGRESS, PREEMPTED
-from launch.protocol import RESTARTS
+from launch.protocol import RESTARTS, Job
 from launch.watchdog import WatchdogSpec
 
 PLAN, OUTCOME, HISTORY = "launch.json", "outcome", "history"
@@ -35,18 +35,20 @@ class Handover:
     """Of the code that checked the config."""
     key: str
     """By which the launchers know each other."""
+    words: Sequence[str] = ()
+    """Of the command that submitted it, for the record of every start."""
 
 
 def hand_over(
-    place: Path, tree: dict[str, Any], folder: Path, *, nodes: int, processes: int,
-    restarts: int, watchdog: WatchdogSpec | None,
+    place: Path, job: Job, *, nodes: int, processes: int, restarts: int,
+    watchdog: WatchdogSpec | None,
 ) -> None:  # fmt: skip
     """Write both files into `place`, for launchers that anybody may start later."""
     from trainer.directory import CONFIG
     from trainer.files import write_text
 
     config, text = handover_texts(
-        tree, folder, nodes=nodes, processes=processes, restarts=restarts, watchdog=watchdog
+        job, nodes=nodes, processes=processes, restarts=restarts, watchdog=watchdog
     )
     write_text(place / CONFIG, config)
     plan = place / PLAN
@@ -55,18 +57,20 @@ def hand_over(
 
 
 def handover_texts(
-    tree: dict[str, Any], folder: Path, *, nodes: int, processes: int,
-    restarts: int, watchdog: WatchdogSpec | None,
-) -> tuple[str, str]:  # fmt: skip
+    job: Job, *, nodes: int, processes: int, restarts: int, watchdog: WatchdogSpec | None
+) -> tuple[str, str]:
     """Return what both files hold."""
     import yaml
 
     from trainer.code_version import git_commit
+    from trainer.redaction import redact_tree
 
+    tree = job.tree
     handover = Handover(
-        folder=str(folder.absolute()), nodes=nodes, processes=processes, restarts=restarts,
+        folder=str(job.folder.absolute()), nodes=nodes, processes=processes, restarts=restarts,
         watchdog=vars(watchdog) if watchdog else None, stop_at=tree["stop_at"],
         deterministic=tree["deterministic"], git_commit=git_commit(), key=secrets.token_hex(16),
+        words=redact_tree(job.words),
     )  # fmt: skip
     config = yaml.safe_dump(tree, sort_keys=False)
     return config, json.dumps(asdict(handover), indent=1) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.exit_codes import BAD_CONFIG, INTERNAL, code_of, in_words
-from launch.restarts import saved_and_stopped, standing, way_on
+from launch.restarts import how_it_stopped, standing, way_on
 from launch.terminal import say, write_traceback
 from launch.traces import read_places, read_records
 from launch.verdict import Witness, judge
@@ -109,7 +109,7 @@ def report(
     if record["is_consequence"]:
         text = f"{name} lost the others{witness.where}: {without_advice(redact(str(error)))}"
     elif record["step"]:
-        committed = _committed(attempt)
+        committed = newest_of(attempt)
         text = (
             f"{name} failed{witness.where}{witness.work}: {witness.reason}; {standing(committed)}; "
             f"once the cause is mended, {way_on(committed)}; {code}"
@@ -119,9 +119,9 @@ def report(
     say(text)
 
 
-def stopped(reason: str, attempt: Path | None) -> str:
-    """Return the last line of a run that stopped and saved."""
-    return saved_and_stopped(reason, _committed(attempt))
+def stopped(reason: str, attempt: Path | None, code: int) -> str:
+    """Return the last line of a run that stopped."""
+    return how_it_stopped(reason, newest_of(attempt), code)
 
 
 def report_first(error: Exception, record: dict[str, Any], rank: int, attempt: Path) -> None:
@@ -141,7 +141,8 @@ def report_first(error: Exception, record: dict[str, Any], rank: int, attempt: P
     write_traceback(error)
 
 
-def _committed(attempt: Path | None) -> int:
+def newest_of(attempt: Path | None) -> int:
+    """Return the newest committed step of a run, by one of its starts; 0: there is none."""
     from trainer.directory import newest_step
 
     return newest_step(attempt.parent.parent) if attempt else 0

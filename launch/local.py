@@ -60,9 +60,10 @@ class LocalSpec(Supervised):
         if self.is_supervised:
             self._become_supervisor(attempt)
         from launch.worker import execute
+        from trainer.directory import newest_step
         from trainer.distributed import Placement
 
-        return execute(job.run, Placement(), lambda _: attempt)
+        return execute(job.run, Placement(), lambda _: attempt, before=newest_step(job.folder))
 
     def _become_supervisor(self, attempt: Path) -> None:
         """Replace this process, which has torch in memory, by a small one that watches workers."""

@@ -26,7 +26,7 @@ Tree = dict[str, Any]
 def render(spec: "KubernetesSpec", job: Job, name: str) -> str:
     """Return the documents of a run that is called `name` in the cluster."""
     config, plan = handover_texts(
-        job.tree, job.folder, nodes=spec.nodes, processes=spec.processes,
+        job, nodes=spec.nodes, processes=spec.processes,
         restarts=spec.max_restarts(spec.world_size), watchdog=spec.watchdog,
     )  # fmt: skip
     documents: list[tuple[str, Tree]] = [

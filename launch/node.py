@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.crew import say_end
-from launch.deadline import end_time, note_end
+from launch.deadline import end_time, note_end, refuse_past
 from launch.determinism import hold
 from launch.exit_codes import INTERNAL, PREEMPTED, code_of
 from launch.follower import Follower
@@ -111,13 +111,14 @@ class Launcher:
         from trainer.directory import CONFIG
         from trainer.stored_config import read_stored
 
+        refuse_past(self.handover.stop_at)
         if (now := git_commit()) not in (None, self.handover.git_commit):
             say(f"submitted with the code of {self.handover.git_commit}, which is {now} now")
         folder, tree = Path(self.handover.folder), read_stored(self.place / CONFIG)
 
         def start() -> Path:
             refuse(folder, tree)
-            return new_start(folder, tree)
+            return new_start(folder, tree, tuple(self.handover.words))
 
         return once_free(start, LEASE_SECONDS, self._is_stopped)
 

@@ -3,10 +3,12 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.compose import compose
 from launch.exit_codes import CHECK_FAILED, FINISHED
+from launch.plan_of_run import note_plan, stored_run
 from launch.truth import truth
 from launch.words import split_off
 
@@ -30,9 +32,10 @@ Reads no weights, and of the data what labels come from. Exit code 1: the device
   mfu=0.4         the share of the device's peak that tokens per second and end are reckoned with
   layouts=true    a table: every layout that the run may have on N processes, and which GPU holds it
   probe=true      three real steps on this machine: tokens per second and memory beside the plan
+  run=DIR         in place of a config: a run as it was started; kept as DIR/notes/plan.json
   json=true       one JSON object
 """
-OWN = ("device", "processes", "mfu", "layouts", "probe", "json")
+OWN = ("run", "device", "processes", "mfu", "layouts", "probe", "json")
 MFU = 0.4  # what well-tuned runs reach on GPUs; an assumption, and said to be one
 MAX_PROCESSES = 1 << 16
 
@@ -58,8 +61,8 @@ def main(arguments: list[str]) -> int:
         print(USAGE.format(devices=", ".join(DEVICES)), end="")
         return FINISHED
     own, words = split_off("plan", arguments, OWN)
-    tree = compose(words, command="plan", options=OWN).named
-    options = _options(own, tree)
+    folder = Path(own["run"]).expanduser() if "run" in own else None
+    tree, options = _planned(own, words, folder)
     run = _run(tree)
     from launch import plan_text
     from trainer.planning.facts import facts_of, sized
@@ -75,6 +78,8 @@ def main(arguments: list[str]) -> int:
     memory = memory_of(run, options.processes, is_gpu=is_gpu)
     if not options.json:
         plan_text.show_memory(memory)
+    if folder is not None:
+        note_plan(folder, facts, memory, device, _rate(run, facts, options))
     rows = _rows(run, options) if options.layouts else []
     probe = _probe(words, options) if options.probe else None
     if options.json:
@@ -83,6 +88,20 @@ def main(arguments: list[str]) -> int:
         plan_text.show_end(run, facts, memory, rows, probe, options)
     is_too_large = device is not None and memory.peak > device.memory_gib * 2**30
     return CHECK_FAILED if is_too_large else FINISHED
+
+
+def _planned(
+    own: dict[str, str], words: list[str], folder: Path | None
+) -> tuple[dict[str, Any], Options]:
+    """Return the config that is planned, and how."""
+    if folder is None:
+        tree = compose(words, command="plan", options=OWN).named
+        return tree, _options(own, tree)
+    tree, processes = stored_run(folder, words)
+    options = _options({"processes": str(processes)} | own, tree)
+    if options.probe:
+        raise ValueError("probe=true trains a config's words; give them in place of run=DIR")
+    return tree, options
 
 
 def _options(own: dict[str, str], tree: dict[str, Any]) -> Options:
@@ -139,6 +158,12 @@ def _rows(run: Any, options: Options) -> "list[Row]":
     return rows
 
 
+def _rate(run: Any, facts: "Facts", options: Options) -> float:
+    """Return the tokens per second of a device; 0: none is given, or it states no peak."""
+    device = options.device
+    return facts.tokens_per_second(run, device, options.mfu, options.processes) if device else 0.0
+
+
 def _probe(words: list[str], options: Options) -> "Probe":
     from launch.probe import probe
 
@@ -155,7 +180,7 @@ def _numbers(
 ) -> dict[str, Any]:
     """Return the plan as one JSON object; sizes in bytes."""
     device = options.device
-    rate = facts.tokens_per_second(run, device, options.mfu, options.processes) if device else 0
+    rate = _rate(run, facts, options)
     return {
         "processes": options.processes,
         **{key: value for key, value in asdict(facts).items() if key != "flops"},

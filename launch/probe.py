@@ -10,7 +10,7 @@ from statistics import median
 
 from launch.group import safe_paths
 from trainer.files import read_lines
-from trainer.trackers.spool import METRICS
+from trainer.points import METRICS
 
 STEPS = 3
 NO_EXTRAS = (

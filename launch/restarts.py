@@ -87,9 +87,9 @@ def way_on(committed: int) -> str:
     return f"the same command {f'goes on after step {committed}' if committed else 'starts anew'}"
 
 
-def saved_and_stopped(reason: str, committed: int) -> str:
+def how_it_stopped(reason: str, committed: int, code: int = PREEMPTED) -> str:
     """Return the last words of a run that was asked to stop."""
-    return f"{reason}; {standing(committed)}; {way_on(committed)} (exit code {PREEMPTED})"
+    return f"{reason}; {standing(committed)}; {way_on(committed)} (exit code {code})"
 
 
 def last_step(place: dict[str, Any]) -> int:

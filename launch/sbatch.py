@@ -4,9 +4,11 @@ It starts one launcher on each node, and knows nothing of the config: that lies 
 """
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,42 +21,70 @@ if TYPE_CHECKING:
 SCRIPT = "job.sh"
 
 
-def log_of(places: Sequence[Path]) -> str:
-    """Return where Slurm writes, in its own pattern."""
-    return str(places[0] / ("%j.log" if len(places) == 1 else "%A_%a.log"))
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one script starts: a run, or each of several as a task of an array."""
+
+    name: str
+    folder: Path
+    """Where the script lies, and what Slurm writes."""
+    places: Sequence[Path]
+    """Where each run was handed over."""
+    is_array: bool = False
+    at_once: int | None = None
+    """How many tasks may run at a time; None: as many as Slurm has nodes for."""
+
+    @property
+    def script(self) -> Path:
+        return self.folder / SCRIPT
+
+    @property
+    def log(self) -> str:
+        """Where Slurm writes, in its own pattern."""
+        return str(self.folder / ("%A_%a.log" if self.is_array else "%j.log"))
 
 
-def render(spec: "SlurmSpec", places: Sequence[Path], name: str) -> str:
-    """Return the script for the jobs in `places`; several are an array."""
+def render(spec: "SlurmSpec", batch: Batch) -> str:
+    """Return the script, readable and complete."""
+    command, configs = ("sweep", "configs lie") if batch.is_array else ("train", "config lies")
+    where = "in their runs" if batch.is_array else "beside it"
     lines = [
         "#!/bin/bash",
-        "# Written by `tessera train launch=slurm`; `sbatch` takes it again as it is.",
-        f"# {spec.nodes} node(s) x {spec.node_processes} process(es); the config lies beside it.",
-        *_head(spec, places, name),
+        f"# Written by `tessera {command} launch=slurm`; `sbatch` takes it again as it is.",
+        f"# {spec.nodes} node(s) x {spec.node_processes} process(es); the {configs} {where}.",
+        *_head(spec, batch),
         "",
-        *_body(spec, places),
+        *_body(spec, batch),
         *_TAIL.splitlines(),
-        *(_REQUEUE.splitlines() if spec.requeue else ()),
+        *(_requeue(batch).splitlines() if spec.requeue else ()),
         'exit "$code"',
     ]
     return "\n".join(lines) + "\n"
 
 
-def _head(spec: "SlurmSpec", places: Sequence[Path], name: str) -> Iterator[str]:
+def places_of(script: str) -> list[Path]:
+    """Return where a script finds its runs, in the order of its tasks."""
+    found = re.search(r"^jobs=\((.*?)^\)$|^(job=.*?)$", script, re.DOTALL | re.MULTILINE)
+    words = shlex.split((found[1] or found[2]) if found else "")
+    return [Path(word.removeprefix("job=")) for word in words]
+
+
+def _head(spec: "SlurmSpec", batch: Batch) -> Iterator[str]:
     """Yield what sbatch reads."""
-    _refuse_pattern(places)
+    _refuse_pattern(batch.folder)
     asked = {
-        "job-name": name, "nodes": spec.nodes, "ntasks-per-node": 1,
+        "job-name": batch.name, "nodes": spec.nodes, "ntasks-per-node": 1,
         "gpus-per-node": spec.gpus, "cpus-per-task": spec.cpus, "mem": spec.memory,
         "time": spec.time, "partition": spec.partition, "account": spec.account,
         "qos": spec.qos, "constraint": spec.constraint, "reservation": spec.reservation,
-        "chdir": os.getcwd(), "output": log_of(places), "open-mode": "append",
+        "chdir": os.getcwd(), "output": batch.log, "open-mode": "append",
     }  # fmt: skip
     for option, value in asked.items():
         if value is not None:
             yield f"#SBATCH --{option}={shlex.quote(str(value))}"
-    if len(places) > 1:
-        yield f"#SBATCH --array=0-{len(places) - 1}"
+    if batch.is_array:
+        limit = f"%{batch.at_once}" if batch.at_once else ""
+        yield f"#SBATCH --array=0-{len(batch.places) - 1}{limit}"
     if spec.exclusive:
         yield "#SBATCH --exclusive"
     yield f"# So many seconds before the limit: all ranks save and end with {PREEMPTED}."
@@ -65,9 +95,9 @@ def _head(spec: "SlurmSpec", places: Sequence[Path], name: str) -> Iterator[str]
         yield f"#SBATCH {key}{separator}{shlex.quote(value) if value else ''}"
 
 
-def _refuse_pattern(places: Sequence[Path]) -> None:
+def _refuse_pattern(folder: Path) -> None:
     """Raise ValueError for a path in which Slurm would read something else."""
-    for text in (str(places[0]), os.getcwd()):
+    for text in (str(folder), os.getcwd()):
         if any(letter in text for letter in "%\\\n\r"):
             raise ValueError(
                 f"the path {text!r} has a '%', a backslash or a line break, which Slurm does not "
@@ -75,13 +105,16 @@ def _refuse_pattern(places: Sequence[Path]) -> None:
             )
 
 
-def _body(spec: "SlurmSpec", places: Sequence[Path]) -> Iterator[str]:
+def _body(spec: "SlurmSpec", batch: Batch) -> Iterator[str]:
     """Yield what runs on the first node."""
-    if len(places) == 1:
-        yield f"job={shlex.quote(str(places[0]))}"
-    else:
-        yield f"jobs=({shlex.join(map(str, places))})"
+    if batch.is_array:
+        yield "# The runs; each task of the array trains one."
+        yield "jobs=("
+        yield from (f"  {shlex.quote(str(place))}" for place in batch.places)
+        yield ")"
         yield "job=${jobs[$SLURM_ARRAY_TASK_ID]}"
+    else:
+        yield f"job={shlex.quote(str(batch.places[0]))}"
     yield from spec.setup_lines
     paths = safe_paths({}) if spec.container is None else {"PYTHONSAFEPATH": "1"}
     for variable, value in paths.items():
@@ -128,8 +161,15 @@ until wait $launchers; code=$?; ! kill -0 $launchers 2>/dev/null; do :; done
 # Of a launcher that was killed srun knows no more; the others have written down how it ended.
 [[ -s $job/outcome ]] && code=$(<"$job/outcome")
 """
-_REQUEUE = """if [[ $code == 75 && -z $cancelled ]]; then
-  echo "tessera: queued again as job $SLURM_JOB_ID"
-  scontrol requeue "$SLURM_JOB_ID" || echo "tessera: not queued again; sbatch $job/job.sh goes on"
+
+
+def _requeue(batch: Batch) -> str:
+    """Return what queues a job again that was stopped and has saved."""
+    number, way = "$SLURM_JOB_ID", "sbatch $job/job.sh"
+    if batch.is_array:  # the last task has the number of the whole array, which names all of them
+        number, way = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID", "the same tessera sweep"
+    return f"""if [[ $code == 75 && -z $cancelled ]]; then
+  echo "tessera: queued again as job {number}"
+  scontrol requeue "{number}" || echo "tessera: not queued again; {way} goes on"
 fi
 """

@@ -6,10 +6,11 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from launch.protocol import Job, Supervised
-from launch.sbatch import SCRIPT, render
+from launch.sbatch import Batch, render
 from launch.submission import ALLOCATION, submit
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:[0-5]\d){0,2}|\d+:[0-5]\d(:[0-5]\d)?)\Z")
@@ -141,11 +142,12 @@ class SlurmSpec(Supervised):
     def preview(self, job: Job) -> str:
         """Return the script that would be submitted."""
         place = job.folder.absolute() / "jobs" / "NNN"
-        return f"# {place / SCRIPT}:\n{render(self, [place], job.folder.name)}"
+        batch = Batch(name=job.folder.name, folder=place, places=[place])
+        return f"# {batch.script}:\n{render(self, batch)}"
 
     def start(self, job: Job) -> int:
         """Submit the run; return 0 when Slurm has taken it."""
-        return submit(self, [job], job.folder.name)
+        return submit(self, job)
 
 
 def _seconds(limit: str) -> int:
@@ -158,6 +160,7 @@ def _seconds(limit: str) -> int:
     return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
 
+@cache  # the jobs of a sweep ask the same
 def _answer(*command: str) -> str:
     """Return what a command of Slurm prints; nothing where it fails: sbatch will say why."""
     with suppress(OSError, subprocess.SubprocessError):

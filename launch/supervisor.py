@@ -6,6 +6,7 @@ and leaves orphans when it is killed.
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -17,16 +18,17 @@ from types import FrameType
 from typing import Any
 
 from launch.crew import Crew
-from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, PREEMPTED
+from launch.deadline import in_vain
+from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL, MEANINGS, NO_PROGRESS, PREEMPTED
 from launch.group import Group, Node
 from launch.meeting import Link
 from launch.restarts import (
     Failure,
     Restarts,
     failure_of,
+    how_it_stopped,
     last_step,
     leave_verdict,
-    saved_and_stopped,
     standing,
     way_on,
     with_hang,
@@ -185,8 +187,12 @@ class Supervisor:
         left_early = [record for record in records if record.get("has_begun") is False]
         if set(codes) == {PREEMPTED} or (self.signals and left_early):
             reason = (left_early or records)[0]["reason"]
-            say(saved_and_stopped(reason, self._committed()))
-            return PREEMPTED
+            step, code = self._committed(), PREEMPTED
+            is_saved = self._is_patient or step > self._committed_before  # who is patient may count
+            if vain := in_vain(records[0], is_saved, os.environ):
+                reason, code = f"{reason}; {vain}", NO_PROGRESS
+            say(how_it_stopped(reason, step, code))
+            return code
         failure = failure_of(witnesses, codes, self._committed())
         return failure if hang is None else with_hang(failure, hang, self.attempt)
 

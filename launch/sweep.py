@@ -7,9 +7,11 @@ from pathlib import Path
 from launch.compose import parsed
 from launch.exit_codes import CHECK_FAILED, FINISHED, PREEMPTED
 from launch.signals import leaving_on_signals
-from launch.sweep_plan import SweepJob, plan
+from launch.slurm import SlurmSpec
+from launch.sweep_plan import SweepJob, listed, plan
 from launch.sweep_runner import DEVICES, SweepRunner
-from launch.sweep_table import record, results, table
+from launch.sweep_slurm import preview, run_on_slurm
+from launch.sweep_table import conclude, record, results, table
 from launch.terminal import say
 from launch.truth import truth
 from launch.words import split_off
@@ -24,12 +26,16 @@ starts. The same command again goes on with what has not finished. At the end: a
 first, which also lies in runs/SWEEP/sweep.json.
 
   sweep=NAME              the folder below runs (default: the name of the run, and -sweep)
-  jobs=1                  how many at a time; GPUs are shared out among them
+  jobs=N                  how many at a time (default: 1, and GPUs are shared out among them; with
+                          launch=slurm as many as the cluster has nodes for)
   stop_on_failure=false   true: start no more once one has failed
   dry_run=false           true: check and list, start nothing
+
+With launch=slurm the jobs are one array, and the command ends once Slurm has it. The same command
+says what is queued or running, submits what is neither that nor finished, and shows the table.
 """
-OPTIONS = {"sweep": "", "jobs": "1", "stop_on_failure": "false", "dry_run": "false"}
-RESULTS, LOGS = "sweep.json", "logs"
+OPTIONS = {"sweep": "", "jobs": "", "stop_on_failure": "false", "dry_run": "false"}
+LOGS = "logs"
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +49,8 @@ def main(arguments: list[str]) -> int:
     options = {**OPTIONS, **given}
     stop_on_failure = truth("stop_on_failure", options["stop_on_failure"])
     is_dry = truth("dry_run", options["dry_run"])
-    slots = _count(options["jobs"])
+    at_once = _count(options["jobs"]) if options["jobs"] else None
+    slots = at_once or 1
     runs, base, overrides = _base(overrides)
     name = options["sweep"] or f"{base}-sweep"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -53,10 +60,20 @@ def main(arguments: list[str]) -> int:
     folder = runs / name
     with leaving_on_signals():
         jobs = plan(overrides, base, folder)
-        devices = _devices(slots, max(job.processes for job in jobs))
+        spec = jobs[0].launch
+        if isinstance(spec, SlurmSpec):
+            if stop_on_failure:
+                raise ValueError(
+                    "stop_on_failure=true has no effect on Slurm, which starts the jobs itself; "
+                    "leave it out"
+                )
+            if not is_dry:
+                return run_on_slurm(jobs, spec, folder, at_once)
+            print(preview(jobs, spec, folder, at_once), end="")
+            return _list(jobs)
+        devices = _devices(slots, max(job.launch.world_size for job in jobs))
     if is_dry:
-        print("\n".join(_listed(jobs)))
-        return FINISHED
+        return _list(jobs)
     return _run(
         jobs, folder, SweepRunner(slots, folder / LOGS, devices), stop_on_failure=stop_on_failure
     )
@@ -97,27 +114,30 @@ def _devices(slots: int, processes: int) -> list[str]:
     return given.split(",")[:count] if given else [str(number) for number in range(count)]
 
 
-def _listed(jobs: list[SweepJob]) -> list[str]:
-    states = {True: "finished", False: "to run"}
-    lines = [f"{states[job.is_finished]:<8}  {job.name}" for job in jobs]
-    waiting = sum(not job.is_finished for job in jobs)
-    return [*lines, f"# {len(jobs)} jobs checked, {waiting} to run; nothing was started"]
+def _list(jobs: list[SweepJob]) -> int:
+    """Say how each job stands, and what those that were started came to."""
+    rows = results(jobs, {})
+    if any(row["steps"] for row in rows):
+        print("\n".join([*table(rows), ""]))
+    waiting = sum(job.is_waiting for job in jobs)
+    count = f"# {len(jobs)} jobs checked, {waiting} to run; nothing was started"
+    print("\n".join([*listed(jobs), count]))
+    return FINISHED
 
 
 def _run(jobs: list[SweepJob], folder: Path, runner: SweepRunner, *, stop_on_failure: bool) -> int:
-    waiting = [job for job in jobs if not job.is_finished]
+    waiting = [job for job in jobs if job.is_waiting]
 
     def tell(text: str) -> None:
         say(text)
         if folder.is_dir():  # also half way: whoever looks in sees what there is
-            record(folder / RESULTS, results(jobs, runner.codes))
+            record(folder, results(jobs, runner.codes))
 
     if done := len(jobs) - len(waiting):
         tell(f"{done} of {len(jobs)} jobs have finished before")
     runner.run(waiting, stop_on_failure=stop_on_failure, tell=tell)
     rows = results(jobs, runner.codes)
-    record(folder / RESULTS, rows)
-    print("\n".join(["", *table(rows), "", f"{folder / RESULTS}"]), flush=True)
+    conclude(folder, rows)
     codes = {row["exit_code"] for row in rows} - {FINISHED}
     if runner.signals or codes == {PREEMPTED}:
         tell(f"stopped; the same command goes on from here (exit code {PREEMPTED})")

@@ -1,20 +1,26 @@
 """Which jobs a sweep has: one per combination, composed and checked before the first starts."""
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.compose import Combination, combinations
+from launch.deadline import refuse_past
 from launch.exit_codes import FINISHED
+from launch.protocol import Job, Launch
+from launch.queue import Queued, runs_in_queue
+from launch.slurm import SlurmSpec
 from launch.traces import read_records
 from launch.train import bind_with_launch, read_request, settled
 
 if TYPE_CHECKING:
     from trainer.best import BestSpec
 
-LOCAL = "launch.local.LocalSpec"
+TARGETS = ("launch.local.LocalSpec", "launch.slurm.SlurmSpec")
 MAX_NAME = 80  # characters; a run's name may have 100, and NAME-2 is a name too
 # Of no weight for the numbers of a job that has ended.
 _IDLE = (
@@ -30,26 +36,45 @@ class SweepJob:
     name: str
     varied: dict[str, str]
     """The keys that the sweep varies, with this job's values as they are written."""
-    words: list[str]
-    """Of `tessera train`."""
-    folder: Path
+    job: Job
+    """As `tessera train` would start it."""
+    launch: Launch
     is_finished: bool
-    processes: int
+    queued: str = ""
+    """As what Slurm has it: `running as 17_3`; empty: it has not."""
     best: "BestSpec"
     """What its evaluations are judged by."""
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is to be started."""
+        return not self.is_finished and not self.queued
 
 
 def plan(overrides: list[str], base: str, runs: Path) -> list[SweepJob]:
     """Return the jobs of a sweep in `runs`; ValueError for the first that cannot be trained."""
     found = combinations(overrides, command="sweep")
     names = [name_of(base, each.varied) for each in found]
-    jobs = []
+    queue = cache(partial(runs_in_queue, runs))  # Slurm is asked once, and only where it is meant
+    jobs: list[SweepJob] = []
     for name, each in zip(names, found, strict=True):
         try:
-            jobs.append(_job(name, each, runs))
+            jobs.append(_job(name, each, runs, queue))
+            _refuse_another_script(jobs)
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if each.varied else str(error)) from None
     return jobs
+
+
+def listed(jobs: Iterable[SweepJob]) -> list[str]:
+    """Return a line for each job: how it stands, and its name."""
+    states = {job.name: job.queued or ("finished" if job.is_finished else "to run") for job in jobs}
+    width = max(map(len, ("finished", *states.values())))
+    return [f"{state:<{width}}  {name}" for name, state in states.items()]
 
 
 def name_of(base: str, varied: dict[str, str]) -> str:
@@ -62,34 +87,59 @@ def name_of(base: str, varied: dict[str, str]) -> str:
     return f"{safe[: MAX_NAME - 9]}-{sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def _job(name: str, combination: Combination, runs: Path) -> SweepJob:
+def _refuse_another_script(jobs: list[SweepJob]) -> None:
+    """Raise ValueError where the newest job would not fit into the array of the first one."""
+    from trainer.drift import difference
+
+    first, last = (job.job.tree["launch"] for job in (jobs[0], jobs[-1]))
+    if first != last and any(isinstance(job.launch, SlurmSpec) for job in jobs):
+        keys = ", ".join(f"launch.{key}" for key in difference(first, last))
+        raise ValueError(
+            f"{keys} varies, and all jobs of a sweep on Slurm are tasks of one script; set it to "
+            "one value, with a sweep=NAME for each"
+        )
+
+
+def _job(
+    name: str, combination: Combination, runs: Path, queue: Callable[[], Mapping[Path, Queued]]
+) -> SweepJob:
     words = [*combination.words, f"name={name}", f"runs={quoted(str(runs))}"]
     request = read_request(words)
     tree = request.tree
-    if tree["launch"].get("_target_") != LOCAL:
-        raise ValueError("a sweep starts its jobs on this machine; set launch=local")
+    if tree["launch"].get("_target_") not in TARGETS:
+        raise ValueError(
+            "a sweep starts its jobs on this machine or on Slurm; set launch=local or launch=slurm"
+        )
     if tree["resume"] != "auto" or tree["resume_step"] is not None:
         raise ValueError("jobs of a sweep go on by themselves; set resume=auto resume_step=null")
     wandb = (tree.get("tracker") or {}).get("wandb")
     if wandb and wandb.get("group") is None:  # so that the server shows them side by side
         words.append(f"tracker.wandb.group={quoted(runs.name)}")
+        wandb["group"] = runs.name
     run, launch = bind_with_launch(tree)
     run.check(launch.world_size)
-    num_steps = (run if run.max_steps else settled(run)).num_steps
+    run = run if run.max_steps else settled(run)
     folder = runs / name
-    is_finished = _has_finished(folder, tree, num_steps)
-    if not is_finished:
-        request.choose(num_steps)  # refuses a run in use, or of another config
+    is_finished = _has_finished(folder, tree, run.num_steps)
+    is_for_slurm = isinstance(launch, SlurmSpec) and not is_finished
+    queued = queue().get(folder.resolve()) if is_for_slurm else None
+    if queued:
+        _refuse_another_config(
+            queued.place, tree, f"{folder} is {queued.words}", "scancel it, set sweep=NAME", _IDLE
+        )
+    elif not is_finished:
+        refuse_past(tree["stop_at"])
+        request.choose(run.num_steps)  # refuses a run in use, or of another config
     return SweepJob(
-        name=name, varied=combination.varied, words=words, folder=folder, is_finished=is_finished,
-        processes=launch.world_size, best=run.best,
+        name=name, varied=combination.varied, launch=launch, is_finished=is_finished, best=run.best,
+        job=Job(run=run, tree=tree, folder=folder, end=None, words=tuple(words)),
+        queued=queued.words if queued else "",
     )  # fmt: skip
 
 
 def _has_finished(folder: Path, tree: dict[str, Any], num_steps: int) -> bool:
     """Whether a job needs no start; ValueError where its numbers are those of another config."""
     from trainer.directory import CONFIG, is_unfinished
-    from trainer.drift import difference, fits
     from trainer.stored_config import read_stored
 
     if not (folder / CONFIG).exists():
@@ -99,13 +149,25 @@ def _has_finished(folder: Path, tree: dict[str, Any], num_steps: int) -> bool:
     out_of_patience = all(lengths) and exit_code(folder) == FINISHED
     if is_unfinished(folder, num_steps) and not out_of_patience:
         return False
-    for key, (was, now) in difference(stored, tree).items():
-        if not fits(key, (*_IDLE, "max_steps", "max_epochs")):
-            raise ValueError(
-                f"{folder} has finished with {key}={was}, and it is {now} now; set sweep=NAME for "
-                "a new sweep, or the key back"
-            )
+    idle = (*_IDLE, "max_steps", "max_epochs")
+    _refuse_another_config(folder, tree, f"{folder} has finished", "set sweep=NAME", idle)
     return True
+
+
+def _refuse_another_config(
+    place: Path, tree: dict[str, Any], what: str, way: str, idle: tuple[str, ...]
+) -> None:
+    """Raise ValueError where another config lies in a folder, in more than keys that are idle."""
+    from trainer.directory import CONFIG
+    from trainer.drift import difference, fits
+    from trainer.stored_config import read_stored
+
+    for key, (was, now) in difference(read_stored(place / CONFIG), tree).items():
+        if not fits(key, idle):
+            raise ValueError(
+                f"{what} with {key}={was}, and it is {now} now; {way} for a new sweep, or the key "
+                "back"
+            )
 
 
 def exit_code(folder: Path) -> int | None:

@@ -68,7 +68,7 @@ class SweepRunner:
             self.logs.mkdir(parents=True, exist_ok=True)
             output = open(self.logs / f"{job.name}.txt", "ab")  # noqa: SIM115  until it ends
         process = subprocess.Popen(
-            [sys.executable, "-m", "launch.sweep_job", str(os.getpid()), *job.words],
+            [sys.executable, "-m", "launch.sweep_job", str(os.getpid()), *job.job.words],
             env=self._environment(job, slot), stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
@@ -78,7 +78,7 @@ class SweepRunner:
     def _environment(self, job: SweepJob, slot: int) -> dict[str, str]:
         environment = dict(os.environ) | safe_paths(os.environ)
         if self.slots > 1:
-            cores = (os.cpu_count() or 1) // (self.slots * job.processes)
+            cores = len(os.sched_getaffinity(0)) // (self.slots * job.launch.world_size)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
         if self.devices:
             share = len(self.devices) // self.slots

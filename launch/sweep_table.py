@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from launch.sweep_plan import SweepJob, exit_code
 
 TRAIN = "train loss"
+RESULTS = "sweep.json"
 
 
 def results(jobs: list[SweepJob], codes: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -29,27 +29,28 @@ def _rank(best: Any, sign: int) -> float:
 def _row(job: SweepJob, code: int | None) -> dict[str, Any]:
     """Return what a job has to show; what it has not is None."""
     from trainer.callbacks.card import best_of
-    from trainer.files import read_lines
-    from trainer.progress import TOKENS
-    from trainer.trackers.spool import METRICS
+    from trainer.points import LOSS, read_points
 
-    points = read_lines(job.folder / METRICS)
-    train = [point for point in points if point["split"] == "train"]
-    evaluations = [point for point in points if point["split"] == "eval"]
-    metric = job.best.metric or "loss"
-    best: dict[str, Any] = best_of(evaluations, job.best)[1] if evaluations else {}
+    points = read_points(job.folder)
+    train, evals = points.train, points.evals
+    train_loss = _plain(train.last(LOSS)) if train.steps else None
+    metric, row = best_of(evals, job.best) if evals.steps else (LOSS, 0)
     return {
         "name": job.name,
         "varied": job.varied,
-        "steps": points[-1]["step"] if points else None,
-        "train_loss": train[-1]["loss"] if train else None,
-        "metric": f"eval {metric}" if evaluations else TRAIN,
-        "best": best.get(metric) if evaluations else train[-1]["loss"] if train else None,
-        "best_step": best.get("step"),
-        "tokens_per_second": median(float(p[TOKENS]) for p in train) if train else None,
+        "steps": max([*train.steps[-1:], *evals.steps[-1:]], default=None),
+        "train_loss": train_loss,
+        "metric": f"eval {metric}" if evals.steps else TRAIN,
+        "best": _plain(evals.column(metric)[row]) if evals.steps else train_loss,
+        "best_step": evals.steps[row] if evals.steps else None,
+        "tokens_per_second": points.speed,
         "exit_code": exit_code(job.folder) if code is None else code,
         "folder": str(job.folder),
     }
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else "NaN"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -83,8 +84,14 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def record(path: Path, rows: list[dict[str, Any]]) -> None:
+def record(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Write the rows as sweep.json, whole or not at all."""
     from trainer.files import write_json
 
-    write_json(path, {"jobs": rows})
+    write_json(folder / RESULTS, {"jobs": rows})
+    return folder / RESULTS
+
+
+def conclude(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Record the rows and print them as a table."""
+    print("\n".join(["", *table(rows), "", str(record(folder, rows))]), flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.binding import bind_run, convert
 from launch.compose import compose
-from launch.deadline import end_time
+from launch.deadline import end_time, refuse_past
 from launch.determinism import hold
 from launch.exit_codes import FINISHED, PREEMPTED
 from launch.menu import lines
@@ -56,6 +56,7 @@ def _train(request: Request) -> int:
         refuse_lone_rank(os.environ)
         if "RANK" in os.environ:
             return _train_as_rank(request)
+    refuse_past(request.tree["stop_at"])
     max_steps = request.tree["max_steps"]
     # Before torch is imported, where that is possible: a refusal is fast.
     may_join = bool(request.tree["launch"].get("endpoint"))  # a node that comes to others

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.deadline import seconds_left
-from launch.exit_codes import FINISHED, PREEMPTED
+from launch.deadline import in_vain, seconds_left
+from launch.exit_codes import FINISHED, NO_PROGRESS, PREEMPTED
 from launch.group import ATTEMPT, PARENT, PIPE, RESTART_COUNT
 from launch.last_words import (
     describe,
     judge_here,
     leave_record,
+    newest_of,
     report,
     report_first,
     stopped,
@@ -61,8 +62,13 @@ def refuse_lone_rank(environ: Mapping[str, str]) -> None:
         )
 
 
-def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -> int:
-    """Train as one rank; return the exit code, after leaving a record beside the config."""
+def execute(
+    run: "Run", placement: "Placement", locate: Callable[[int], Path], *, before: int | None = None
+) -> int:
+    """Train as one rank; return the exit code, after leaving a record beside the config.
+
+    `before` is the newest saved step, where this process alone says how the run has ended.
+    """
     from launch.terminal import configure_logging, show_cursor
     from trainer.construct import Start
     from trainer.control import StopRequest
@@ -80,6 +86,9 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -
     failure, record = _outcome(run, start, says=placement.is_main and not is_supervised)
     request.is_polled = True  # from here on a signal changes nothing
     attempt = Path(os.environ[ATTEMPT]) if is_supervised else start.whereabouts.attempt
+    is_saved = before is None or newest_of(attempt) > before
+    if vain := in_vain(record, is_saved, os.environ):
+        record |= {"code": NO_PROGRESS, "reason": f"{record['reason']}; {vain}"}
     is_left = attempt is not None and _leave(attempt, placement.rank, record)
     if stacks:
         stacks.close()
@@ -90,8 +99,8 @@ def execute(run: "Run", placement: "Placement", locate: Callable[[int], Path]) -
         report(failure, record, placement, attempt)
         if attempt and record["is_consequence"] and not is_supervised:
             say(judge_here(attempt, placement.world_size))
-    elif record["code"] == PREEMPTED and placement.is_main and not is_supervised:
-        say(stopped(record["reason"], attempt))
+    elif record["code"] != FINISHED and placement.is_main and not is_supervised:
+        say(stopped(record["reason"], attempt, record["code"]))
     if attempt and placement.is_main and not is_supervised:  # else the supervisor does, at the end
         from launch.report.write import try_report
 
@@ -123,6 +132,7 @@ def _outcome(run: "Run", start: "Start", *, says: bool) -> tuple[Exception | Non
     """
     from trainer.construct import fit
     from trainer.errors import StoppedEarlyError
+    from trainer.stopping import TIME_LIMIT
 
     request, failure = start.request, None
     try:
@@ -132,7 +142,10 @@ def _outcome(run: "Run", start: "Start", *, says: bool) -> tuple[Exception | Non
                 code, reason = FINISHED, "finished"
             else:
                 code, reason = PREEMPTED, f"stopped by {request.reason}"
-            record: dict[str, Any] = {"code": code, "reason": reason, "time": time.time()}
+            is_limit = code == PREEMPTED and request.reason == TIME_LIMIT
+            record: dict[str, Any] = {
+                "code": code, "reason": reason, "time": time.time(), "is_limit": is_limit
+            }  # fmt: skip
         except Exception as error:  # the one place where every failure becomes an exit code
             failure, record = error, describe(error, start.whereabouts, start.placement)
     except StoppedEarlyError:  # here, since it may come while a failure is described

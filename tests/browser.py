@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-SECONDS = 60.0  # until an answer must have come: machines of CI are slow
+SECONDS = 120.0  # until an answer must have come: machines of CI are slow
 
 
 def chromium() -> str:
@@ -64,7 +64,7 @@ class Browser:
         at: TracebackType | None,
     ) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(SECONDS)
         os.close(self._write)
         os.close(self._read)
 

@@ -69,7 +69,7 @@ def tiny_run(cache: Path, **changes: Any) -> Run:
         "resume_step": None,
         "resume_allow": [],
         "max_skipped_in_a_row": 3,
-        "timeout_seconds": 20.0,
+        "timeout_seconds": 60.0,
     }
     settings |= {k: v for k, v in changes.items() if not k.startswith("data_")}
     return Run(**settings)

@@ -19,7 +19,7 @@ from trainer.evaluations import Evaluations
 from trainer.judges import answer_judge, evaluator_of
 from trainer.loop import Loop
 from trainer.mesh import Mesh
-from trainer.meter import Meter
+from trainer.meter import Meter, held_before
 from trainer.new_tokens import starting_at_mean
 from trainer.notes import ABOUT, write_note
 from trainer.numerics.guard import Guard
@@ -99,6 +99,7 @@ def fit(run: Run, start: Start) -> bool:
 def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | None) -> bool:
     """Build everything on the connected ranks, and train."""
     start.whereabouts.enter("build")
+    before = held_before(ranks.device)
     folder, is_main = attempt.parent.parent, start.placement.is_main
     mesh_spec, why = run.chosen_mesh(start.placement.world_size)
     mesh = mesh_spec.build(ranks=ranks)
@@ -125,7 +126,7 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     )  # fmt: skip
     if is_main:
         found = counts(run, engine.trained, loader, eval_loader)
-        write_note(folder, ABOUT, {**found, "banner": view.banner})
+        write_note(folder, ABOUT, {**found, **before, "banner": view.banner})
     validator = answer_judge(
         run, eval_loader, mesh, ranks.device, training=loader.rows.store, tokenizer=tokenizer,
         page=folder / VALIDATION if is_main else None,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,6 +53,19 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the most that this process ever held on the device, or of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    return host_bytes("VmHWM") / 2**30
+
+
+def host_bytes(kind: Literal["VmHWM", "VmRSS"]) -> int:
+    """Return what this process holds of the host now (VmRSS), or held at most (VmHWM)."""
     # Not getrusage: its peak survives fork and exec, so a large parent's would be reported.
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20  # Linux counts KiB
+    return int(status.partition(f"{kind}:")[2].split()[0]) * 2**10  # Linux counts KiB
+
+
+def held_before(device: torch.device) -> dict[str, int]:
+    """Return what this process holds of the host before it builds a run that trains there.
+
+    What the run is planned to need is to be compared with what the process grows by.
+    """
+    return {"host_bytes_before": host_bytes("VmRSS")} if device.type == "cpu" else {}

@@ -16,6 +16,7 @@ NOTES, REPORT = "notes", "report.html"
 ABOUT = "about"  # what is trained, on what: counts and the banner
 BASELINES = "baselines"  # what any model must beat, of which metric
 SAMPLE = "sample"  # text that the model wrote
+PLAN = "plan"  # what `tessera plan run=DIR` says of it: memory, work, speed
 ANSWERS = "answers"  # questions of the validation, with pictures and what was answered
 
 

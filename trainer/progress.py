@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from trainer.by_source import by_source, mean
+from trainer.points import TOKENS
 from trainer.protocols import StepResult
 
-TOKENS, NONE, UNKNOWN = "tokens_per_second", "0x0.0p+0", "nan"
+NONE, UNKNOWN = "0x0.0p+0", "nan"
 _RATES = {
     TOKENS: "num_tokens",
     "onlookers_per_second": "num_onlookers",

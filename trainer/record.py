@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from trainer.evaluation_due import read_due, write_due
 from trainer.files import read_lines, write_text
 from trainer.numerics.spike import names_of
-from trainer.trackers.spool import METRICS
+from trainer.points import METRICS
 
 if TYPE_CHECKING:
     from trainer.control import HostResult

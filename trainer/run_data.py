@@ -67,6 +67,11 @@ def training_at_hand(run: Run, tokenizer: Tokenizer) -> DocumentStore | None:
         place.key() for place in data.places.values()
     }:
         return None
+    return documents_at_hand(data, tokenizer)
+
+
+def documents_at_hand(data: DocumentData, tokenizer: Tokenizer) -> DocumentStore | None:
+    """Return the documents to train on, if all of them lie in the cache; else None."""
     for share in dict.fromkeys((data.held_out_share, data.eval_fraction)):
         folders = {
             name: data.folder_of(place, tokenizer, share)[0] for name, place in data.places.items()

@@ -19,6 +19,7 @@ from benchmarks.plan_memory.page import write_table
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
 from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.planning.memory import memory_of
+from trainer.run_data import data_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "plan_memory.jsonl"
 LIMIT = 0.1  # of what was measured
@@ -61,7 +62,9 @@ def _row(case: Case, folder: Path, known: dict[str, Any] | None, measure: str) -
             "case": case.name, "ranks": case.processes, "words": list(case.words),
             "tensor_bytes": most.tensor_bytes, "rss_bytes": most.rss_bytes,
         }  # fmt: skip
-    memory = memory_of(case.run(folder), case.processes, is_gpu=False)
+    run = case.run(folder)
+    data_of(run)  # documents that were made are counted, as after any training
+    memory = memory_of(run, case.processes, is_gpu=False)
     return row | {"planned": memory.peak, "phase": memory.phase, "parts": memory.by_category}
 
 

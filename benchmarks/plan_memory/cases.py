@@ -112,11 +112,18 @@ CASES = {
             for stage in range(4)
         ),
         _case("gemma", "model=gemma_tiny"),
+        _case("gemma lora", "model=gemma_tiny", "adapter=lora", layers=30),
         _case("gemma fsdp", "model=gemma_tiny", "mesh=fsdp", processes=2),
         _case("gpt_bigcode", "model=gpt_bigcode_tiny"),
+        _case("gpt_bigcode fsdp", "model=gpt_bigcode_tiny", "mesh=fsdp", processes=2),
         _case("gpt_bigcode tp", "model=gpt_bigcode_tiny", SINGLE, "mesh.tp=2", processes=2),
         _case("idefics", "freeze=none"),
         _case("idefics frozen", "freeze=idefics_frozen"),
         _case("idefics ddp", "freeze=none", "mesh=ddp", processes=2),
+        _case("idefics fsdp", "freeze=none", "mesh=fsdp", processes=2),
+        _case(
+            "idefics zero3", "freeze=none", "mesh=ddp", "engine=deepspeed", "engine.stage=3",
+            *SMALL_BUCKETS, processes=2,
+        ),
     )
 }  # fmt: skip

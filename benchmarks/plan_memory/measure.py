@@ -15,7 +15,7 @@ from trainer.construct import Start, fit
 from trainer.control import StopRequest
 from trainer.directory import CONFIG, new_attempt
 from trainer.distributed import Placement
-from trainer.meter import peak_memory_gib
+from trainer.meter import host_bytes, peak_memory_gib
 from trainer.progress import Progress
 from trainer.verify.forked import run_ranks
 
@@ -71,17 +71,12 @@ def _held(placement: Placement, folder: Path, run: Any) -> Held:
         (attempt / CONFIG).write_text("made: by a benchmark\n")
         return attempt
 
-    before = _rss()
+    before = host_bytes("VmRSS")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         with suppress(_Over):
             fit(run, Start(placement=placement, locate=locate, request=StopRequest()))
         rss = peak_memory_gib(torch.device("cpu")) * 2**30
     return Held(tensor_bytes=_peak(profiled), rss_bytes=int(rss - before))
-
-
-def _rss() -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition("VmRSS:")[2].split()[0]) * 2**10  # Linux counts KiB
 
 
 def _peak(profiled: Any) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.report.points import Columns
+from trainer.columns import Columns
 
 
 @dataclass(frozen=True, kw_only=True)

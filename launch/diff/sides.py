@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from launch.diff.series import Loss, read_losses
-from launch.report.points import Points, read_points
 from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT
 from trainer.drift import difference, fits
 from trainer.errors import StorageError
 from trainer.files import read_mapping
 from trainer.notes import ABOUT, read_note
+from trainer.points import METRICS, Points, read_points
 from trainer.redaction import redact_tree
 from trainer.stored_config import read_stored
-from trainer.trackers.spool import METRICS
 
 # Where a run lies, and how it is gone on with: no difference between two runs.
 _OWN = ("name", "runs", "resume", "resume_step", "resume_allow", "data.cache")

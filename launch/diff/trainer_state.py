@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.diff.series import Drift, Loss, column, compare
-from launch.report.points import Points
+from trainer.points import Points
 
 FLOAT32 = 2.0**-23
 MAX_SHOWN_DIGITS = 7  # after the point; with more it is no rounded number

@@ -34,10 +34,3 @@ def short(value: float) -> str:
         if size >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
     return f"{value:.4g}" if size >= 1e-3 or not size else f"{value:.3g}"
-
-
-def exact(value: float) -> str:
-    """Return a number as a reader wants to compare it: six digits."""
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.6g}"

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from launch.report.axes import exact, linear_ticks, log_ticks, short
+from launch.report.axes import linear_ticks, log_ticks, short
 from launch.report.thin import Curve
+from trainer.columns import exact
 
 WIDTH, HEIGHT = 600, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 20, 18, 24

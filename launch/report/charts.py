@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from launch.report.chart import Chart, Line, Mark
 from launch.report.history import History
-from launch.report.points import Columns
 from launch.report.thin import thinned
+from trainer.columns import Columns
+from trainer.points import LOSS, TIME
 
-LOSS = "loss"
 MAX_MARKS = 300
 MAX_LINES = 12  # sources in one chart
 _KNOWN = {  # title, unit, factor
@@ -43,15 +43,15 @@ def _sources(history: History) -> Iterator[Chart]:
         (history.points.train, "Training loss by source"),
         (history.points.evals, "Evaluation loss by source"),
     ):
-        names = [name for name in columns.values if name.startswith(f"{LOSS}/")]
+        names = [name for name in columns.names if name.startswith(f"{LOSS}/")]
         shown = {name: name.partition("/")[2] for name in sorted(names)[:MAX_LINES]}
         yield Chart(title=title, unit="per target", lines=_lines(columns, shown))
 
 
 def _evaluations(history: History) -> Iterator[Chart]:
     columns = history.points.evals
-    for name in sorted(columns.values):
-        if name != LOSS and not name.startswith("num_") and "/" not in name:
+    for name in sorted(columns.names):
+        if name not in (LOSS, TIME) and not name.startswith("num_") and "/" not in name:
             title = f"Evaluation: {name.replace('_', ' ')}"
             yield Chart(title=title, unit="", lines=_lines(columns, {name: "evaluation"}, 1))
 
@@ -60,8 +60,8 @@ def _training(history: History) -> Iterator[Chart]:
     columns = history.points.train
     others = [
         name
-        for name in sorted(columns.values)
-        if name not in (LOSS, *_KNOWN, *_COUNTS) and "/" not in name
+        for name in sorted(columns.names)
+        if name not in (LOSS, TIME, *_KNOWN, *_COUNTS) and "/" not in name
     ]
     for name in [*_KNOWN, *others]:
         title, unit, factor = _KNOWN.get(name, (name.replace("_", " "), "", 1.0))

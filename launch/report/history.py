@@ -5,15 +5,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch.report.points import Points, read_points
 from launch.report.starts import Past, read_past
 from trainer.checkpoint.commit import committed_steps
 from trainer.directory import CHECKPOINTS, CONFIG, ENVIRONMENT
 from trainer.files import read_json
-from trainer.notes import ABOUT, ANSWERS, BASELINES, SAMPLE, read_note
+from trainer.notes import ABOUT, ANSWERS, BASELINES, NOTES, PLAN, SAMPLE, read_note
+from trainer.points import METRICS, Points, read_points
 from trainer.redaction import redact_tree
 from trainer.stored_config import read_stored
-from trainer.trackers.spool import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +30,7 @@ class History:
     baselines: dict[str, Any]
     sample: dict[str, Any]
     answers: dict[str, Any]
+    plan: dict[str, Any]
     problems: list[str]
     """What could not be read."""
 
@@ -75,6 +75,7 @@ def read_history(folder: Path) -> History:
         checkpoints=committed_steps(folder / CHECKPOINTS),
         about=_counts(read_note(folder, ABOUT)),
         **{kind: read_note(folder, kind) for kind in (BASELINES, SAMPLE, ANSWERS)},
+        plan=_plan(folder, problems),
         problems=problems,
     )
 
@@ -90,6 +91,15 @@ def _read(path: Path, reader: Any, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path.name} cannot be read: {error}")
         return {}
     return redact_tree(found) if isinstance(found, dict) else {}
+
+
+def _plan(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """Return what was predicted, which most runs have not; a file that says nothing is told."""
+    is_there = (folder / NOTES / f"{PLAN}.json").exists()
+    found = redact_tree(read_note(folder, PLAN)) if is_there else {}
+    if is_there and not found:
+        problems.append(f"{NOTES}/{PLAN}.json cannot be read")
+    return dict(found)
 
 
 def _counts(about: dict[str, Any]) -> dict[str, Any]:

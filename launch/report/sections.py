@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from launch.report.axes import exact
-from launch.report.charts import LOSS
 from launch.report.history import History, part
-from launch.report.points import number
+from trainer.columns import exact
 from trainer.drift import flatten
 from trainer.page import shown_image, table, terms
+from trainer.points import LOSS, TIME
 
 MAX_ROWS = 40
 MAX_LABELS = 20
@@ -26,19 +25,17 @@ def section(name: str, body: str, note: str = "") -> str:
 def evaluations(history: History) -> str:
     """Return every evaluation as a row; of many the first, the last and some between."""
     columns = history.points.evals
-    names = [name for name in sorted(columns.values) if "/" not in name]
+    names = [name for name in sorted(columns.names) if "/" not in name and name != TIME]
     if not columns.steps:
         return ""
     kept = _some(len(columns.steps))
-    rows = [
-        [f"{columns.steps[row]:,}", *(_cell(columns.values[name][row]) for name in names)]
-        for row in kept
-    ]
+    found = [columns.column(name) for name in names]
+    rows = [[f"{columns.steps[row]:,}", *(_cell(column[row]) for column in found)] for row in kept]
     left_out = len(columns.steps) - len(kept)
     note = f", {left_out} of them left out" if left_out else ""
     heads = ["step", *(name.replace("_", " ") for name in names)]
-    found = table(f"All {len(columns.steps)} evaluations{note}", heads, rows)
-    return _wide(found, NUMBERS) + _confusion(history.points.last_eval.get("confusion"))
+    shown = table(f"All {len(columns.steps)} evaluations{note}", heads, rows)
+    return _wide(shown, NUMBERS) + _confusion(history.points.last_eval.get("confusion"))
 
 
 def _some(count: int) -> list[int]:
@@ -62,9 +59,9 @@ def _confusion(found: Any) -> str:
 def sources(history: History) -> str:
     """Return what each source of the data gave, and how well it is known."""
     train, evals = history.points.train, history.points.evals
-    found = {n.partition("/")[2] for c in (train, evals) for n in c.values if "/" in n}
+    found = {n.partition("/")[2] for c in (train, evals) for n in c.names if "/" in n}
     settings = part(part(history.config, "data"), "sources")
-    totals = {name: _total(train.values.get(f"num_targets/{name}", [])) for name in found}
+    totals = {name: sum(train.series(f"num_targets/{name}")[1]) for name in found}
     rows = [
         [
             name,
@@ -201,10 +198,6 @@ def _cell(value: float) -> str:
 
 def _last(values: Any) -> str:
     return exact(values[-1]) if len(values) else ""
-
-
-def _total(values: Any) -> float:
-    return sum(value for value in map(number, values) if value == value)
 
 
 def _said(value: Any) -> str:

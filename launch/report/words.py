@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Iterator
 
 from launch.exit_codes import FINISHED, MEANINGS, PREEMPTED
-from launch.report.axes import exact
-from launch.report.charts import LOSS
 from launch.report.history import History, part
-from launch.report.points import number
+from trainer.best import BestSpec
+from trainer.callbacks.card import best_in_words, loss_in_words, next_commands, speed_in_words
+from trainer.columns import exact, number
+from trainer.points import TIME
 
 SHOWN = 6  # mishaps that are named one by one
 
@@ -68,9 +69,6 @@ def _how_far(history: History) -> str:
         share = history.last_step / whole
         each = [f"{name} {passes * share:.3g}".strip() for name, passes in epochs.items()]
         parts.append(f"{', '.join(each)} epochs")
-    tokens = history.points.train.values.get("tokens")
-    if tokens:
-        parts.append(f"{tokens[-1]:,.0f} tokens seen")
     count = len(history.past.starts)
     if count > 1:
         parts.append(f"{count} starts")
@@ -80,23 +78,23 @@ def _how_far(history: History) -> str:
 
 
 def _how_well(history: History) -> str:
-    parts = []
-    steps, losses = history.points.train.series(LOSS)
-    if len(losses):
-        ends = [f"{exact(losses[end])} at step {steps[end]:,}" for end in (0, -1)]
-        parts.append(f"training loss {', '.join(ends)}")
-    steps, losses = history.points.evals.series(LOSS)
-    if len(losses):
-        best = min(range(len(losses)), key=losses.__getitem__)
-        parts.append(
-            f"evaluation loss {exact(losses[-1])} at step {steps[-1]:,}"
-            + (
-                f" (lowest: {exact(losses[best])} at step {steps[best]:,})"
-                if losses[best] < losses[-1]
-                else ", its lowest"
-            )
-        )
-    return "; ".join([*parts, *_compared(history)])
+    points = history.points
+    found = {
+        "training loss": loss_in_words(points.train),
+        "evaluation:": best_in_words(points.evals, _best(history)),
+    }
+    return "; ".join(
+        [*(f"{name} {text}" for name, text in found.items() if text), *_compared(history)]
+    )
+
+
+def _best(history: History) -> BestSpec:
+    """Return what the run calls better."""
+    known = part(history.config, "best")
+    metric, goal = known.get("metric"), known.get("goal")
+    if not isinstance(metric, str):
+        return BestSpec()
+    return BestSpec(metric=metric, goal=goal if goal in ("min", "max") else "auto")
 
 
 def _compared(history: History) -> Iterator[str]:
@@ -114,10 +112,7 @@ def _compared(history: History) -> Iterator[str]:
 
 def _how_fast(history: History) -> str:
     train = history.points.train
-    parts = []
-    _, rates = train.series("tokens_per_second")
-    if len(rates):
-        parts.append(f"{statistics.median(rates):,.0f} tokens/s (median of all points)")
+    parts = [said] if (said := speed_in_words(history.points)) else []
     _, shares = train.series("mfu")
     if len(shares):
         parts.append(f"MFU {statistics.median(shares):.1%}")
@@ -163,12 +158,8 @@ def commands(history: History) -> dict[str, str]:
     if words and not history.is_finished:
         found[f"tessera train {words}"] = "goes on from the newest checkpoint"
     if history.checkpoints:
-        if "CausalLM" in str(history.config.get("task", {})):
-            found[f'tessera generate checkpoint={run} prompt="..."'] = "continues a text"
-        found[f"tessera evaluate checkpoint={run} data.eval_path=FILE"] = (
-            "loss and metrics of a file"
-        )
-        found[f"tessera export checkpoint={run} output=FOLDER"] = "a checked Hugging Face folder"
+        writes_text = "CausalLM" in str(history.config.get("task", {}))
+        found |= next_commands(history.folder, writes_text=writes_text)
     if history.past.starts:
         found[f"tessera ledger run={run}"] = "proves that every sample was trained on exactly once"
     for each in history.past.skipped[:1]:
@@ -178,10 +169,10 @@ def commands(history: History) -> dict[str, str]:
 
 def duration(history: History) -> float:
     """Return the seconds from the first point to the last one; 0: unknown."""
-    times = [
-        t for column in (history.points.train, history.points.evals) for t in column.times if t == t
-    ]
-    return max(times) - min(times) if times else 0.0
+    columns = (history.points.train, history.points.evals)
+    times = [time for column in columns for time in (column.first(TIME), column.last(TIME))]
+    known = [time for time in times if time == time]
+    return max(known) - min(known) if known else 0.0
 
 
 def said_time(seconds: float) -> str:

@@ -5,14 +5,17 @@ from html import escape
 from pathlib import Path
 
 from launch.report import sections
-from launch.report.axes import exact, short
+from launch.report.axes import short
 from launch.report.chart import NUM_STYLES, Chart, Line, Mark, svg
-from launch.report.charts import LOSS, charts_of, marks_of, span_of
+from launch.report.charts import charts_of, marks_of, span_of
 from launch.report.history import History, read_history
+from launch.report.planned import planned
 from launch.report.words import commands, duration, outcome, said_time, summary
+from trainer.columns import exact
 from trainer.files import write_text
 from trainer.notes import REPORT
 from trainer.page import data_block, page
+from trainer.points import LOSS
 from trainer.redaction import redact
 
 _HERE = Path(__file__).parent
@@ -47,6 +50,7 @@ def report_page(history: History) -> str:
     body = [
         _top(history),
         sections.section("In words", _summary(history)),
+        sections.section("Predicted and measured", planned(history)),
         _curves(charts, marks, span),
         sections.section("Evaluations", sections.evaluations(history)),
         sections.section("Samples", sections.samples(history)),
@@ -91,9 +95,8 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
         _, losses = columns.series(LOSS)
         if len(losses):
             tiles.append((name, f"{losses[-1]:.4g}", f"from {losses[0]:.4g}"))
-    _, rates = train.series("tokens_per_second")
-    if len(rates):
-        tiles.append(("Throughput", short(round(sorted(rates)[len(rates) // 2])), "tokens/s"))
+    if (speed := history.points.speed) is not None:
+        tiles.append(("Throughput", short(round(speed)), "tokens/s"))
     _, memory = train.series("memory_gib")
     if len(memory):
         tiles.append(("Peak memory", exact(round(max(memory), 2)), "GiB, rank 0"))

@@ -10,10 +10,13 @@ from torch.nn import functional as F
 class Vocabulary(Protocol):
     """Computes what needs the logits of all tokens: here of them all, or of this rank's share."""
 
-    def gradient(self, logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `nll`, and the gradient of `scale * nll` with respect to the wide logits.
+    def gradient(
+        self, logits_XV: Tensor, labels_X: Tensor, scale_X1: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `nll`, and the gradient of `scale * nll` with respect to the logits.
 
-        `scale` is () or, of each token, (X, 1).
+        The nll is in at least fp32, the gradient in the dtype of the logits, whose memory it may
+        take over. No scale is 1.
         """
         ...
 
@@ -50,17 +53,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Logits are those of all `weights_VD`, side by side; frozen ones cost no gradient."""
         needs_hidden, _, _, _, _, *needs_weights = ctx.needs_input_grad
         total, nll_X, grad_hidden, grad_weights = _gradients(
-            hidden_XD, labels_X, scale, chunk_tokens, vocabulary, weights_VD,
+            hidden_XD, labels_X, None, chunk_tokens, vocabulary, weights_VD,
             needs_hidden=needs_hidden, needs_weights=needs_weights,
         )  # fmt: skip
-        ctx.save_for_backward(grad_hidden, *grad_weights)
+        ctx.save_for_backward(scale, grad_hidden, *grad_weights)
         ctx.dtypes = [weight.dtype for weight in weights_VD]
         ctx.mark_non_differentiable(total, nll_X)
         return total * scale, total, nll_X
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, *grad_weights = ctx.saved_tensors
+        # Here, and not token by token: a pass over (X, V) costs as much as a tenth of the products.
+        scale, grad_hidden, *grad_weights = ctx.saved_tensors
+        grad = grad * scale
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None,
@@ -121,7 +126,7 @@ class TokenLoss(torch.autograd.Function):
 def _gradients(
     hidden_XD: Tensor,
     labels_X: Tensor,
-    scale: Tensor,
+    scale_X1: Tensor | None,
     chunk_tokens: int,
     vocabulary: Vocabulary,
     weights_VD: tuple[Tensor, ...],
@@ -129,10 +134,7 @@ def _gradients(
     needs_hidden: bool,
     needs_weights: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
-    """Return the nll sum, the nll of each token, and the gradients of `scale * nll`.
-
-    `scale` is of each token where it is (X, 1); a pipeline makes () to (1,).
-    """
+    """Return the nll sum, the nll of each token, and the gradients of `scale * nll`."""
     wide = torch.promote_types(hidden_XD.dtype, torch.float32)
     grad_hidden = torch.empty_like(hidden_XD) if needs_hidden else None
     # Accumulate over chunks: kept wide, cast once in backward.
@@ -145,11 +147,11 @@ def _gradients(
     for start in range(0, hidden_XD.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         logits_XV = project(hidden_XD[rows], weights_VD)
-        own_scale = scale[rows] if scale.ndim == 2 else scale
-        own_X, grad_XV = vocabulary.gradient(logits_XV.to(wide), labels_X[rows], own_scale)
+        own_scale = None if scale_X1 is None else scale_X1[rows]
+        own_X, grad_XV = vocabulary.gradient(logits_XV, labels_X[rows], own_scale)
         nll_X[rows] = own_X
         total += own_X.sum()
-        parts = grad_XV.to(hidden_XD.dtype).split([len(w) for w in weights_VD], dim=-1)
+        parts = grad_XV.split([len(w) for w in weights_VD], dim=-1)
         if grad_hidden is not None:
             products = (part @ weight for part, weight in zip(parts, weights_VD, strict=True))
             grad_hidden[rows] = sum(products, start=next(products))

@@ -79,7 +79,7 @@ def mini_slurm(folder: Path) -> Iterator[dict[str, str]]:
         _wait_until_idle(folder, variables)
         yield variables
     finally:
-        subprocess.run(["scancel", "--user=root"], env=os.environ | variables, check=False)
+        _end_jobs(variables)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -87,6 +87,19 @@ def mini_slurm(folder: Path) -> Iterator[dict[str, str]]:
                 daemon.wait(20.0)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+
+
+def _end_jobs(variables: dict[str, str]) -> None:
+    """Leave no job of a test that has failed: without its daemons it would train on."""
+    around, deadline = os.environ | variables, time.monotonic() + 20.0
+    for flags in (["--signal=KILL", "--full"], []):
+        subprocess.run(["scancel", "--user=root", *flags], env=around, check=False)
+    squeue = ["squeue", "--noheader"]
+    while (
+        time.monotonic() < deadline
+        and subprocess.run(squeue, env=around, capture_output=True, check=False).stdout
+    ):
+        time.sleep(0.2)
 
 
 def _start(

@@ -7,18 +7,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from launch.exit_codes import BAD_CONFIG, FINISHED
-from tests.cluster.mini_slurm import is_installed, mini_slurm
-from tests.launch.test_supervisor import TINY, check_saved, command_line, curve, ledger
+from tests.cluster.mini_slurm import is_installed
+from tests.cluster.submitted import MAX_STEPS, NODES, Cluster
+from tests.launch.test_supervisor import check_saved, curve, ledger
 from trainer.checkpoint.commit import committed_steps
 
 pytestmark = [
@@ -26,113 +22,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not is_installed(), reason="needs root, and slurm-wlm and munge installed"),
 ]
-MAX_STEPS = int(os.environ.get("TESSERA_CLUSTER_STEPS", "200"))
-"""A busy machine has time for fewer: 50 are enough to be ended on the way."""
-LIMIT_SECONDS = 400.0
-NODES = ("launch=slurm", "launch.nodes=2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A Slurm, and where runs on it write."""
-
-    variables: dict[str, str]
-    folder: Path
-    cache: Path
-
-    def ask(self, *command: str) -> str:
-        return subprocess.run(
-            command, env=self.variables, capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-
-    def train(self, *words: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        """Run `tessera train` to its end."""
-        settings = [*TINY, f"runs='{self.folder}'", f"data.cache={self.cache}", *words]
-        return subprocess.run(
-            [*before, sys.executable, "-m", "launch", "train", *settings],
-            env=self.variables, capture_output=True, text=True, check=False,
-            timeout=LIMIT_SECONDS, cwd=self.folder,
-        )  # fmt: skip
-
-    def submit(self, name: str, *words: str) -> "Submitted":
-        done = self.train(f"name={name}", *NODES, *words)
-        assert done.returncode == FINISHED, done.stderr
-        found = re.match(r"submitted job (\d+): 2 node\(s\) x 1 process\(es\)", done.stdout)
-        assert found, done.stdout
-        return Submitted(cluster=self, number=found[1], run=self.folder / name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Submitted:
-    """A job of one run."""
-
-    cluster: Cluster
-    number: str
-    run: Path
-
-    def value(self, key: str) -> str:
-        """Return what Slurm says of the job under a name, for example JobState."""
-        shown = self.cluster.ask("scontrol", "show", "job", self.number)
-        found = re.search(rf"\b{key}=(\S+)", shown)
-        assert found, shown
-        return found[1]
-
-    @property
-    def log(self) -> str:
-        path = self.run / "jobs" / "001" / f"{self.number}.log"
-        return path.read_text() if path.exists() else ""
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        start = time.monotonic()
-        while not condition():
-            assert time.monotonic() - start < LIMIT_SECONDS, self.log[-3000:]
-            time.sleep(0.1)
-
-    def until_state(self, state: str) -> None:
-        def is_there() -> bool:
-            found = self.value("JobState")
-            assert found in (state, "PENDING", "RUNNING", "COMPLETING"), found + self.log[-3000:]
-            return found == state
-
-        self.until(is_there)
-
-    def until_steps(self, count: int) -> None:
-        path = self.run / "ledger" / "rank00000.jsonl"
-        self.until(lambda: path.exists() and len(ledger(self.run)) >= count)
-
-    def processes(self, module: bytes) -> list[int]:
-        """Return the processes of this run that run a module."""
-        pids = [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()]
-        return [pid for pid in pids if module in command_line(pid) and self._is_mine(pid)]
-
-    def _is_mine(self, pid: int) -> bool:
-        try:
-            around = Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:
-            return False
-        return f"SLURM_JOB_ID={self.number}\0".encode() in around
-
-    def cancel(self) -> None:
-        self.cluster.ask("scancel", self.number)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("slurm")
-    runs = folder / "runs of a user"  # a path that wants quotes
-    runs.mkdir()
-    root = str(Path(__file__).parents[2])
-    with mini_slurm(folder / "daemons") as variables:
-        around = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-        yield Cluster(variables=around, folder=runs, cache=cache)
-
-
-@pytest.fixture(scope="module")
-def whole(cluster: Cluster) -> Path:
-    """The folder of a run on two processes of this machine, without Slurm."""
-    done = cluster.train("name=whole", f"max_steps={MAX_STEPS}", "launch.processes=2")
-    assert done.returncode == FINISHED, done.stderr
-    return cluster.folder / "whole"
 
 
 def test_run_on_two_nodes_has_the_bits_of_two_processes(cluster: Cluster, whole: Path) -> None:
@@ -169,7 +58,8 @@ def test_limit_of_time_queues_a_job_again_and_scancel_ends_it_saved(cluster: Clu
     job.until(lambda: bool(committed_steps(job.run / "checkpoints")))
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=01:00:00")
     first = committed_steps(job.run / "checkpoints")[0]
-    assert re.search(r"stopped by (SIGUSR1|its time limit); last committed step: \d", job.log)
+    told = re.compile(r"stopped by (SIGUSR1|its time limit); last committed step: \d")
+    job.until(lambda: bool(told.search(job.log)))  # it comes after the save
     job.until_steps(first + 15)
     restarts = job.value("Restarts")
     assert int(restarts) >= 1

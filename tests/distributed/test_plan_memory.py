@@ -15,8 +15,8 @@ from trainer.planning.memory import memory_of
 @pytest.mark.parametrize("name", ["llama full", "llama ddp", "gpt_bigcode tp", "idefics"])
 def test_a_plan_is_within_a_tenth_of_the_peak_of_tensor_bytes(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    planned = memory_of(case.run(tmp_path), case.processes, is_gpu=False)
     found = max(held.tensor_bytes for held in measured(case, tmp_path, 300.0))
+    planned = memory_of(case.run(tmp_path), case.processes, is_gpu=False)
     state = ("weights", "gradients", "optimizer")
     assert sum(planned.by_category[kind] for kind in state) > 5e7
     assert planned.peak == pytest.approx(found, rel=LIMIT)

@@ -14,10 +14,11 @@ from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.engines.native import NativeEngine
+from trainer.files import read_lines
 from trainer.mesh import MeshSpec
 from trainer.numerics.spike import SpikeSpec
 from trainer.optim import AdamW
-from trainer.record import METRICS, read_lines
+from trainer.points import METRICS
 from trainer.run import Run
 
 import_deepspeed("cpu")  # once, not in every rank

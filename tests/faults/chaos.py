@@ -25,7 +25,8 @@ import xxhash
 from launch.ledger import proved
 from tests.faults.starts import Commands, Forks
 from trainer.checkpoint.commit import committed_steps, step_folder
-from trainer.record import METRICS, read_lines
+from trainer.files import read_lines
+from trainer.points import METRICS
 
 LONGEST_WAIT = 0.45  # seconds between a start's first step and its end
 STUCK_SECONDS = 120.0

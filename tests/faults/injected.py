@@ -55,7 +55,7 @@ class Fault:
         if not is_here:
             return
         if self.kind == "skipped collective":
-            time.sleep(0.5)  # of two ranks, the one that waited longest is believed
+            time.sleep(2.0)  # of two ranks, the one that waited longest is believed
         if self.kind == "error":
             raise ArithmeticError("broken on purpose")
         if self.kind == "sleep":

@@ -59,7 +59,7 @@ def save(folder: Path, step: int) -> None:
 
 def await_others(attempt: Path) -> None:
     """Begin together, as ranks that connect do: a busy machine starts them seconds apart."""
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 120.0
     while len(list(attempt.glob("place.*"))) < int(os.environ["WORLD_SIZE"]):
         if time.monotonic() > deadline:
             break
@@ -70,7 +70,7 @@ def strike(kind: str, rank: int, attempt: Path, place: dict[str, object]) -> Non
     """End or hang as rank 1 does; rank 0 notices that, or waits for a rank that does not come."""
     record = {"code": INTERNAL, "reason": kind, "time": time.time(), **place}
     if rank == 0:
-        time.sleep(60.0 if kind in ("stop", "hang") else 0.2)
+        time.sleep(600.0 if kind in ("stop", "hang") else 0.2)
         leave_record(attempt, 0, record | {"is_consequence": True})
         os._exit(INTERNAL)
     if kind == "kill":
@@ -78,7 +78,7 @@ def strike(kind: str, rank: int, attempt: Path, place: dict[str, object]) -> Non
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "hang":
-        time.sleep(60.0)
+        time.sleep(600.0)
     if kind == "exit 0":
         os._exit(FINISHED)
     if kind == "bad config":

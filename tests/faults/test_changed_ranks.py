@@ -16,8 +16,9 @@ from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from tests.trainer.test_checkpoints import MODEL, OPTIMIZER, assert_equals_file, loaded
 from trainer.checkpoint.commit import step_folder
+from trainer.files import read_lines
 from trainer.mesh import MeshSpec
-from trainer.record import METRICS, read_lines
+from trainer.points import METRICS
 from trainer.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -23,9 +23,10 @@ from trainer.checkpoint.spec import CheckpointSpec
 from trainer.construct import fit
 from trainer.distributed import Placement
 from trainer.errors import StorageError
+from trainer.files import read_lines
+from trainer.points import METRICS
 from trainer.progress import Progress
 from trainer.protocols import Saved
-from trainer.record import METRICS, read_lines
 from trainer.run import Run
 
 SAVE_EVERY, MAX_STEPS = 300, 900

@@ -20,9 +20,10 @@ from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
 from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder
 from trainer.distributed import Placement
+from trainer.files import read_lines
 from trainer.mesh import MeshSpec
 from trainer.numerics.spike import SpikeSpec
-from trainer.record import METRICS, read_lines
+from trainer.points import METRICS
 from trainer.run import Run
 from trainer.schedule import Cosine
 from trainer.verify.forked import RankFailedError

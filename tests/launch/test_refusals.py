@@ -20,7 +20,7 @@ from launch.compose import compose
 from launch.exit_codes import BAD_CONFIG, DATA, STORAGE
 from tests.conftest import tiny_spec
 
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 150.0
 
 # Small enough that a command which is not refused, against its test, ends at once.
 TINY = [
@@ -96,6 +96,10 @@ REFUSALS = {
     "two values": ([*TINY, "seed=1,2"], ["seed=1,2"]),
     "dry_run unclear": ([*TINY, "dry_run=maybe"], ["dry_run=maybe", "true", "false"]),
     "text cut at an interpolation": ([*TINY, "tokenizer=${nothing}"], ["nothing", "tokenizer"]),
+    "limit that has passed": (
+        [*TINY, "stop_at=2020-12-31T08:00"],
+        ["stop_at=2020-12-31T08:00 has passed", "set it to a later time"],
+    ),
     # Names of groups, choices and keys.
     "unknown group": (["train", "modle=llama_tiny"], ["modle", "did you mean model?"]),
     "unknown choice": (
@@ -421,7 +425,7 @@ def test_input_that_cannot_be_read_has_its_own_code_in_one_line(
 )
 def test_real_command_refuses_alike(words: list[str], fragments: list[str], wrong: Path) -> None:
     command = [sys.executable, "-m", "launch", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     check(done.stderr, fragments, wrong)
     assert done.returncode == BAD_CONFIG
     assert done.stdout == ""
@@ -432,7 +436,7 @@ def test_rank_of_torchrun_without_its_world_is_refused(wrong: Path) -> None:
     environment = os.environ | {"RANK": "0"}
     environment.pop("WORLD_SIZE", None)
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command, env=environment, capture_output=True, text=True, timeout=150, check=False
     )
     check(done.stderr, ["RANK is set", "WORLD_SIZE", "torchrun", "unset RANK"], wrong)
     assert done.returncode == BAD_CONFIG

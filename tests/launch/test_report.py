@@ -7,6 +7,7 @@ import re
 from array import array
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +16,6 @@ from launch.cli import main
 from launch.report.axes import linear_ticks, log_ticks, short
 from launch.report.charts import charts_of, marks_of
 from launch.report.history import read_history
-from launch.report.points import read_points
 from launch.report.thin import thinned
 from launch.report.words import outcome, summary
 from launch.report.write import report_page, try_report, write_report
@@ -23,6 +23,7 @@ from tests.made_runs import add_start, append_steps, made_run, train_point
 from tests.secrets import SECRETS, shown
 from trainer.files import write_json
 from trainer.notes import ANSWERS, SAMPLE, write_note
+from trainer.points import Points, read_points
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 
@@ -50,10 +51,11 @@ def test_a_page_says_in_words_what_a_run_did(tmp_path: Path) -> None:
     said = summary(history)
     assert said["Trained"].startswith("Llama; 606,912 parameters, 606,912 of them trained")
     assert "199 documents" in said["On"]
-    assert said["How far"].startswith("step 40 of 40; 0.5 epochs; 4,000 tokens seen")
-    assert "training loss 4.71451 at step 1, 2.05495 at step 40" in said["How well"]
+    assert said["How far"].startswith("step 40 of 40; 0.5 epochs; no checkpoint")
+    assert "training loss 4.71451 at step 1 -> 2.05495 at step 40" in said["How well"]
+    assert "evaluation: best loss 2.15495 at step 40, of 2; bits per byte" in said["How well"]
     assert "bits per byte 1.02747, against unigram 7" in said["How well"]
-    assert said["How fast"].startswith("1,000 tokens/s")
+    assert said["How fast"].startswith("1,000 tokens/s (median of log points), 4,000 tokens in all")
     assert said["What went wrong"] == "nothing that the run knows of"
     assert outcome(history) == ("good", "finished")
 
@@ -116,7 +118,7 @@ def test_torn_lines_and_numbers_that_are_none_cost_nothing_but_themselves(tmp_pa
 def test_points_that_lack_a_number_keep_the_columns_aligned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.report.points.BLOCK", 64)  # a block for each line
+    monkeypatch.setattr("trainer.points.BLOCK", 64)  # a block for each line
     lines = [{"step": step, "split": "train", "loss": 1.0 * step} for step in range(1, 30)]
     for line in lines[10:20]:
         line["images"] = line["step"]
@@ -124,6 +126,122 @@ def test_points_that_lack_a_number_keep_the_columns_aligned(
     train = read_points(tmp_path).train
     assert list(train.series("loss")[0]) == list(range(1, 30))
     assert list(zip(*train.series("images"), strict=True)) == [(s, s) for s in range(11, 21)]
+
+
+LINE = '{"step": 7, "split": "train", "loss": 1.5, "lr": 2e-05, "mfu": null, "time": 9.25}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        LINE.replace("7", "8"),
+        LINE.replace("1.5", "-0.25E+2").replace("9.25", "12"),
+        LINE.replace("1.5", '"NaN"'),
+        LINE.replace("1.5", "NaN"),
+        LINE.replace("null", "0.5"),
+        LINE.replace("null", "true"),
+        LINE.replace("2e-05", "[1, 2]"),
+        LINE.replace("2e-05", '{"a": 1}'),
+        LINE.replace("lr", "loss"),
+        LINE.replace("lr", "l r"),
+        LINE.replace('"lr"', "lr"),
+        LINE.replace("7", "-7"),
+        LINE.replace("7", "7.0"),
+        LINE.replace("7", str(1 << 80)),
+        LINE.replace(", ", " ", 1),
+        LINE.replace("}", ""),
+        LINE.replace("{", ""),
+        LINE[:40] + LINE,
+        LINE.replace('"loss": 1.5, ', ""),
+        LINE.replace("train", "eval"),
+        LINE.replace('"time"', '"note": "split", "time"'),
+    ],
+)
+@pytest.mark.parametrize("around", [0, 3])
+def test_lines_that_are_read_at_once_give_what_each_gives_alone(
+    line: str, around: int, tmp_path: Path
+) -> None:
+    lines = [LINE] * around + [line] + [LINE.replace("7", "9")] * around
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    points = read_points(tmp_path)
+    slow = Points()
+    for each in lines:
+        try:
+            slow.add([json.loads(each)])
+        except ValueError:
+            slow.num_torn += 1
+    assert (points.num_torn, points.not_finite) == (slow.num_torn, slow.not_finite)
+    for columns, expected in ((points.train, slow.train), (points.evals, slow.evals)):
+        assert list(columns.steps) == list(expected.steps)
+        assert sorted(columns.names) == sorted(expected.names)
+        ends = [(name, columns.first(name), columns.last(name)) for name in columns.names]
+        for name, first, last in ends:
+            values = list(map(str, columns.column(name)))
+            assert values == list(map(str, expected.column(name)))
+            assert [str(first), str(last)] == [values[0], values[-1]]
+
+
+def test_a_word_that_is_no_number_costs_nothing_but_itself(tmp_path: Path) -> None:
+    lines = [
+        LINE.replace("7", str(n)).replace("1.5", text)
+        for n, text in enumerate(("1.5", "1.5.5", "2.5"))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert list(map(str, read_points(tmp_path).train.column("loss"))) == ["1.5", "nan", "2.5"]
+
+
+PLAN: dict[str, Any] = {
+    "bytes": {"weights": 300_000_000, "activations": 100_000_000, "buffers": 0},
+    "peak_bytes": 400_000_000, "flops_per_token": 4e6, "tokens": 4000, "steps": 40,
+    "tokens_per_second": 800.0, "device": "cpu", "by": "plan",
+}  # fmt: skip
+
+
+def test_a_plan_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "made")
+    assert "Predicted and measured" not in report_page(read_history(folder))
+    write_note(folder, "plan", PLAN)
+    about = json.loads((folder / "notes/about.json").read_text())
+    write_json(folder / "notes/about.json", about | {"host_bytes_before": 2**28})
+    page = text_of(report_page(read_history(folder)))
+    for row in (
+        "memory of a rank at its peak 400.0 MB 268.4 MB -32.9%",
+        "steps 40 40 none",
+        "tokens 4,000 4,000 none",
+        "tokens/s 800 1,000 +25.0%",
+        "work 4 MFLOPs per token 4 GFLOPs/s, all ranks",
+        "Predicted memory: weights 300.0 MB, activations 100.0 MB.",
+        "what the process of rank 0 grew by",
+    ):
+        assert row in page, row
+    write_json(folder / "notes/about.json", about)
+    (folder / "metrics.jsonl").write_text(
+        (folder / "metrics.jsonl").read_text().replace('"mfu": null', '"mfu": 0.4')
+    )
+    page = text_of(report_page(read_history(folder)))
+    assert "400.0 MB 536.9 MB +34.2%" in page
+    assert "GFLOPs/s, all ranks, MFU 40.0%" in page
+    assert "the most that the GPU's allocator gave" in page.replace("&#x27;", "'")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_shown"),
+    [
+        ("{", False),
+        ("[]", False),
+        ('{"peak_bytes": "much", "steps": true, "tokens": null, "bytes": 3}', False),
+        ('{"peak_bytes": -1, "tokens_per_second": 1e999, "steps": 40, "bytes": {"a": "b"}}', True),
+    ],
+)
+def test_a_plan_that_is_damaged_is_said_or_left_out(
+    text: str, is_shown: bool, tmp_path: Path
+) -> None:
+    folder = made_run(tmp_path / "made")
+    (folder / "notes/plan.json").write_text(text)
+    page = text_of(report_page(read_history(folder)))
+    assert ("Predicted and measured" in page) == is_shown
+    assert ("notes/plan.json cannot be read" in page) == (text in ("{", "[]"))
+    assert ("steps 40 40 none" in page) == is_shown
 
 
 @pytest.mark.parametrize("kept", ["metrics.jsonl", "config.yaml", "attempts"])

@@ -5,6 +5,7 @@ import os
 import shlex
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from launch.exit_codes import BAD_CONFIG, FINISHED, NO_PROGRESS, PREEMPTED
 from launch.handover import note_outcome, read_handover
 from launch.protocol import RESTARTS
-from launch.sbatch import render
+from launch.sbatch import Batch, places_of, render
 from launch.slurm import SlurmSpec
 from launch.train import main
 
@@ -35,7 +36,7 @@ def _no_slurm_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def script(place: Path = PLACE, name: str = "demo", **settings: Any) -> str:
     """Return a rendered script, after bash has read it."""
-    text = render(SlurmSpec(**settings), [place], name)
+    text = render(SlurmSpec(**settings), Batch(name=name, folder=place, places=[place]))
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     return text
 
@@ -94,17 +95,22 @@ def test_folder_of_any_name_stays_one_word(folder: str) -> None:
         ["bash", "-c", f'{line}; printf %s "$job"'], capture_output=True, text=True, check=True
     )
     assert shown.stdout == str(place)
+    assert places_of(text) == [place]
 
 
 def test_several_runs_are_an_array_with_a_folder_for_each() -> None:
     places = [Path(f"/runs/{name}/jobs/001") for name in ("lr 1", "lr 2", "lr 3")]
-    text = render(SlurmSpec(), places, "sweep")
-    assert asked(text)["--array"] == "0-2"
-    assert asked(text)["--output"] == "/runs/lr 1/jobs/001/%A_%a.log"
-    lines = [line for line in text.splitlines() if line.startswith("job")]
+    batch = Batch(name="s", folder=Path("/runs/jobs/001"), places=places, is_array=True, at_once=2)
+    text = render(SlurmSpec(), batch)
+    assert asked(text)["--array"] == "0-2%2"
+    assert asked(text)["--output"] == "/runs/jobs/001/%A_%a.log"
+    assert asked(render(SlurmSpec(), replace(batch, at_once=None)))["--array"] == "0-2"
+    assert 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in text
+    assert places_of(text) == places
+    lines = text[text.index("jobs=(") : text.index("export ")].splitlines()
     for number, place in enumerate(places):
         shown = subprocess.run(
-            ["bash", "-c", "; ".join([*lines, 'printf %s "$job"'])],
+            ["bash", "-c", "\n".join([*lines, 'printf %s "$job"'])],
             env={"SLURM_ARRAY_TASK_ID": str(number)}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert shown.stdout == str(place)
@@ -161,7 +167,7 @@ def test_setting_that_cannot_be_is_refused(settings: dict[str, Any], message: st
 @pytest.mark.parametrize("path", ["/a%j/jobs/001", "/a\\b/jobs/001", "/a\nb/jobs/001"])
 def test_path_that_slurm_would_not_take_literally_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="set runs= to another folder"):
-        render(SlurmSpec(), [Path(path)], "demo")
+        script(Path(path))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 from launch.cli import main
 from launch.compose import combinations
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
+from launch.local import LocalSpec
+from launch.protocol import Job
+from launch.sweep_crew import Crew
 from launch.sweep_plan import SweepJob, name_of, plan, quoted
 from launch.sweep_table import results, table
 from trainer.best import BestSpec
@@ -97,7 +101,7 @@ def test_a_dry_run_lists_the_jobs_and_starts_nothing(
 def test_jobs_are_a_group_on_a_wandb_server_unless_they_have_one(tmp_path: Path) -> None:
     def words(*more: str) -> list[str]:
         (job,) = plan([*TINY, *more], "demo", tmp_path / "s")
-        return [word for word in job.words if "wandb.group" in word]
+        return [word for word in job.job.words if "wandb.group" in word]
 
     assert words() == []
     assert words("tracker=wandb") == ['tracker.wandb.group="s"']
@@ -114,8 +118,8 @@ def job_with(folder: Path, name: str, best: BestSpec, *numbers: float | str) -> 
     ]
     text = "".join(json.dumps(point) + "\n" for point in points)
     (folder / name / "metrics.jsonl").write_text(text)
-    return SweepJob(name=name, varied={"seed": name}, words=[], folder=folder / name,
-               is_finished=False, processes=1, best=best)  # fmt: skip
+    return SweepJob(name=name, varied={"seed": name}, is_finished=False, launch=LocalSpec(),
+               job=Job(run=None, tree={}, folder=folder / name, end=None), best=best)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -139,6 +143,15 @@ def test_the_table_begins_with_the_best_and_ends_with_those_that_have_nothing(
     lines = table(rows)
     assert len(lines) == 5
     assert len({line.index(row["name"]) for line, row in zip(lines[1:], rows, strict=True)}) == 1
+
+
+def test_jobs_at_a_time_share_out_the_cores_that_the_sweep_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    job = replace(job_with(tmp_path, "a", BestSpec()), launch=LocalSpec(processes=2))
+    assert Crew(3, tmp_path, [])._environment(job, 0)["OMP_NUM_THREADS"] == "2"
 
 
 def sweep(*words: str) -> "subprocess.CompletedProcess[str]":

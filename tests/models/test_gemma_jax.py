@@ -1,5 +1,6 @@
 """Gemma in JAX against the torch model: logits, loss, gradients, padding, packing, decoding."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ gemma_jax = pytest.importorskip("models.gemma_jax")
 
 LIMIT = 1e-4  # of the largest value; fp32
 PADDINGS = ("none", "left", "right", "packed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compiler() -> Iterator[None]:
+    """XLA spends most of these tests on making faster what runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def batch_of(padding: str, vocab_size: int, length: int = 12) -> dict[str, Tensor]:
@@ -99,7 +108,7 @@ def check_against_torch(
     model, batch = built(spec), batch_of(padding, spec.vocab_size)
     params, inputs = params_of(model), arrays(batch)
     is_real = batch["segment_ids"] > 0
-    logits, _ = gemma_jax.forward(params, spec, **inputs)
+    logits, _ = jax.jit(gemma_jax.forward, static_argnums=1)(params, spec, **inputs)
     assert relative(tensor(logits)[is_real], model(**batch)[is_real]) < LIMIT
 
     labels = torch.where(is_real, batch["input_ids"].roll(-1, 1), IGNORED)
@@ -108,7 +117,8 @@ def check_against_torch(
     found = model(**batch, labels=labels, scale=scale)
     found.objective.backward()
     inputs |= arrays({"labels": labels})
-    value, gradients = jax.value_and_grad(gemma_jax.loss)(params, spec, **inputs)
+    loss_and_gradients = jax.jit(jax.value_and_grad(gemma_jax.loss), static_argnums=1)
+    value, gradients = loss_and_gradients(params, spec, **inputs)
     assert abs(value.item() - found.objective.item()) < LIMIT
     others = from_flax(gemma_jax.to_torch(gradients), spec)
     for name, parameter in model.named_parameters():

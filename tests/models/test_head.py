@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from models.nn.head import IGNORED, LMHead
+from models.nn.head import IGNORED, LMHead, WholeVocabulary
 
 HIDDEN, VOCAB, TOKENS = 12, 37, 20
 
@@ -100,6 +101,38 @@ def test_bf16_keeps_the_loss_in_fp32() -> None:
     )
     # bf16 keeps 8 bits of a logit: 2^-8 relative each, which averages out over 20 tokens.
     assert float(loss.sum) == pytest.approx(exact.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_few_rows_of_logits_at_a_time_give_the_same(dtype: torch.dtype, rows: int) -> None:
+    head, hidden, targets = head_and_inputs(dtype, 1000, "one masked chunk")
+    logits_XV = (hidden @ head.weight.T).detach().flatten(0, 1) * 30
+    labels_X, is_target_X1 = targets.flatten(), (targets.flatten() != IGNORED)[:, None]
+    log_p_XV = logits_XV.double().log_softmax(-1)
+    one_hot_XV = F.one_hot(labels_X.clamp(min=0), VOCAB)
+    wanted = (log_p_XV.exp() - one_hot_XV) * is_target_X1
+    vocabulary = WholeVocabulary(cached_logits=rows * VOCAB + 1)
+    nll_X, grad_XV = vocabulary.gradient(logits_XV.clone(), labels_X, None)
+    each = F.nll_loss(log_p_XV, labels_X, ignore_index=IGNORED, reduction="none")
+    limit = 1e-12 if dtype == torch.float64 else 1e-6  # of fp32; logits have what bf16 left them
+    torch.testing.assert_close(nll_X.double(), each, rtol=limit, atol=limit)
+    torch.testing.assert_close(grad_XV, wanted.to(dtype), rtol=0, atol=torch.finfo(dtype).eps / 2)
+
+
+def test_tokens_without_a_target_cost_no_product() -> None:
+    head, hidden, targets = head_and_inputs(torch.bfloat16, 1000, "one masked chunk")
+    with FlopCounterMode(display=False) as counter:
+        head.loss(hidden, targets, torch.ones(())).objective.backward()
+    assert counter.get_total_flops() == 3 * 2 * int((targets != IGNORED).sum()) * HIDDEN * VOCAB
+
+
+def test_no_target_at_all_leaves_gradients_of_zero() -> None:
+    head, hidden, targets = head_and_inputs(torch.float64, 7, "all masked")
+    head.loss(hidden, targets, torch.ones(()).double()).objective.backward()
+    for gradient in (hidden.grad, head.weight.grad):
+        assert gradient is not None
+        assert not gradient.any()
 
 
 def test_an_ignored_row_with_infinite_logits_does_not_make_nan() -> None:

@@ -14,7 +14,7 @@ from models.nn.init import Init, initial_values, initializers
 from models.nn.mlp import GatedMLP
 from models.nn.rope import RopeParameters, inverse_frequencies
 from tests.conftest import tiny_spec
-from tests.ranks import run_ranks
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from trainer.distributed import Placement, Ranks
 
 LLAMA3 = RopeParameters(
@@ -267,7 +267,7 @@ def _parallel_mlp(placement: Placement) -> bool:
     """Compute this rank's half of a gated MLP, add up, and compare bit for bit with slices."""
     import torch.distributed as dist
 
-    ranks = Ranks(placement, 30.0)
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
     generator = torch.Generator().manual_seed(0)
     mlp = GatedMLP(16, 24, bias=False, tp_slices=2)
     for parameter in mlp.parameters():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from launch.cli import main
 from models import heads
 from tests.adapters import adapter_in, check_resume, peft_package, write_adapter
-from tests.ranks import run_ranks
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import tiny_run, train
 from tests.tasks import HeadTask
 from tests.trainer.test_model_path import saved
@@ -226,7 +226,7 @@ def test_another_base_is_refused_wherever_an_adapter_meets_it(
 def base_hash(placement: Placement, run: Run) -> str:
     source = run.weight_source(run.trained_model())
     assert source is not None
-    return hash_of_files(source, Ranks(placement, 20.0))
+    return hash_of_files(source, Ranks(placement, COLLECTIVE_SECONDS))
 
 
 def test_the_hash_of_a_base_does_not_depend_on_the_ranks_that_read_it(

@@ -26,11 +26,12 @@ from trainer.construct import fit
 from trainer.control import StopRequest
 from trainer.distributed import Placement
 from trainer.errors import StorageError
+from trainer.files import read_lines
 from trainer.mesh import MeshSpec
 from trainer.parallel.pieces import unique_parameters
 from trainer.pieces import Piece
+from trainer.points import METRICS
 from trainer.progress import Progress
-from trainer.record import METRICS, read_lines
 from trainer.run import Run
 from trainer.verify.forked import RankFailedError
 

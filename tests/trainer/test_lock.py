@@ -48,7 +48,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
 time.sleep(0.3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 freed = time.time()
-while time.time() < freed + 2 and lock_module.read_lease(Path(sys.argv[1]))["heartbeat"] < freed:
+while time.time() < freed + 60 and lock_module.read_lease(Path(sys.argv[1]))["heartbeat"] < freed:
     time.sleep(0.02)
 print("beats" if lock_module.read_lease(Path(sys.argv[1]))["heartbeat"] >= freed else "silent")
 """
@@ -112,7 +112,7 @@ def test_second_process_is_refused_and_told_who_holds_the_run(
         started = time.monotonic()
         with pytest.raises(LockedError) as refusal:
             take(tmp_path)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < EXPIRED_SECONDS / 2  # nobody waited for the lease
         message = str(refusal.value)
         assert str(tmp_path) in message
         assert (
@@ -226,7 +226,7 @@ def test_holder_renews_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.01)
     with held(tmp_path):
         first = read_lease(tmp_path)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while read_lease(tmp_path)["heartbeat"] == first["heartbeat"]:
             assert time.monotonic() < deadline
             time.sleep(0.01)

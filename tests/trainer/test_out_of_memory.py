@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.faults.test_wrong_numbers import execute
-from tests.ranks import run_ranks
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import tiny_run
 from trainer.distributed import Placement, Ranks
 from trainer.engines.native import NativeEngine
@@ -61,7 +61,7 @@ def test_a_host_that_has_no_memory_left_ends_the_run_with_one_line(
 def test_advice_names_what_the_run_does_not_do_yet(
     cache: Path, changes: dict[str, object], world_size: int, advice: str
 ) -> None:
-    ranks = Ranks(Placement(), 20.0)
+    ranks = Ranks(Placement(), COLLECTIVE_SECONDS)
     ranks.placement = replace(ranks.placement, world_size=world_size)
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
@@ -75,6 +75,6 @@ def test_advice_names_what_the_run_does_not_do_yet(
 
 
 def test_another_error_is_no_lack_of_memory(cache: Path) -> None:
-    ranks = Ranks(Placement(), 20.0)
+    ranks = Ranks(Placement(), COLLECTIVE_SECONDS)
     assert in_words(RuntimeError("a shape"), tiny_run(cache), ranks, PLACE) is None
     ranks.close()

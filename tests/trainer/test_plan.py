@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from models.llama import LlamaSpec
 from tests.runs import tiny_run
+from trainer.data.chat import ChatEncoder
+from trainer.data.document_data import DocumentData
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
 from trainer.optim import SGD
@@ -19,7 +21,9 @@ from trainer.planning.layouts import layouts
 from trainer.planning.live import FORWARD, Ledger
 from trainer.planning.memory import Memory, memory_of
 from trainer.planning.pretend import Pretend
+from trainer.planning.rows import most_micro_batches
 from trainer.run import Run
+from trainer.run_data import data_of
 
 SPEC = LlamaSpec(
     vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -141,3 +145,34 @@ def test_layouts_of_eight_processes_cover_every_axis(run: Run) -> None:
     assert {"ddp", "fsdp", "hsdp 2x4", "tp8", "tp2 x fsdp4", "cp2 x fsdp4", "pp4 x fsdp2"} <= names
     assert {"zero1", "zero2", "zero3"} <= names
     assert set(layouts(run, 1)) == {"single"}
+
+
+def test_documents_that_were_made_say_how_many_micro_batches_there_are(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{n}", "completion": "x"}}\n' for n in range(64)))
+    data = DocumentData(
+        path=str(rows), encoder=ChatEncoder(), row_tokens=64, global_documents=8, micro_rows=1,
+        eval_fraction=0.0, cache=str(tmp_path),
+    )  # fmt: skip
+    run = replace(tiny_run(tmp_path, model=SPEC), data=data, tokenizer="byte")
+    assert most_micro_batches(run, 2) == 4  # a row each, as nothing was made
+    data_of(run)
+    assert most_micro_batches(run, 2) == 1
+    assert most_micro_batches(replace(run, data=replace(data, packing="off")), 2) == 4
+
+
+def test_tensors_that_are_shapes_alone_hold_nothing() -> None:
+    ledger = Ledger()
+    with Pretend(ledger):
+        kept = torch.zeros(1 << 40)
+        shape = torch.zeros_like(kept, device="meta")
+    assert shape.shape == kept.shape
+    assert sum(block.num_bytes for block in ledger.blocks) == 4 << 40
+
+
+def test_integers_are_real_where_weights_are_given_memory() -> None:
+    ledger, planned = Ledger(), torch.nn.Linear(1 << 20, 1 << 20, device="meta")
+    with Pretend(ledger):  # so FSDP2 finds where the rows of a rank begin
+        planned.to_empty(device="cpu")
+        assert torch.arange(3).sum().item() == 3
+    assert FP32 << 40 in [block.num_bytes for block in ledger.blocks]

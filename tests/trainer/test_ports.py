@@ -2,7 +2,9 @@
 
 import socket
 
-from trainer.ports import free_port
+import pytest
+
+from trainer.ports import free_port, hold_port
 
 
 def test_a_port_is_free_and_none_that_the_kernel_hands_out() -> None:
@@ -20,3 +22,12 @@ def test_a_port_that_is_taken_is_passed_over() -> None:
         taken.bind(("127.0.0.1", first))
         taken.listen()
         assert {free_port(range(first, first + 3)) for _ in range(20)} <= {first + 1, first + 2}
+
+
+def test_a_port_that_is_held_is_given_to_nobody_else_and_can_be_listened_at() -> None:
+    with hold_port() as holder:
+        address = holder.getsockname()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        with socket.create_server(address), socket.create_connection(address):
+            pass

@@ -86,11 +86,12 @@ def test_reader_of_a_source_that_hangs_is_closed_without_waiting_for_it() -> Non
     may_end = threading.Event()
 
     def items() -> Iterator[int]:
-        may_end.wait(20.0)
+        may_end.wait()
         yield 0
 
     reader = Ahead(items())
-    start = time.monotonic()
     reader.close()
-    assert time.monotonic() - start < 10.0
+    assert threads() == 1
     may_end.set()
+    while threads():
+        time.sleep(0.01)

@@ -16,7 +16,7 @@ from models.lora import PackedLoRALinear, packed_linears
 from models.nn.linear import base_alone
 from tests.adapters import adapter_in, check_resume, peft_package
 from tests.conftest import tiny_spec, write_model
-from tests.ranks import run_ranks
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import tiny_run, train
 from tests.trainer.test_adapter_files import (
     CPU,
@@ -73,7 +73,7 @@ def rounded(run: Run, model: nn.Module) -> Values:
 
 def trained(placement: Placement, run: Run, is_plain: bool) -> list[Any]:
     """Return loss and every gradient of three steps; plain: beside a base of full numbers."""
-    ranks = Ranks(placement, 20.0)
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
     mesh = run.mesh.build(ranks=ranks)
     model, values = run.trained_model(), None
     if is_plain:

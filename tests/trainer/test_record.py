@@ -13,9 +13,11 @@ from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train
 from trainer.callbacks.protocol import Callback
 from trainer.control import HostResult
+from trainer.files import read_lines
+from trainer.points import METRICS
 from trainer.progress import Progress
 from trainer.protocols import Saved
-from trainer.record import METRICS, RunRecord, cut_back, read_lines
+from trainer.record import RunRecord, cut_back
 from trainer.verify.forked import RankFailedError
 
 

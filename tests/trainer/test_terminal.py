@@ -1,7 +1,6 @@
 """What a person sees of a run: on a terminal lines that fit, a live line and a card; else lines."""
 
 import io
-import json
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from trainer.callbacks.protocol import Callback
 from trainer.callbacks.status import Pace
 from trainer.construct import fit
 from trainer.distributed import Placement
+from trainer.points import Points
 from trainer.progress import Progress
 from trainer.screen import clean, columns_of, labelled, rows_of, width
 
@@ -199,14 +199,16 @@ def test_the_card_tells_first_and_last_loss_the_median_speed_and_the_best_evalua
             "name": "tiny", "step": 10, "max_steps": 10, "seconds": 61.0, "first_step": 0,
             "finished": True,
         }  # fmt: skip
-        return card(json.loads(json.dumps(POINTS)), best, **given | changes)
+        points = Points()
+        points.add(POINTS)
+        return card(points, best, **given | changes)
 
     assert lines(BestSpec()) == {
         "run": "tiny finished: 10 of 10 steps, 0:01:01",
-        "loss": "4.0000 at step 1 -> NaN at step 10",
+        "loss": "4 at step 1 -> not finite at step 10",
         "speed": "505 tokens/s (median of log points), 1,000 tokens in all",
-        "eval": "best loss 3.0000 at step 5, of 2; accuracy 0.2500",
+        "eval": "best loss 3 at step 5, last not finite, of 2; accuracy 0.25",
     }
-    assert lines(BestSpec(metric="accuracy"))["eval"] == ("best accuracy 0.5000 at step 10, of 2")
+    assert lines(BestSpec(metric="accuracy"))["eval"] == ("best accuracy 0.5 at step 10, of 2")
     stopped = lines(BestSpec(), finished=False, step=7, first_step=3)["run"]
     assert stopped == "tiny stopped and saved: 7 of 10 steps, 0:01:01 since step 3"

@@ -29,7 +29,7 @@ from trainer.data.tokenizers import ByteTokenizer
 from trainer.data.tokens import EVAL, INDEX, TRAIN, Index
 from trainer.errors import DataError
 
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 150.0
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from launch.compose import compose
 from launch.exit_codes import BAD_CONFIG
 from tests.tracked_runs import run_folder, steps_of, sync, write_points
 from tests.wandb_server import WandbServer, wandb_server
+from trainer.points import METRICS
 from trainer.trackers.delivery import Delivery, read_settings, write_settings
 from trainer.trackers.protocol import Row
-from trainer.trackers.spool import METRICS, Spool
+from trainer.trackers.spool import Spool
 from trainer.trackers.tensorboard import TensorBoardTracker
 from trainer.trackers.wandb import WandbTracker
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from launch.cli import main
-from tests.ranks import run_ranks
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import DieAt, tiny_run, train, train_words
 from tests.trainer.test_adapter_files import KINDS, changed_base, run_over
 from tests.trainer.test_model_path import saved
@@ -61,7 +61,7 @@ def trained_in(folder: Path, step: int = 3) -> Path:
 
 def weights_of(placement: Placement, run: Run) -> dict[str, list[Any]]:
     """Return what the run's model starts from."""
-    ranks = Ranks(placement, 20.0)
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
     mesh = run.mesh.build(ranks=ranks)
     engine = build_engine(run, run.trained_model(), ranks, mesh)
     found = {name: piece.local.tolist() for name, piece in engine.weights().items()}

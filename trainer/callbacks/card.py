@@ -1,20 +1,19 @@
 """The card at the end of a run: how it ended, from where to where the loss went, how fast it was.
 
-All is read off metrics.jsonl, which holds the starts before this one too.
+All is read off metrics.jsonl, which holds the starts before this one too. The page of the run says
+it in the same words. Standard library only.
 """
 
 import math
-from collections.abc import Sequence
+import shlex
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 from trainer.best import BestSpec
-from trainer.progress import TOKENS
+from trainer.columns import Columns, exact
+from trainer.points import LOSS, TIME, Points
 
-Points = Sequence[dict[str, Any]]
-MAX_NUMBERS = 4  # of an evaluation, beside the loss
+MAX_NUMBERS = 4  # of an evaluation, beside the one that it is judged by
 
 
 def card(
@@ -26,28 +25,56 @@ def card(
     verb = "finished" if finished else "stopped and saved"
     took = str(timedelta(seconds=round(seconds)))
     since = f" since step {first_step}" if first_step else ""
-    lines = {"run": f"{name} {verb}: {step:,} of {max_steps:,} steps, {took}{since}"}
-    train = [point for point in points if point["split"] == "train"]
-    evaluations = [point for point in points if point["split"] == "eval"]
-    if train:
-        lines["loss"] = f"{_number(train[0]['loss'])} at step {train[0]['step']:,}"
-        if len(train) > 1:
-            lines["loss"] += f" -> {_number(train[-1]['loss'])} at step {train[-1]['step']:,}"
-        speed = median(float(point[TOKENS]) for point in train)
-        lines["speed"] = (
-            f"{speed:,.0f} tokens/s (median of log points), {train[-1]['tokens']:,} tokens in all"
-        )
-    if evaluations:
-        lines["eval"] = _best_line(evaluations, best)
-    return lines
+    lines = {
+        "run": f"{name} {verb}: {step:,} of {max_steps:,} steps, {took}{since}",
+        "loss": loss_in_words(points.train),
+        "speed": speed_in_words(points),
+        "eval": best_in_words(points.evals, best),
+    }
+    return {name: line for name, line in lines.items() if line}
 
 
-def best_of(evaluations: Points, spec: BestSpec) -> tuple[str, dict[str, Any]]:
-    """Return the number that evaluations are judged by, and the best of them by it."""
-    metric = spec.metric or "loss"
-    judged = [point for point in evaluations if metric in point] or list(evaluations)
-    lower = is_lower_better(spec)
-    return metric, min(judged, key=lambda point: _rank(point.get(metric), lower))
+def loss_in_words(train: Columns) -> str:
+    """Return where the loss of training began and where it is; nothing of no point."""
+    losses = train.column(LOSS)
+    ends = range(len(losses))[:: max(1, len(losses) - 1)]  # one of one point
+    return " -> ".join(f"{exact(losses[end])} at step {train.steps[end]:,}" for end in ends)
+
+
+def speed_in_words(points: Points) -> str:
+    """Return tokens per second, and how many in all; nothing where no point has any."""
+    if points.speed is None:
+        return ""
+    tokens = points.train.last("tokens")
+    seen = f", {tokens:,.0f} tokens in all" if tokens == tokens else ""
+    return f"{points.speed:,.0f} tokens/s (median of log points){seen}"
+
+
+def best_in_words(evals: Columns, spec: BestSpec) -> str:
+    """Return the best evaluation with its other numbers, and the last; nothing of none."""
+    if not evals.steps:
+        return ""
+    metric, row = best_of(evals, spec)
+    values = evals.column(metric)
+    others = [name for name in evals.names if not _is_aside(name) and name != metric]
+    numbers = {name: evals.column(name)[row] for name in others[:MAX_NUMBERS]}
+    said = [f"{name.replace('_', ' ')} {exact(v)}" for name, v in numbers.items() if v == v]
+    best = f"best {metric.replace('_', ' ')} {exact(values[row])} at step {evals.steps[row]:,}"
+    last = f", last {exact(values[-1])}" if evals.steps[row] != evals.steps[-1] else ""
+    return "; ".join([f"{best}{last}, of {len(values)}", *([", ".join(said)] if said else [])])
+
+
+def _is_aside(name: str) -> bool:
+    """Whether a number of an evaluation is a count, a time, or that of one source."""
+    return name == TIME or name.startswith("num_") or "/" in name
+
+
+def best_of(evals: Columns, spec: BestSpec) -> tuple[str, int]:
+    """Return the number that evaluations are judged by, and the place of the best of them."""
+    metric = spec.metric or LOSS
+    sign = 1 if is_lower_better(spec) else -1
+    ranks = [math.inf if math.isnan(v) else sign * v for v in evals.column(metric)]
+    return metric, min(range(len(ranks)), key=ranks.__getitem__)
 
 
 def is_lower_better(spec: BestSpec) -> bool:
@@ -55,36 +82,12 @@ def is_lower_better(spec: BestSpec) -> bool:
     return spec.metric is None or spec.lower_is_better
 
 
-def _rank(value: Any, lower: bool) -> float:
-    number = float(value) if value is not None else math.nan  # "NaN" is a number's text
-    return math.inf if math.isnan(number) else number if lower else -number
-
-
-def _best_line(evaluations: Points, spec: BestSpec) -> str:
-    metric, point = best_of(evaluations, spec)
-    names = [
-        name for name, value in point.items()
-        if isinstance(value, float) and name not in ("time", metric) and "/" not in name
-    ]  # fmt: skip
-    rest = ", ".join(f"{n.replace('_', ' ')} {_number(point[n])}" for n in names[:MAX_NUMBERS])
-    best = f"best {metric.replace('_', ' ')} {_number(point.get(metric, 'none'))}"
-    return f"{best} at step {point['step']:,}, of {len(evaluations)}" + (
-        f"; {rest}" if rest else ""
-    )
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def next_commands(folder: Path, *, writes_text: bool, finished: bool) -> list[str]:
-    """Return what can be done with a run now."""
-    if not finished:
-        return ["the same command again goes on from here"]
-    generate = [f'tessera generate checkpoint={folder} prompt="..."'] if writes_text else []
-    return [
-        *generate,
-        f"tessera evaluate checkpoint={folder}",
-        f"tessera export checkpoint={folder} output=DIR",
-        f"tessera report run={folder}",
-    ]
+def next_commands(folder: Path, *, writes_text: bool) -> dict[str, str]:
+    """Return what can be done with a run that has a checkpoint, and what each command gives."""
+    run = shlex.quote(str(folder))
+    generate = {f'tessera generate checkpoint={run} prompt="..."': "continues a text"}
+    return {
+        **(generate if writes_text else {}),
+        f"tessera evaluate checkpoint={run}": "loss and metrics; of a file: data.eval_path=FILE",
+        f"tessera export checkpoint={run} output=DIR": "a checked Hugging Face folder",
+    }

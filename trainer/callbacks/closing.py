@@ -8,13 +8,12 @@ from pathlib import Path
 from models.heads import CAUSAL_LM
 from trainer.callbacks.card import card, next_commands
 from trainer.callbacks.protocol import Callback, RunView
-from trainer.files import read_lines
 from trainer.generation import sample
 from trainer.notes import REPORT, SAMPLE, write_note
+from trainer.points import METRICS, read_points
 from trainer.progress import Progress
 from trainer.protocols import Saved
 from trainer.screen import labelled, width
-from trainer.trackers.spool import METRICS
 from trainer.validation.spec import VALIDATION
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class ClosingCallback(Callback):
             return
         run, folder = self.view.run, self.view.folder
         lines = card(
-            read_lines(folder / METRICS), run.best, name=folder.name, step=progress.step,
+            read_points(folder), run.best, name=folder.name, step=progress.step,
             max_steps=run.num_steps, seconds=seconds, first_step=self.first_step,
             finished=finished,
         )  # fmt: skip
@@ -88,9 +87,11 @@ class ClosingCallback(Callback):
             log.info("%s", labelled(name, text))
         self._say_places()
         commands = [command.replace("{run}", str(folder)) for command in self.spec.next_commands]
-        if not commands or not finished:
-            writes_text = run.task.head == CAUSAL_LM
-            commands = next_commands(folder, writes_text=writes_text, finished=finished)
+        if not finished:
+            commands = ["the same command again goes on from here"]
+        elif not commands:
+            known = next_commands(folder, writes_text=run.task.head == CAUSAL_LM)
+            commands = [*known, f"tessera report run={folder}"]
         log.info("\nnext:")
         for command in commands:
             log.info("  %s", command)

@@ -8,7 +8,8 @@ from typing import Any
 
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.callbacks.status import Pace, StatusLine
-from trainer.progress import TOKENS, Progress
+from trainer.points import TOKENS
+from trainer.progress import Progress
 from trainer.protocols import Saved
 from trainer.screen import columns_of, labelled, rows_of, width
 from trainer.validation.scores import QUESTION_ONLY

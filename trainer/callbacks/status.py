@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from trainer.progress import TOKENS, Progress
+from trainer.points import TOKENS
+from trainer.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table

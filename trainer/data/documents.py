@@ -62,10 +62,7 @@ class PackedDocuments:
         self, samples: range, locate: Locate, *, micro_rows: int, rank: int, num_ranks: int
     ) -> Dealt:
         """Return one rank's micro-batches; the last ones may hold rows of padding alone."""
-        documents = locate(np.array(samples, np.int64))
-        found, whole = zip(*map(self._instead, documents), strict=True)
-        lengths = np.minimum(np.array(whole) + self.num_virtual, self.row_tokens)
-        row_of = self._rows_of(found, lengths)
+        found, row_of = self.rows_of(locate(np.array(samples, np.int64)))
         order = np.argsort(row_of, kind="stable")
         rows = np.split(order, np.cumsum(np.bincount(row_of))[:-1])
         stride = num_ranks * micro_rows
@@ -81,12 +78,15 @@ class PackedDocuments:
             numbers = sorted(samples[place] for row in own for place in row)
             yield batch, _ranges(numbers)
 
-    def _rows_of(self, documents: tuple[int, ...], lengths: np.ndarray) -> np.ndarray:
-        """Return the row of each document."""
+    def rows_of(self, documents: list[int]) -> tuple[tuple[int, ...], np.ndarray]:
+        """Return what stands for each document of a step, and its row."""
+        found, whole = zip(*map(self._instead, documents), strict=True)
+        lengths = np.minimum(np.array(whole) + self.num_virtual, self.row_tokens)
         if self._images is not None:
             limit = self.row_tokens if self.is_packed else None
-            return self._images.rows_of(documents, lengths, limit)
-        return best_fit(lengths, self.row_tokens) if self.is_packed else np.arange(len(documents))
+            return found, self._images.rows_of(found, lengths, limit)
+        is_packed = self.is_packed
+        return found, best_fit(lengths, self.row_tokens) if is_packed else np.arange(len(found))
 
     def _instead(self, document: int) -> tuple[int, int]:
         """Return the document, or the next one of its part that is no bad row; and its length.

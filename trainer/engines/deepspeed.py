@@ -133,6 +133,11 @@ class DeepSpeedEngine:
             group["lr"] = 0.0  # stage 3 takes a step over zero gradients when it is built
         masters = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         config = config_for(self, around)
+        # DeepSpeed's flat weights take their place: a piece that kept them would be a second copy.
+        shapes = {
+            name: piece.like(piece.local.detach().to("meta")) for name, piece in pieces.items()
+        }
+        del pieces, trained
         engine = initialize(model, optimizer, config, around.mesh, around.device)
-        state = ShardedState(engine, self.stage, around.mesh, masters, pieces, groups)
+        state = ShardedState(engine, self.stage, around.mesh, masters, shapes, groups)
         return DeepSpeedTrainer(state, lrs, around)

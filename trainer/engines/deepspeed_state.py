@@ -89,8 +89,9 @@ class ShardedState:
         pieces: dict[str, Piece],
         groups: dict[str, int],
     ) -> None:
-        """`masters`: the fp32 values that the weights start from, cut as `pieces`. `groups`: the
-        number of the optimizer's group of each weight that trains. Collective."""
+        """`masters`: the fp32 values that the weights start from, cut as `pieces`, which may lack
+        their tensors. `groups`: the number of the optimizer's group of each weight that trains.
+        Collective."""
         self.counts = StepCounts(engine, stage, groups)
         self.base = self.counts.base
         self.engine, self.stage, self.mesh, self.pieces = engine, stage, mesh, pieces

@@ -42,14 +42,20 @@ class SplitVocabulary:
             is_here = is_here | is_additional
         return rows.masked_fill(~is_here, 0), is_here
 
-    def gradient(self, logits_XV: Tensor, labels_X: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, logits_XV: Tensor, labels_X: Tensor, scale_X1: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """As of the whole vocabulary; one all-gather of three numbers per token."""
-        logits_XV, rows_X1, is_here_X1, log_sum_X1, nll_X1 = self._reduced(logits_XV, labels_X)
+        dtype = logits_XV.dtype
+        wide_XV = logits_XV.to(torch.promote_types(dtype, torch.float32))
+        wide_XV, rows_X1, is_here_X1, log_sum_X1, nll_X1 = self._reduced(wide_XV, labels_X)
         is_target_X1 = (labels_X != IGNORED)[:, None]
         nll_X1 = torch.where(is_target_X1, nll_X1, 0.0)
-        grad_XV = logits_XV.sub_(log_sum_X1).exp_()
+        grad_XV = wide_XV.sub_(log_sum_X1).exp_()
         grad_XV.scatter_add_(1, rows_X1, -is_here_X1.to(grad_XV.dtype))
-        return nll_X1[:, 0], grad_XV.mul_(scale).masked_fill_(~is_target_X1, 0.0)
+        if scale_X1 is not None:
+            grad_XV.mul_(scale_X1)
+        return nll_X1[:, 0], grad_XV.masked_fill_(~is_target_X1, 0.0).to(dtype)
 
     def nll_sum(self, logits_XV: Tensor, labels_X: Tensor) -> Tensor:
         return self.nll(logits_XV, labels_X).sum()

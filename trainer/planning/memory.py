@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import nn
 
 from trainer.parallel.pieces import local_tensor
 from trainer.planning.apart import apart
-from trainer.planning.attention import without_masks
 from trainer.planning.live import BACKWARD, BUILD, FORWARD, GATHERED, Block, Ledger
+from trainer.planning.on_gpu import as_on_gpu
 from trainer.planning.step import BUFFERS, GRADIENTS, HOST, OPTIMIZER, WEIGHTS, pretend
 from trainer.run import Run
 
@@ -58,10 +59,9 @@ def _plannable(run: Run, *, is_gpu: bool) -> Run:
 
 
 def _of_rank(run: Run, world_size: int, rank: int, *, is_gpu: bool) -> Memory:
-    is_masked = getattr(run.model, "attn_implementation", "auto") in ("eager", "sdpa")
-    ledger, parts = pretend(
-        run, world_size, rank, without_masks if is_gpu and not is_masked else _as_it_is
-    )
+    has_masks = getattr(run.model, "attn_implementation", "auto") in ("eager", "sdpa")
+    change = partial(as_on_gpu, has_masks=has_masks) if is_gpu else _as_it_is
+    ledger, parts = pretend(run, world_size, rank, change)
     on_host = [block for block in ledger.blocks if is_gpu and block.kind == HOST]
     here = [block for block in ledger.blocks if not (is_gpu and block.kind == HOST)]
     first = ledger.starts[FORWARD][0]

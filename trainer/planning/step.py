@@ -39,9 +39,8 @@ def pretend(
         with ledger.watching_sizes(), _staying(), warnings.catch_warnings(), mode:
             # DeepSpeed looks at addresses, to see that they are aligned: there are none.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            with mode.shapes:
-                laid_out.fill(device, lambda _, start, stop: torch.empty(stop - start))
-                batches = [with_images(batch, run) for batch in batches]
+            laid_out.fill(device, lambda _, start, stop: torch.empty(stop - start))
+            batches = [with_images(batch, run) for batch in batches]
             for part in laid_out.parts:
                 _mark_parts(part, ledger)
             engine: Any = run.engine.build(laid_out, around)
@@ -104,9 +103,10 @@ def _mark_engine(engine: Any, ledger: Ledger, kept: str) -> None:
             called.register_comm_hook(None, _at_once)
     update = getattr(engine, "update", None)
     if update is None:
-        base = engine.state.base
+        base, weights = engine.state.base, list(engine.engine.module.parameters())
+        _mark(ledger, [getattr(weight, "ds_tensor", weight) for weight in weights], WEIGHTS)
         groups = [weight for group in base.param_groups for weight in group["params"]]
-        own = {id(p) for p in engine.engine.module.parameters()}
+        own = set(map(id, weights))
         _mark(ledger, [weight for weight in groups if id(weight) not in own], kept)
         _mark(ledger, [v for state in base.state.values() for v in state.values()], kept)
         return

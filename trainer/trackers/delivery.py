@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.files import read_keys, write_json
+from trainer.points import METRICS
 from trainer.trackers.protocol import FOLDER, Sink, TrackerSpec
-from trainer.trackers.spool import METRICS, Spool
+from trainer.trackers.spool import Spool
 from trainer.trackers.tensorboard import TensorBoardTracker
 from trainer.trackers.wandb import WandbTracker
 

@@ -5,17 +5,15 @@ lost, and what was not delivered today can be delivered tomorrow.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from trainer.columns import WORDS
 from trainer.trackers.protocol import Row
 
-METRICS = "metrics.jsonl"
 _OUTSIDE = ("step", "split", "time")
-_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Spool:
@@ -95,5 +93,5 @@ def _point(line: bytes) -> Row | None:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, str):
-        return _NUMBERS.get(value)
+        return WORDS.get(value)
     return value if isinstance(value, int | float) else None

@@ -1,4 +1,4 @@
-"""Attention as a GPU's kernels keep it: queries, keys, values, results, and no mask."""
+"""A model as a GPU computes it: attention keeps no mask, the loss takes all rows of a chunk."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.nn.dense import Sdpa
+from models.nn.head import LMHead, WholeVocabulary
 from models.nn.segments import Segments
 
 
@@ -32,10 +33,12 @@ class Maskless:
         )  # fmt: skip
 
 
-def without_masks(model: nn.Module) -> None:
-    """Let a planned model's layers attend as on a GPU, in place."""
+def as_on_gpu(model: nn.Module, *, has_masks: bool) -> None:
+    """Let a planned model keep what it keeps on a GPU, in place."""
     shared = Maskless()
     for module in model.modules():
         backend: Any = getattr(module, "backend", None)
-        if isinstance(backend, Sdpa):
+        if isinstance(backend, Sdpa) and not has_masks:
             setattr(module, "backend", shared)  # noqa: B010  no field that types know
+        if isinstance(module, LMHead) and isinstance(module.vocabulary, WholeVocabulary):
+            module.vocabulary = WholeVocabulary(cached_logits=None)
