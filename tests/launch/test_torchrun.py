@@ -19,6 +19,7 @@ from launch.exit_codes import BAD_CONFIG, DATA, FINISHED, INTERNAL, PREEMPTED
 from launch.node_watch import AGENT, NodeWatch
 from launch.protocol import Job
 from launch.torchrun import TorchrunSpec
+from launch.traces import STOPPED, state_of
 from launch.watchdog import WatchdogSpec
 from tests.test_architecture import ROOT
 from trainer.record import read_lines
@@ -167,6 +168,8 @@ def test_a_stopped_rank_of_ours_ends_with_all_of_its_node_and_no_other_process_d
     try:
         assert watch.look(1.0) is None
         processes[1].send_signal(signal.SIGSTOP)
+        while state_of(processes[1].pid) != STOPPED:  # once the kernel has given it its turn
+            time.sleep(0.01)
         told = [watch.look(1.0) for _ in range(5)]
         said = [line for line in told if line]
         assert bool(said) is is_ours
