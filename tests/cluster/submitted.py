@@ -70,6 +70,11 @@ class Submitted:
         folder = self.run.parent if "_" in self.number else self.run
         return "".join(path.read_text() for path in folder.glob(f"jobs/*/{self.number}.log"))
 
+    @property
+    def conf(self) -> str:
+        """Of this Slurm: on another one of this machine a job may have the same number."""
+        return self.cluster.variables["SLURM_CONF"]
+
     def until(self, condition: Callable[[], bool]) -> None:
         start = time.monotonic()
         while not condition():
@@ -100,7 +105,8 @@ class Submitted:
             around = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             return False
-        return f"SLURM_JOB_ID={self.value('JobId')}\0".encode() in around
+        marks = {"SLURM_JOB_ID": self.value("JobId"), "SLURM_CONF": self.conf}
+        return all(f"{key}={value}\0".encode() in around for key, value in marks.items())
 
     def cancel(self) -> None:
         self.cluster.ask("scancel", self.number)

@@ -14,8 +14,8 @@ from launch.compose import combinations
 from launch.exit_codes import BAD_CONFIG, CHECK_FAILED, FINISHED
 from launch.local import LocalSpec
 from launch.protocol import Job
-from launch.sweep_crew import Crew
 from launch.sweep_plan import SweepJob, name_of, plan, quoted
+from launch.sweep_runner import SweepRunner
 from launch.sweep_table import results, table
 from trainer.best import BestSpec
 
@@ -151,7 +151,7 @@ def test_jobs_at_a_time_share_out_the_cores_that_the_sweep_may_use(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     job = replace(job_with(tmp_path, "a", BestSpec()), launch=LocalSpec(processes=2))
-    assert Crew(3, tmp_path, [])._environment(job, 0)["OMP_NUM_THREADS"] == "2"
+    assert SweepRunner(3, tmp_path, [])._environment(job, 0)["OMP_NUM_THREADS"] == "2"
 
 
 def sweep(*words: str) -> "subprocess.CompletedProcess[str]":

@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console as RichConsole
 from torch import _dynamo  # noqa: F401  once for all children, which would each take seconds for it
 
+from launch.compose import compose
 from launch.terminal import configure_logging
 from tests.runs import start_in, tiny_run, train
 from tests.terminals import Seen, seen
 from trainer.best import BestSpec
-from trainer.callbacks.card import card
+from trainer.callbacks.card import card, next_commands, question
 from trainer.callbacks.closing import Closing
 from trainer.callbacks.console import Console
 from trainer.callbacks.protocol import Callback
@@ -191,6 +192,18 @@ POINTS = [
     {"step": 10, "split": "train", "loss": "NaN", "tokens": 1000, "tokens_per_second": 1000.0},
     {"step": 10, "split": "eval", "loss": "NaN", "accuracy": 0.5, "num_targets": 7},
 ]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [("chat", 'chat="..."'), ("vision_text", 'image=FILE prompt="..."'), ("text", 'prompt="..."')],
+)
+def test_the_next_command_asks_as_the_data_does(data: str, words: str) -> None:
+    tree = compose([f"data={data}"]).tree["data"]
+    assert question(str(tree)) == words
+    [generate, *_] = next_commands(Path("runs/a"), question(str(tree)))
+    assert generate == f"tessera generate checkpoint=runs/a {words}"
+    assert not any("generate" in command for command in next_commands(Path("runs/a"), ""))
 
 
 def test_the_card_tells_first_and_last_loss_the_median_speed_and_the_best_evaluation() -> None:

@@ -82,12 +82,21 @@ def is_lower_better(spec: BestSpec) -> bool:
     return spec.metric is None or spec.lower_is_better
 
 
-def next_commands(folder: Path, *, writes_text: bool) -> dict[str, str]:
-    """Return what can be done with a run that has a checkpoint, and what each command gives."""
+def question(data: str) -> str:
+    """Return the words that ask a model something, by the names of its data's classes."""
+    if "VisionText" in data:
+        return 'image=FILE prompt="..."'
+    return 'chat="..."' if "ChatEncoder" in data else 'prompt="..."'
+
+
+def next_commands(folder: Path, asked: str) -> dict[str, str]:
+    """Return what can be done with a run that has a checkpoint, and what each command gives.
+
+    `asked`: its `question`; nothing where it writes no text.
+    """
     run = shlex.quote(str(folder))
-    generate = {f'tessera generate checkpoint={run} prompt="..."': "continues a text"}
     return {
-        **(generate if writes_text else {}),
+        **({f"tessera generate checkpoint={run} {asked}": "writes text"} if asked else {}),
         f"tessera evaluate checkpoint={run}": "loss and metrics; of a file: data.eval_path=FILE",
         f"tessera export checkpoint={run} output=DIR": "a checked Hugging Face folder",
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.heads import CAUSAL_LM
-from trainer.callbacks.card import card, next_commands
+from trainer.callbacks.card import card, next_commands, question
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.generation import sample
 from trainer.notes import REPORT, SAMPLE, write_note
@@ -90,7 +90,8 @@ class ClosingCallback(Callback):
         if not finished:
             commands = ["the same command again goes on from here"]
         elif not commands:
-            known = next_commands(folder, writes_text=run.task.head == CAUSAL_LM)
+            names = f"{type(run.data).__name__} {type(getattr(run.data, 'encoder', None)).__name__}"
+            known = next_commands(folder, question(names) if run.task.head == CAUSAL_LM else "")
             commands = [*known, f"tessera report run={folder}"]
         log.info("\nnext:")
         for command in commands:
