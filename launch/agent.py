@@ -15,25 +15,30 @@ from pathlib import Path
 from types import FrameType
 
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, in_words
+from launch.node_watch import AGENT, NodeWatch
 from launch.restarts import failure_of, how_it_stopped
 from launch.signals import STOP_SIGNALS
 from launch.terminal import say
 from launch.traces import read_places, read_records
 from launch.verdict import Witness
+from launch.watchdog import WatchdogSpec
 from trainer.directory import ENVIRONMENT, attempts_of, newest_step
 
-AGENT = "TESSERA_AGENT_PID"
-"""Set for ranks: they end with torchrun, and with 0 where they have saved and stopped, since any
-other code makes torchrun start them again."""
 SETTLE_SECONDS, POLL_SECONDS = 10.0, 0.1  # for ranks of other nodes to leave their records
+LOOK_SECONDS = 0.5  # between two looks at the ranks of this node
 
 
 class Agent:
     """torchrun with its arguments, for the run of a folder."""
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(
+        self, folder: Path, arguments: list[str], processes: int = 1,
+        watchdog: WatchdogSpec | None = None,
+    ) -> None:  # fmt: skip
+        """`processes` are on this node; `watchdog` says when one of them hangs, None: never."""
         self.folder, self.arguments = folder, arguments
         self.before = set(attempts_of(folder))
+        self.watch = NodeWatch(folder, self.before, processes, watchdog) if watchdog else None
         self.signals: list[int] = []
 
     def run(self) -> int:
@@ -49,11 +54,16 @@ class Agent:
             start_new_session=True,  # the terminal's Ctrl-C reaches us alone: we forward it
             preexec_fn=partial(die_with, os.getpid()),
         )
-        forwarded = 0
+        forwarded, looked_at = 0, time.monotonic()
         while torchrun.poll() is None:
             for number in self.signals[forwarded:]:
                 torchrun.send_signal(number)
                 forwarded += 1
+            gap = time.monotonic() - looked_at
+            if self.watch and gap > LOOK_SECONDS:
+                looked_at += gap
+                if told := self.watch.look(gap):
+                    say(told)
             time.sleep(POLL_SECONDS)
         code, sentence = self.judge(torchrun.returncode)
         if sentence:
@@ -102,8 +112,9 @@ def _size(attempt: Path) -> int:
 
 
 def main() -> int:
-    folder, *arguments = sys.argv[1:]
-    return Agent(Path(folder), arguments).run()
+    folder, processes, limits, *arguments = sys.argv[1:]
+    spec = WatchdogSpec(**found) if (found := json.loads(limits)) else None
+    return Agent(Path(folder), arguments, int(processes), spec).run()
 
 
 if __name__ == "__main__":

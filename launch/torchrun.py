@@ -1,16 +1,18 @@
 """`launch=torchrun`: torch's own launcher starts the ranks, on one node or on several."""
 
+import json
 import os
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.deadline import note_end
 from launch.group import safe_paths
 from launch.protocol import Job
 from launch.signals import STOP_SIGNALS
+from launch.watchdog import WatchdogSpec
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """With torchrun's default, SIGUSR1 ends it at once and leaves its ranks running."""
@@ -37,6 +39,8 @@ class TorchrunSpec:
     """How often torchrun starts all ranks again, whether that brings the run on or not."""
     endpoint: str | None = None
     """HOST or HOST:PORT of one of the nodes, where all meet; null: this machine is the only one."""
+    watchdog: WatchdogSpec | None = field(default_factory=WatchdogSpec)
+    """When a rank counts as hanging, whose node's ranks are killed then; null: never."""
     address: str | None = None
     """Of this node, by which the others reach it; null: its name."""
 
@@ -105,7 +109,9 @@ class TorchrunSpec:
         note_end(job.end)
         os.environ |= safe_paths(os.environ) | {OWN_STORES: "1"}
         sys.stdout.flush()
-        words = [str(Path(job.folder).absolute()), *self.arguments(job)]
+        limits = json.dumps(self.watchdog and vars(self.watchdog))
+        folder = str(Path(job.folder).absolute())
+        words = [folder, str(self.processes), limits, *self.arguments(job)]
         os.execv(sys.executable, [sys.executable, "-m", "launch.agent", *words])
 
     def _check_job(self, job: Job) -> None:

@@ -130,7 +130,7 @@ def bind_with_launch(tree: dict[str, Any]) -> tuple[Any, Launch]:
 
 def _train_as_rank(request: Request) -> int:
     """Train as one rank of torchrun: rank 0 chooses the folder for all."""
-    from launch.agent import AGENT
+    from launch.node_watch import AGENT
     from launch.worker import execute, leave, placement_from
     from trainer.parent_death import die_with
 

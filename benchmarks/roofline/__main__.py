@@ -45,7 +45,7 @@ def main(words: list[str]) -> int:
         return BAD_CONFIG
     limits = {threads: ceilings(threads) for threads in (1, int(options["threads"]))}
     limit = limits[int(options["threads"])]
-    row = {
+    row: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": options,
         "machine": machine(),

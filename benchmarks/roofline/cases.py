@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plan_memory.cases import pictures
+from launch.binding import bind_run
 from launch.compose import compose
-from launch.train import bind_run
 from trainer.data.named_sources import Source
 from trainer.data.sources import STANDARD_LIBRARY, open_texts
 from trainer.run import Run
@@ -72,7 +72,7 @@ class Case:
     def run(self, folder: Path, steps: int, *, precision: str) -> Run:
         words = [*self.words(folder), f"max_steps={steps}", f"precision={precision}"]
         tree = compose(words).tree | {"name": self.name.replace(" ", "_"), "runs": str(folder)}
-        run = bind_run(tree)
+        run: Run = bind_run(tree)
         return replace(run, callbacks={})
 
 

@@ -7,7 +7,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
+from functools import partial
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -75,7 +76,7 @@ class Observer(Callback):
     def on_step(self, progress: Progress, metrics: dict[str, Any]) -> None:
         self._plan.send(metrics)
 
-    def _looks(self) -> Iterator[None]:
+    def _looks(self) -> Generator[None, dict[str, Any]]:
         for _ in range(WARMUP):
             yield
         traffic = Traffic()
@@ -94,14 +95,14 @@ class Observer(Callback):
                 seconds.append(time.perf_counter() - start)
                 found.data_wait = max(found.data_wait, metrics["data_wait_fraction"])
             for product, left, right in products:
-                rounds[product].append(typical(lambda a=left, b=right: torch.matmul(a, b)))
+                rounds[product].append(typical(partial(torch.matmul, left, right)))
         found.seconds = median(seconds)
         counts = traffic.products
         found.product_seconds = sum(counts[p] * median(times) for p, times in rounds.items())
         yield from self._profiled()
         yield
 
-    def _profiled(self) -> Iterator[None]:
+    def _profiled(self) -> Generator[None, dict[str, Any]]:
         start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             for _ in range(PROFILED):

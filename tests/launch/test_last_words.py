@@ -101,11 +101,11 @@ def test_last_line_of_a_single_process_says_what_is_left_what_is_next_and_the_co
 
 
 def test_stop_says_where_the_same_command_goes_on(attempt: Path, tmp_path: Path) -> None:
-    assert stopped("stopped by SIGTERM", attempt) == (
+    assert stopped("stopped by SIGTERM", attempt, PREEMPTED) == (
         "stopped by SIGTERM; last committed step: 3; the same command goes on after step 3 "
         "(exit code 75)"
     )
-    nothing = stopped("stopped by SIGTERM", tmp_path / "other" / "attempts" / "001")
+    nothing = stopped("stopped by SIGTERM", tmp_path / "other" / "attempts" / "001", PREEMPTED)
     assert nothing.endswith(
         "; last committed step: none; the same command starts anew (exit code 75)"
     )

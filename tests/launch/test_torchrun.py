@@ -1,8 +1,11 @@
 """`launch=torchrun`: the line for each node, and what its end is taken for."""
 
 import json
+import os
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +16,11 @@ import pytest
 
 from launch.agent import Agent
 from launch.exit_codes import BAD_CONFIG, DATA, FINISHED, INTERNAL, PREEMPTED
+from launch.node_watch import AGENT, NodeWatch
 from launch.protocol import Job
 from launch.torchrun import TorchrunSpec
+from launch.traces import STOPPED, state_of
+from launch.watchdog import WatchdogSpec
 from tests.test_architecture import ROOT
 from trainer.record import read_lines
 
@@ -140,6 +146,42 @@ def test_a_start_that_no_rank_began_is_a_failure_but_a_stop_before_it_is_none(
     assert agent.judge(-15) == (PREEMPTED, "stopped by SIGTERM before anything was started")
 
 
+def process_at(place: Path, rank: int, agent: int) -> "subprocess.Popen[bytes]":
+    """Start a process of this agent, which says that it is one of a run's ranks."""
+    environ = os.environ | {AGENT: str(agent)}
+    process = subprocess.Popen(["sleep", "300"], env=environ)
+    at = {"pid": process.pid, "host": socket.gethostname(), "phase": "train_step", "step": 7}
+    place.mkdir(parents=True, exist_ok=True)
+    (place / f"place.{rank:05d}.json").write_text(json.dumps(at | {"beats": 1}))
+    return process
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_stopped_rank_of_ours_ends_with_all_of_its_node_and_no_other_process_does(
+    tmp_path: Path, is_ours: bool
+) -> None:
+    watch = NodeWatch(tmp_path, [], 2, WatchdogSpec(stopped_seconds=2.0))
+    assert watch.look(1.0) is None  # nothing has been started yet
+    agent = os.getpid() if is_ours else 1
+    place = tmp_path / "attempts" / "001"
+    processes = [process_at(place, rank, agent) for rank in (2, 3)]
+    try:
+        assert watch.look(1.0) is None
+        processes[1].send_signal(signal.SIGSTOP)
+        while state_of(processes[1].pid) != STOPPED:  # once the kernel has given it its turn
+            time.sleep(0.01)
+        told = [watch.look(1.0) for _ in range(5)]
+        said = [line for line in told if line]
+        assert bool(said) is is_ours
+        if is_ours:
+            assert said[0].startswith("rank 3 is stopped (SIGSTOP) in step 7 (train_step) for 3 s ")
+            assert [process.wait(10) for process in processes] == [-signal.SIGKILL] * 2
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 TINY = [
     "experiment=demo", "name=run", "log_every=1", "save_every=5", "eval_every=null",
     "checkpoint.background=false", "model.hidden_size=32", "model.intermediate_size=64",
@@ -163,6 +205,26 @@ def test_a_signal_saves_and_gives_75_and_the_same_command_ends_with_0(tmp_path: 
     assert process.wait(300) == PREEMPTED, (tmp_path / "log").read_text()
     assert "stopped by SIGUSR1; last committed step: " in (tmp_path / "log").read_text()
     subprocess.run(command, cwd=ROOT, check=True)
+    assert len(read_lines(metrics)) == 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_stopped_rank_is_told_of_and_all_start_again_and_finish(tmp_path: Path) -> None:
+    words = [*TINY, f"runs={tmp_path}", f"data.cache={tmp_path / 'cache'}", "max_steps=100"]
+    command = [sys.executable, "-m", "launch", "train", *words]
+    run = tmp_path / "run"
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or len(read_lines(metrics)) < 12):
+        time.sleep(0.02)
+    place = json.loads((run / "attempts" / "001" / "place.00001.json").read_text().splitlines()[0])
+    os.kill(place["pid"], signal.SIGSTOP)
+    assert process.wait(600) == FINISHED, (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert "tessera: rank 1 is stopped (SIGSTOP) in step " in text
+    assert re.search(r"^start +2 goes on after step \d+$", text, re.MULTILINE)
     assert len(read_lines(metrics)) == 100
 
 

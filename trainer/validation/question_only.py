@@ -21,6 +21,10 @@ MAX_ANSWERS = 1 << 16  # different ones: answers in free words say nothing, and 
 Q = TypeVar("Q", bound=Hashable)
 
 
+class _TooManyAnswersError(Exception):
+    """Answers in free words."""
+
+
 def most_frequent(pairs: Iterable[tuple[Q, str]]) -> tuple[dict[Q, str], str]:
     """Return each question's most frequent answer, and that of all; of equals the first met.
 
@@ -60,10 +64,9 @@ def question_only(
     if training.num_documents > MAX_DOCUMENTS:
         _say(f"{training.num_documents} training documents", MAX_DOCUMENTS)
         return None
-    decoded: dict[bytes, str] = {}
-    pairs = _learnt(training, left_out, set(asked), tokenizer, decoded)
-    best, usual = most_frequent(pairs)
-    if len(decoded) > MAX_ANSWERS:
+    try:
+        best, usual = most_frequent(_learnt(training, left_out, set(asked), tokenizer))
+    except _TooManyAnswersError:
         _say("different answers in training", MAX_ANSWERS)
         return None
     if not usual:
@@ -89,18 +92,18 @@ def _learnt(
     left_out: list[int],
     asked: set[bytes],
     tokenizer: Tokenizer,
-    decoded: dict[bytes, str],
 ) -> Iterator[tuple[bytes | None, str]]:
     """Yield text and answer of each document that has one; None: a text that nobody asks.
 
-    Ends at more than MAX_ANSWERS different answers, all of which are then in `decoded`.
+    Raises _TooManyAnswersError at more than MAX_ANSWERS different ones.
     """
+    decoded: dict[bytes, str] = {}
     for starts, ids, labels in training.blocks():
         for text, answer in _pairs(starts, ids, labels, left_out):
             if answer not in decoded:
                 decoded[answer] = tokenizer.decode(np.frombuffer(answer, np.int64).tolist())
                 if len(decoded) > MAX_ANSWERS:
-                    return
+                    raise _TooManyAnswersError
             yield (text if text in asked else None), decoded[answer]
 
 
