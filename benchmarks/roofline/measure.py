@@ -8,8 +8,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator
-from functools import partial
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
