@@ -121,9 +121,5 @@ CASES = {
         _case("idefics frozen", "freeze=idefics_frozen"),
         _case("idefics ddp", "freeze=none", "mesh=ddp", processes=2),
         _case("idefics fsdp", "freeze=none", "mesh=fsdp", processes=2),
-        _case(
-            "idefics zero3", "freeze=none", "mesh=ddp", "engine=deepspeed", "engine.stage=3",
-            *SMALL_BUCKETS, processes=2,
-        ),
     )
 }  # fmt: skip

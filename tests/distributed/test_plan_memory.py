@@ -12,7 +12,13 @@ from trainer.planning.memory import memory_of
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["llama full", "llama ddp", "gpt_bigcode tp", "idefics"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama full", "llama ddp", "llama pp", "llama zero2", "gemma lora", "gpt_bigcode fsdp",
+        "gpt_bigcode tp", "idefics", "idefics ddp", "idefics fsdp",
+    ],
+)  # fmt: skip
 def test_a_plan_is_within_a_tenth_of_the_peak_of_tensor_bytes(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     found = max(held.tensor_bytes for held in measured(case, tmp_path, 300.0))
