@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -127,7 +129,8 @@ class Synced:
 
 @pytest.fixture(scope="module")
 def synced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synced]:
-    run = run_folder(tmp_path_factory.mktemp("synced"), 1, 2, 3)
+    tracker = WandbTracker(project="p", name="n", group="g", tags=("a", "b"))
+    run = run_folder(tmp_path_factory.mktemp("synced"), 1, 2, 3, tracker=tracker)
     with wandb_server() as server:
         environment = server.environment | {"CANARY": "canary-bird"}
         first = sync(run, environment)
@@ -141,6 +144,26 @@ def synced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synced]:
 def test_sync_sends_each_point_once_to_a_wandb_server(synced: Synced) -> None:
     assert steps_of(synced.server) == [[1, 2, 3, 4, 5]]
     assert ["sent 3 steps" in synced.said[0], "sent 2 steps" in synced.said[1]] == [True, True]
+
+
+def test_a_wandb_server_is_told_name_group_and_tags(synced: Synced) -> None:
+    sent = next(text for text in synced.server.received if "mutation UpsertBucket" in text)
+    told = json.loads(sent)["variables"]
+    assert (told["displayName"], told["groupName"], told["tags"]) == ("n", "g", ["a", "b"])
+
+
+def test_wandbs_own_command_reads_the_files_that_were_left(synced: Synced) -> None:
+    """Sent from these files alone, another server has the same points."""
+    files = sorted(map(str, (synced.run / "tracker").rglob("*.wandb")))
+    assert len(files) == len(synced.said)
+    command = [str(Path(sys.executable).parent / "wandb"), "beta", "sync"]
+    with wandb_server() as other:
+        for file in files:
+            subprocess.run(
+                [*command, "--no-skip-online", "--yes", file],
+                env=os.environ | other.environment, check=True, capture_output=True,
+            )  # fmt: skip
+        assert other.histories == synced.server.histories
 
 
 def test_the_numbers_of_training_and_evaluation_stand_in_one_row(synced: Synced) -> None:
