@@ -152,7 +152,7 @@ def test_a_wandb_server_is_told_name_group_and_tags(synced: Synced) -> None:
     assert (told["displayName"], told["groupName"], told["tags"]) == ("n", "g", ["a", "b"])
 
 
-def test_wandbs_own_command_reads_the_files_that_were_left(synced: Synced) -> None:
+def test_wandbs_own_command_reads_the_files_that_were_left(synced: Synced, tmp_path: Path) -> None:
     """Sent from these files alone, another server has the same points."""
     files = sorted(map(str, (synced.run / "tracker").rglob("*.wandb")))
     assert len(files) == len(synced.said)
@@ -161,7 +161,7 @@ def test_wandbs_own_command_reads_the_files_that_were_left(synced: Synced) -> No
         for file in files:
             subprocess.run(
                 [*command, "--no-skip-online", "--yes", file],
-                env=os.environ | other.environment, check=True, capture_output=True,
+                env=os.environ | other.environment, cwd=tmp_path, check=True, capture_output=True,
             )  # fmt: skip
         assert other.histories == synced.server.histories
 
