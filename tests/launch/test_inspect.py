@@ -187,7 +187,7 @@ def test_html_is_one_whole_page_that_runs_nothing_of_the_data(
     assert any(re.fullmatch(r"id 78, position \d+, segment 1, target 111", t) for t in page.titles)
     assert "://" not in text
     assert "default-src 'none'; img-src data:;" in text
-    assert "prefers-color-scheme: dark" in text
+    assert "color-scheme: light dark" in text
 
 
 def test_html_has_the_classes_of_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
