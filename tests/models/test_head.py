@@ -70,6 +70,17 @@ def test_a_later_factor_on_the_objective_reaches_the_gradients() -> None:
     torch.testing.assert_close(triple, 3 * single)
 
 
+def test_the_scale_of_bf16_gradients_is_not_rounded_itself() -> None:
+    head, hidden, targets = head_and_inputs(torch.bfloat16, 7, "all")
+    third = torch.tensor(1 / 3)
+    inputs = (hidden, head.weight)
+    whole = torch.autograd.grad(head.loss(hidden, targets, torch.ones(())).objective, inputs)
+    parts = torch.autograd.grad(head.loss(hidden, targets, third).objective, inputs)
+    assert torch.equal(parts[0], (whole[0].float() * third).bfloat16())
+    share = (parts[1].double().norm() / whole[1].double().norm()).item()
+    assert share == pytest.approx(1 / 3, rel=1e-3)  # third.bfloat16() is off by 2e-3
+
+
 def test_without_gradients_the_value_is_the_same() -> None:
     head, hidden, targets = head_and_inputs(torch.float64, 7, "one masked chunk")
     scale = torch.ones((), dtype=torch.float64)
