@@ -10,7 +10,7 @@ counts as used.
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from models.llama import LlamaSpec
 from trainer.adapters.lora import LoRA
 from trainer.adapters.nf4 import CHOICES
+from trainer.meter import host_bytes
 from trainer.parallel.materialise import materialise
 
 SPEC = LlamaSpec(
@@ -34,10 +35,9 @@ def values(_: str, start: int, stop: int) -> Tensor:
     return PATTERN.repeat(-(-count // len(PATTERN)))[:count].to(torch.bfloat16)
 
 
-def gib(key: str) -> float:
-    """Return a line of /proc/self/status."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition(f"{key}:")[2].split()[0]) / 2**20  # Linux counts KiB
+def gib(kind: Literal["VmHWM", "VmRSS"]) -> float:
+    """Return what this process holds, or held at most."""
+    return host_bytes(kind) / 2**30
 
 
 def measure(quantize: str) -> None:

@@ -43,6 +43,18 @@ def read_options(words: list[str], known: Iterable[Field[Any]]) -> dict[str, Any
     return values | {"model": tuple(f"{key}={value}" for key, value in model.items())}
 
 
+def read_texts(words: list[str], defaults: dict[str, str]) -> dict[str, str]:
+    """Read key=value words as texts; ValueError for a key that has no default."""
+    options = dict(defaults)
+    for word in words:
+        key, separator, value = word.partition("=")
+        if key not in options or not separator:
+            known = ", ".join(options)
+            raise ValueError(f"{word} is unknown; set one of {known}, as key=value")
+        options[key] = value
+    return options
+
+
 def check_positive(settings: Any) -> None:
     """Raise ValueError for a whole number below 1."""
     for field in fields(settings):

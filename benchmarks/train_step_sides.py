@@ -11,17 +11,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from benchmarks.starts import start_in
 from benchmarks.train_step_inputs import ROWS, WEIGHTS, load_run
 from trainer.callbacks.protocol import Callback, RunView
-from trainer.construct import Start, fit
-from trainer.control import StopRequest
-from trainer.directory import CONFIG, new_attempt
-from trainer.distributed import Placement
+from trainer.construct import fit
+from trainer.meter import host_bytes
 from trainer.optim import AdamW
 from trainer.progress import Progress
 from trainer.run import Run
@@ -51,19 +50,13 @@ class Curve:
         self.peak_gib = memory_gib("VmHWM")
 
 
-def memory_gib(key: str) -> float:
-    """Return the resident memory (VmRSS) or its high-water mark (VmHWM); on CUDA the allocator's.
-
-    Not ru_maxrss: a new process inherits its parent's, as exec keeps the larger of the two.
-    """
+def memory_gib(key: Literal["VmHWM", "VmRSS"]) -> float:
+    """Return the resident memory (VmRSS) or its high-water mark; on CUDA the allocator's."""
     if torch.cuda.is_available():
         is_peak = key == "VmHWM"
         read = torch.cuda.max_memory_allocated if is_peak else torch.cuda.memory_allocated
         return read() / 2**30
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) / 2**20  # Linux counts KiB
-    raise AssertionError(f"no {key} in /proc/self/status")
+    return host_bytes(key) / 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +82,8 @@ class _Recorder(Callback):
 
 def ours(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
     """Train by the function that `tessera train` ends in: data, steps, logs, last checkpoint."""
-
-    def locate(_: int) -> Path:
-        attempt = new_attempt(output / "ours")
-        (attempt / CONFIG).write_text("{}\n")  # the run's record copies it; nobody reads it here
-        return attempt
-
     run = replace(run, callbacks={"recorder": RecorderSpec(curve=curve)})
-    fit(run, Start(placement=Placement(), locate=locate, request=StopRequest()))
+    fit(run, start_in(output / "ours"))
 
 
 def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:

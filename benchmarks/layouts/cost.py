@@ -14,6 +14,7 @@ from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
+from trainer.meter import host_bytes
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.run import Run
 from trainer.settings import OFF, TOPOLOGY_FREE
@@ -104,15 +105,10 @@ def _cost(placement: Placement, run: Run) -> Cost:
         float(engine.train_step(step, batches, ROWS.num_tokens(batches)).grad_norm)
         seconds.append(perf_counter() - start)
     ranks.barrier()
-    return Cost(seconds=median(seconds[WARMUP:]), mib=_status("VmHWM") - held)
+    return Cost(seconds=median(seconds[WARMUP:]), mib=(host_bytes("VmHWM") - held) / 2**20)
 
 
-def _start_counting() -> float:
-    """Forget the peak so far; return what is held now, in MiB."""
+def _start_counting() -> int:
+    """Forget the peak so far; return the bytes that are held now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> float:
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition(f"{key}:")[2].split()[0]) / 2**10
+    return host_bytes("VmRSS")

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.in_turn import read_texts
 from benchmarks.plan_memory.cases import CASES, Case
 from benchmarks.plan_memory.measure import measured
 from benchmarks.plan_memory.page import write_table
@@ -27,13 +28,11 @@ LIMIT = 0.1  # of what was measured
 
 def main(words: list[str]) -> int:
     """Measure, plan, write; return 1 where a plan is further off than LIMIT."""
-    options = {"only": "", "measure": "true"}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if key not in options or not separator:
-            print(f"{word} is unknown; set only=NAME or measure=false", file=sys.stderr)
-            return BAD_CONFIG
-        options[key] = value
+    try:
+        options = read_texts(words, {"only": "", "measure": "true"})
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return BAD_CONFIG
     import_deepspeed("cpu")  # once, not in every rank
     rows = _recorded()
     with tempfile.TemporaryDirectory() as folder:

@@ -10,10 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.plan_memory.cases import Case
+from benchmarks.starts import start_in
 from trainer.callbacks.protocol import Callback
-from trainer.construct import Start, fit
-from trainer.control import StopRequest
-from trainer.directory import CONFIG, new_attempt
+from trainer.construct import fit
 from trainer.distributed import Placement
 from trainer.meter import host_bytes, peak_memory_gib
 from trainer.progress import Progress
@@ -66,15 +65,10 @@ def measured(case: Case, folder: Path, limit_seconds: float = 1800.0) -> list[He
 
 
 def _held(placement: Placement, folder: Path, run: Any) -> Held:
-    def locate(_: int) -> Path:
-        attempt = new_attempt(folder)
-        (attempt / CONFIG).write_text("made: by a benchmark\n")
-        return attempt
-
     before = host_bytes("VmRSS")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         with suppress(_Over):
-            fit(run, Start(placement=placement, locate=locate, request=StopRequest()))
+            fit(run, start_in(folder, placement))
         rss = peak_memory_gib(torch.device("cpu")) * 2**30
     return Held(tensor_bytes=_peak(profiled), rss_bytes=int(rss - before))
 

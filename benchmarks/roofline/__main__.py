@@ -1,6 +1,6 @@
 """What a step costs, what it would cost at this machine's limits, and where the difference goes.
 
-    python -m benchmarks.roofline                    all cases; the tables of docs/performance.md
+    python -m benchmarks.roofline                    all cases, as two tables
     python -m benchmarks.roofline only=llama compile=true threads=1 precision=fp32
 
 Each case runs in a process of its own, with the engine and loop of `tessera train`: nine steps as
@@ -17,31 +17,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_turn import machine
+from benchmarks.in_turn import machine, read_texts
 from benchmarks.roofline.cases import CASES
 from benchmarks.roofline.ceilings import ceilings
-from benchmarks.roofline.page import lines, write
+from benchmarks.roofline.tables import lines
 from launch.exit_codes import BAD_CONFIG, FINISHED
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "roofline.jsonl"
+OPTIONS = {"only": "", "precision": "bf16", "threads": "2", "compile": "false"}
 OPTIMIZER_BYTES = 7 * 4
 """AdamW in fp32 reads weight, gradient and two means of each number, and writes three of them."""
 
 
 def main(words: list[str]) -> int:
     """Measure, print, and append a row to results/roofline.jsonl; return the exit code."""
-    options = {"only": "", "precision": "bf16", "threads": "2", "compile": "false", "write": "true"}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if key not in options or not separator:
-            print(
-                f"{word} is unknown; set one of {', '.join(options)}, as key=value", file=sys.stderr
-            )
-            return BAD_CONFIG
-        options[key] = value
-    names = [name for name in CASES if options["only"] in name]
-    if not names:
-        print(f"only={options['only']} is none of {', '.join(CASES)}", file=sys.stderr)
+    try:
+        options = read_texts(words, dict(OPTIONS))
+        names = [name for name in CASES if options["only"] in name]
+        if not names:
+            raise ValueError(f"only={options['only']} is none of {', '.join(CASES)}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return BAD_CONFIG
     limits = {threads: ceilings(threads) for threads in (1, int(options["threads"]))}
     limit = limits[int(options["threads"])]
@@ -62,8 +58,6 @@ def main(words: list[str]) -> int:
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
-    if options["write"] == "true" and not options["only"]:
-        write(row)
     return FINISHED
 
 

@@ -20,17 +20,15 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.roofline.cases import CASES
 from benchmarks.roofline.ceilings import typical
 from benchmarks.roofline.traffic import Product, Traffic
+from benchmarks.starts import start_in
 from trainer.callbacks.protocol import Callback, RunView
-from trainer.construct import Start, fit
-from trainer.control import StopRequest
-from trainer.directory import CONFIG, new_attempt
-from trainer.distributed import Placement
+from trainer.construct import fit
 from trainer.progress import Progress
 
 WARMUP, TIMED, ROUNDS, PROFILED = 3, 3, 3, 2
 STEPS = WARMUP + 1 + TIMED * ROUNDS + PROFILED
 KINDS = {
-    "products": ("mm", "addmm", "bmm", "baddbmm", "addmm_", "mkldnn_rnn"),
+    "products": ("mm", "addmm", "bmm", "baddbmm"),
     "attention": ("_scaled_dot_product",),
     "optimizer": ("_fused_adamw", "linalg_vector_norm", "_foreach"),
     "copies and casts": ("copy_", "cat", "clone", "contiguous", "fill_", "zero_", "index"),
@@ -140,12 +138,7 @@ def main() -> None:
     if compiled == "true":
         run = replace(run, engine=replace(run.engine, compile=True))
 
-    def locate(_: int) -> Path:
-        attempt = new_attempt(Path(output) / "run")
-        (attempt / CONFIG).write_text("made: by a benchmark\n")
-        return attempt
-
-    fit(run, Start(placement=Placement(), locate=locate, request=StopRequest()))
+    fit(run, start_in(Path(output) / "run"))
     (Path(output) / "found.json").write_text(json.dumps(asdict(observer.found)))
 
 

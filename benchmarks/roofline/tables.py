@@ -1,26 +1,10 @@
-"""The tables of docs/performance.md: each case beside its floor, and where its time goes."""
+"""Two tables: each case beside its floor, and where its time goes."""
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.roofline.measure import KINDS, REST
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 PARTS = (*KINDS, REST, "Python and autograd")
-
-
-def marks(row: dict[str, Any]) -> tuple[str, str]:
-    """Return what the tables of a run stand between: one of eager steps, one of compiled ones."""
-    name = "compiled" if row["options"]["compile"] == "true" else "eager"
-    return f"<!-- roofline {name} -->\n", f"<!-- end of {name} -->\n"
-
-
-def write(row: dict[str, Any]) -> None:
-    """Put the tables between the marks of the page."""
-    mark, end = marks(row)
-    before, _, rest = PAGE.read_text().partition(mark)
-    _, _, after = rest.partition(end)
-    PAGE.write_text("".join((before, mark, *(line + "\n" for line in lines(row)), end, after)))
 
 
 def lines(row: dict[str, Any]) -> list[str]:
