@@ -15,7 +15,7 @@ import pytest
 
 from launch.cli import main
 from launch.examine import cgroup, folder, machine
-from launch.examine.finding import Finding, line, screen, verdict
+from launch.examine.finding import Finding, line, screen, size, verdict
 from launch.examine.hosts import compare_versions, first_ranks
 from launch.examine.ranks import default_processes
 from launch.examine.speed import rounds, slow_devices, slow_links
@@ -187,6 +187,7 @@ def test_a_limit_that_only_root_can_raise_is_said_with_where_it_is_set(
 def test_sizes_below_a_gibibyte_are_said_in_mebibytes() -> None:
     few = Finding.of_size("disk", free=23 << 20, total=3 << 30, least=64 << 20, remedy="make room")
     assert (few.found, few.needed, few.is_fine) == ("23 MiB of 3.0 GiB free", ">= 64 MiB", False)
+    assert size(64 << 10) == "64 KiB"  # a usual limit of locked memory
 
 
 @pytest.mark.slow  # 90 s: rank 0 waits that long for another to come
