@@ -65,7 +65,7 @@ def backend(name: str, *, dropout: float = 0.0) -> Backend:
         return Flash()
     from models.nn.dense import Eager, Sdpa
 
-    return Eager() if name == "eager" else Sdpa()
+    return Eager() if name == "eager" else Sdpa(has_dropout=dropout > 0)
 
 
 def automatic(dropout: float = 0.0) -> str:

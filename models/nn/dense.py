@@ -1,4 +1,7 @@
-"""Attention over an explicit mask: the eager reference, and torch's fused sdpa."""
+"""Attention over an explicit mask: the eager reference; and torch's fused sdpa.
+
+sdpa needs no mask where documents say who sees whom: on a CPU it takes them one by one.
+"""
 
 import math
 
@@ -6,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.nn import document_attention
+from models.nn.documents import Documents, documents_of
 from models.nn.segments import Segments, dense_mask
 
 
@@ -49,22 +54,30 @@ class Eager:
 
 
 class Sdpa:
-    """torch's fused attention with the exact mask."""
+    """torch's fused attention with the exact mask, or by document."""
 
-    def prepare(self, segments: Segments) -> Tensor:
-        return dense_mask(segments)
+    def __init__(self, *, has_dropout: bool = False) -> None:
+        """With dropout there is always a mask: what is dropped is drawn for whole rows."""
+        self.has_dropout = has_dropout
+
+    def prepare(self, segments: Segments) -> Tensor | Documents:
+        documents = None if self.has_dropout else documents_of(segments)
+        return dense_mask(segments) if documents is None else documents
 
     def attend(
         self,
         query_BNTH: Tensor,
         key_BKSH: Tensor,
         value_BKSH: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         *,
         dropout: float,
         scale: float,
     ) -> Tensor:
-        """`mask` as in Eager.attend."""
+        """`mask` as in Eager.attend, or documents, which go without dropout."""
+        if isinstance(mask, Documents):
+            assert not dropout, "Sdpa(has_dropout=True) prepares what has dropout"
+            return document_attention.attend(query_BNTH, key_BKSH, value_BKSH, mask, scale)
         # With a mask, CUDA's fused kernels take no grouped heads; the CPU's do.
         is_grouped = query_BNTH.device.type == "cpu"
         if not is_grouped:

@@ -34,7 +34,7 @@ class Runs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Side:
+class Side:
     """The runs of equal segments among queries or keys, in order."""
 
     codes: Tensor
@@ -51,10 +51,10 @@ def runs_of(segments: Segments) -> Runs:
     the last query's slot. Unlike under a dense mask, padding in two parts of a row does not see the
     other part, and padded queries of a cross mask get zeros: nothing ever reads them.
     """
-    query = _side(segments.query)
+    query = side_of(segments.query)
     if segments.is_self:
-        return _checked(query.counts, query.counts, segments.causal, _are_contiguous(query), None)
-    key = _side(segments.key, after=segments.slots[-1] if segments.causal else None)
+        return _checked(query.counts, query.counts, segments.causal, are_contiguous(query), None)
+    key = side_of(segments.key, after=segments.slots[-1] if segments.causal else None)
     find = _homes_by_slot if segments.causal else _homes_by_segment
     homes, has_keys, is_aligned = find(segments, query, key)
     # A run without keys follows the one before it: queries and keys both stay in order.
@@ -65,7 +65,7 @@ def runs_of(segments: Segments) -> Runs:
         counts_query,
         counts_key,
         segments.causal,
-        _are_contiguous(query) & _are_contiguous(key),
+        are_contiguous(query) & are_contiguous(key),
         (is_ordered | ~has_keys[1:]).all() & is_aligned,
     )
 
@@ -89,37 +89,39 @@ def check_half(name: str, dtype: torch.dtype) -> None:
         )
 
 
-def _side(segment_BT: Tensor, after: Tensor | None = None) -> _Side:
+def side_of(segment_BT: Tensor, after: Tensor | None = None) -> Side:
+    """Return the runs of (B, T) segments; those of keys are cut at slot `after`, too."""
     rows = torch.arange(len(segment_BT), device=segment_BT.device)[:, None]
     codes_BT = (rows << 32) + ((segment_BT.long() + 1) << 1)
     if after is not None:
         codes_BT = codes_BT + (torch.arange(codes_BT.shape[1], device=rows.device) > after)
     # sync: the number of runs
     codes, counts = torch.unique_consecutive(codes_BT.flatten(), return_counts=True)
-    return _Side(codes=codes, counts=counts)
+    return Side(codes=codes, counts=counts)
 
 
-def _is_read(codes: Tensor) -> Tensor:
+def is_read(codes: Tensor) -> Tensor:
     """Whether these runs are real tokens: not padding, unfilled, or after the last query."""
     return ((codes & 0xFFFFFFFF) > 2) & (codes & 1 == 0)
 
 
-def _are_contiguous(side: _Side) -> Tensor:
+def are_contiguous(side: Side) -> Tensor:
+    """Return whether the tokens of each segment stand together: a boolean on the device."""
     unread = -1 - torch.arange(len(side.codes), device=side.codes.device)  # all different
-    return (torch.where(_is_read(side.codes), side.codes, unread).sort().values.diff() != 0).all()
+    return (torch.where(is_read(side.codes), side.codes, unread).sort().values.diff() != 0).all()
 
 
 def _homes_by_segment(
-    segments: Segments, query: _Side, key: _Side
+    segments: Segments, query: Side, key: Side
 ) -> tuple[Tensor, Tensor, Tensor | bool]:
     """Return the run of keys of each run of queries, whether it has one, and whether all fit."""
     codes, order = key.codes.sort()
     places = torch.searchsorted(codes, query.codes).clamp(max=len(codes) - 1)
-    return order[places], (codes[places] == query.codes) & _is_read(query.codes), True
+    return order[places], (codes[places] == query.codes) & is_read(query.codes), True
 
 
 def _homes_by_slot(
-    segments: Segments, query: _Side, key: _Side
+    segments: Segments, query: Side, key: Side
 ) -> tuple[Tensor, Tensor, Tensor | bool]:
     """Return the same, where each query is the key at its slot."""
     length, width = segments.query.shape[1], segments.key.shape[1]
@@ -134,7 +136,7 @@ def _homes_by_slot(
 
 
 def _merged(
-    query: _Side, key: _Side, homes: Tensor, has_keys: Tensor, before: Tensor
+    query: Side, key: Side, homes: Tensor, has_keys: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the lengths in queries and in keys of all sequences, those without keys included."""
     counts = torch.zeros_like(key.counts).index_add_(0, homes, query.counts * has_keys)

@@ -12,8 +12,9 @@ UNFILLED = -1  # segment of a cache slot that holds nothing yet: no query ever m
 class Segments:
     """A query may look at the keys of its own segment; if causal, at none that come later.
 
-    Segment 0 is padding: it sees padding only, so that no real token ever sees it. A query without
-    any key of its segment gets zeros from every back-end.
+    Segment 0 is padding: it sees padding only, so that no real token ever sees it. What a padded
+    query gets is finite, nothing reads it, and back-ends differ in it: a mixture of padding, or
+    zeros. Any other query without a key of its segment gets zeros from every back-end.
     """
 
     query: Tensor

@@ -147,9 +147,9 @@ def test_eager_equals_a_loop_over_queries(case: str, heads: tuple[int, int]) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_sdpa_equals_eager(case: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
     segments = CASES[case]()
-    qkv = inputs(segments, heads, dtype)
-    expected = with_gradients(lambda x: attended(Eager(), segments, x), qkv)
-    found = with_gradients(lambda x: attended(Sdpa(), segments, x), qkv)
+    qkv, is_read_BT = inputs(segments, heads, dtype), segments.query > 0
+    expected = with_gradients(lambda x: attended(Eager(), segments, x), qkv, is_read_BT)
+    found = with_gradients(lambda x: attended(Sdpa(), segments, x), qkv, is_read_BT)
     assert_equal(found, expected, TOLERANCES[dtype])
 
 
@@ -230,7 +230,7 @@ def test_flex_refuses_dropout() -> None:
         flex.attend(*inputs(segments), flex.prepare(segments), dropout=0.1, scale=SCALE)
 
 
-@pytest.mark.parametrize("chosen", [Eager(), Sdpa()])
+@pytest.mark.parametrize("chosen", [Eager(), Sdpa(has_dropout=True)])
 def test_dropout_zeroes_its_share_of_weights_and_scales_the_others(chosen: Backend) -> None:
     torch.manual_seed(0)
     length, dropout = 128, 0.25

@@ -136,7 +136,7 @@ def test_sdpa_equals_eager_on_packed_and_padded_rows(dtype: torch.dtype) -> None
     found, expected = fast(ids, positions, segments), slow(ids, positions, segments)
     assert found.isfinite().all()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert relative(found, expected) < tolerance
+    assert relative(found[segments > 0], expected[segments > 0]) < tolerance
 
 
 def restarting(segments: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from models.nn.document_attention import OPERATION
+
 NONE, FULL, SELECTIVE = "none", "full", "selective"
 MODES = (NONE, FULL, SELECTIVE)
 _aten = torch.ops.aten
@@ -21,6 +23,7 @@ _aten = torch.ops.aten
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
+    OPERATION,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
