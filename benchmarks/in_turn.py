@@ -95,6 +95,13 @@ def _run_side(module: str, side: str, inputs: Path, output: Path, threads: int) 
     return curve
 
 
+def append_row(results: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of benchmarks/results."""
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def machine() -> dict[str, Any]:
     """Return what a result row says of the machine."""
     known = environment(world_size=1)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step [key=value ...]
     python -m benchmarks.train_step precision=bf16 model=smollm2_135m rows=2 steps=12 rounds=2
+    python -m benchmarks.train_step compile=both
 
 Keys: `model=` a choice of configs/model, `model.FIELD=` its fields, `precision=` fp32 or bf16, and
 the fields of Settings. Exit code 64: a key or value that does not fit.
@@ -18,21 +19,26 @@ bytes: no packing, no padding. A larger vocabulary is computed over in full, tho
 ids occur.
 """
 
-import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from benchmarks.in_turn import check_positive, machine, read_options, run_rounds
+from benchmarks.in_turn import append_row, check_positive, machine, read_options, run_rounds
 from benchmarks.train_step_inputs import prepare
 from benchmarks.train_step_report import METHODS, report, summarise
 from benchmarks.train_step_sides import SIDES, Curve
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
 from trainer.parallel.pieces import unique_parameters
 
+CONTENDERS = {
+    "off": ("ours", "theirs"),
+    "on": ("ours_compiled", "theirs_compiled"),
+    "both": tuple(SIDES),
+}
 RESULTS = Path(__file__).parent / "results" / "train_step.jsonl"
 
 
@@ -50,6 +56,8 @@ class Settings:
     """Steps of each side in each round."""
     warmup: int = 5
     """First steps of these, which are not timed and in which the learning rate warms up."""
+    compile: str = "off"
+    """Whether blocks (ours) and model (theirs) are compiled: off, on or both."""
     rounds: int = 5
     threads: int = 2
 
@@ -63,6 +71,8 @@ class Settings:
             raise ValueError(
                 f"precision={self.precision!r} is unknown; set it to one of {', '.join(METHODS)}"
             )
+        if self.compile not in CONTENDERS:
+            raise ValueError(f"compile={self.compile!r} is unknown; set it to off, on or both")
 
 
 def parse(words: list[str]) -> Settings:
@@ -76,27 +86,34 @@ def main(words: list[str]) -> int:
         print(__doc__)
         return FINISHED
     try:
-        settings = parse(words)
-        with tempfile.TemporaryDirectory() as name:
-            run = prepare(
-                Path(name),
-                overrides=[*settings.model, f"precision={settings.precision}"],
-                rows=settings.rows,
-                row_tokens=settings.row_tokens,
-                steps=settings.steps,
-                warmup=settings.warmup,
-            )
-            rounds = run_rounds(
-                "benchmarks.train_step_sides", SIDES, Path(name),
-                rounds=settings.rounds, threads=settings.threads,
-            )  # fmt: skip
-    except ValueError as error:
-        print(f"train_step: {error}", file=sys.stderr)
-        return BAD_CONFIG
+        row = measure(parse(words))
     except ChildProcessError as error:
         print(f"train_step: {error}", file=sys.stderr)
         return INTERNAL
-    row = {
+    except ValueError as error:
+        print(f"train_step: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    print(report(row))
+    append_row(RESULTS, row)
+    return FINISHED
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Run all contenders in turn; return the result row."""
+    with tempfile.TemporaryDirectory() as name:
+        run = prepare(
+            Path(name),
+            overrides=[*settings.model, f"precision={settings.precision}"],
+            rows=settings.rows,
+            row_tokens=settings.row_tokens,
+            steps=settings.steps,
+            warmup=settings.warmup,
+        )
+        rounds = run_rounds(
+            "benchmarks.train_step_sides", CONTENDERS[settings.compile], Path(name),
+            rounds=settings.rounds, threads=settings.threads,
+        )  # fmt: skip
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),
         "parameters": sum(p.numel() for _, p in unique_parameters(run.plan_model())),
@@ -109,11 +126,6 @@ def main(words: list[str]) -> int:
             precision=settings.precision,
         ),
     }
-    print(report(row))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return FINISHED
 
 
 if __name__ == "__main__":

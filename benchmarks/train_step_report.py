@@ -5,9 +5,15 @@ from statistics import median
 from typing import Any
 
 from benchmarks.in_turn import show, spread
-from benchmarks.train_step_sides import SIDES, Curve
+from benchmarks.train_step_sides import Curve
 
-NAMES = {"ours": "Tessera", "theirs": "transformers.Trainer"}
+NAMES = {
+    "ours": "Tessera",
+    "theirs": "transformers.Trainer",
+    "ours_compiled": "Tessera, compiled",
+    "theirs_compiled": "transformers.Trainer, compiled",
+}
+PAIRS = (("ours", "theirs"), ("ours_compiled", "theirs_compiled"))
 METHODS = {
     "fp32": "one method on both sides: expect about 1e-6 in early steps, rounding grows from there",
     "bf16": "the methods differ, expect about 1e-3: ours casts the weights, so that residuals are "
@@ -18,13 +24,13 @@ METHODS = {
 def summarise(
     rounds: list[dict[str, Curve]], *, tokens: int, warmup: int, precision: str
 ) -> dict[str, Any]:
-    """Return each side's figures, their ratio and the distance of the curves, as plain values.
+    """Return each side's figures, their ratios and the distance of the curves, as plain values.
 
     `tokens` are those of a step. Of each round counts the median of its steps after `warmup`.
     """
     summary: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {}
-    for side in SIDES:
+    for side in rounds[0]:
         curves = [curves[side] for curves in rounds]
         seconds[side] = [median(_steps(curve, warmup)) for curve in curves]
         summary[side] = {
@@ -35,15 +41,26 @@ def summarise(
             "held_before_step_1_gib": spread([curve.held_gib for curve in curves]),
             "first_and_last_loss": [curves[0].losses[0], curves[0].losses[-1]],
         }
-    pairs = zip(seconds["ours"], seconds["theirs"], strict=True)
-    summary["speed_ratio"] = spread([theirs / ours for ours, theirs in pairs])
-    differences = [_differences(curves["ours"], curves["theirs"]) for curves in rounds]
-    summary["loss_difference"] = {
-        "step_1": max(of_round[0] for of_round in differences),
-        "all_steps": max(map(max, differences)),
-        "method": METHODS[precision],
+    summary["comparisons"] = {
+        f"{one} / {other}": _comparison(rounds, seconds, one, other)
+        for one, other in PAIRS
+        if one in seconds and other in seconds
     }
+    summary["method"] = METHODS[precision]
     return summary
+
+
+def _comparison(
+    rounds: list[dict[str, Curve]], seconds: dict[str, list[float]], one: str, other: str
+) -> dict[str, Any]:
+    """Return how much faster `one` is than `other` in each round, and how far their losses are."""
+    pairs = zip(seconds[one], seconds[other], strict=True)
+    differences = [_differences(curves[one], curves[other]) for curves in rounds]
+    return {
+        "speed_ratio": spread([theirs / ours for ours, theirs in pairs]),
+        "loss_difference_step_1": max(of_round[0] for of_round in differences),
+        "loss_difference_all_steps": max(map(max, differences)),
+    }
 
 
 def _steps(curve: Curve, warmup: int) -> list[float]:
@@ -58,20 +75,24 @@ def _differences(ours: Curve, theirs: Curve) -> list[float]:
 
 def report(row: dict[str, Any]) -> str:
     """Return a result row as text."""
-    settings, difference = row["settings"], row["loss_difference"]
-    fastest = [row[side]["fastest_step_ms"] for side in ("ours", "theirs")]
+    settings, comparisons = row["settings"], row["comparisons"]
     return "\n".join(
         (
             *_header(row),
-            *(_side(name, row[side]) for side, name in NAMES.items()),
-            f"speed, ours / theirs, of {settings['rounds']} paired rounds: "
-            + show(row["speed_ratio"], 3),
-            f"fastest step of all, which other jobs disturb least: ours {fastest[0]:.1f} ms, "
-            f"theirs {fastest[1]:.1f} ms, speed {fastest[1] / fastest[0]:.3f}",
-            f"largest relative difference of the losses: {difference['step_1']:.1e} at step 1, "
-            f"{difference['all_steps']:.1e} over {settings['steps']} steps",
-            f"({difference['method']})",
+            *(_side(name, row[side]) for side, name in NAMES.items() if side in row),
+            *(_ratio(row, pair) for pair in comparisons),
+            f"(losses over {settings['steps']} steps; {row['method']})",
         )
+    )
+
+
+def _ratio(row: dict[str, Any], pair: str) -> str:
+    found, (one, _, other) = row["comparisons"][pair], pair.partition(" / ")
+    fastest = row[other]["fastest_step_ms"] / row[one]["fastest_step_ms"]
+    return (
+        f"{NAMES[one]} beside {NAMES[other]}: speed {show(found['speed_ratio'], 3)}, "
+        f"by fastest steps {fastest:.3f}; losses differ by {found['loss_difference_step_1']:.1e} "
+        f"at step 1, {found['loss_difference_all_steps']:.1e} at most"
     )
 
 
@@ -83,11 +104,11 @@ def _header(row: dict[str, Any]) -> tuple[str, str, str]:
         f"{settings['precision']}, {settings['rows']} rows x {settings['row_tokens']} tokens; "
         f"steps {settings['warmup'] + 1} to {settings['steps']} are timed",
         f"{machine['cpu']}, {machine['cpus']} cores, {settings['threads']} threads; {packages}",
-        f"{'median [min - max]':<22}{'ms per step':^28}{'tokens/s':^26}peak GiB  before step 1",
+        f"{'median [min - max]':<30}{'ms per step':^28}{'tokens/s':^24}peak GiB  before step 1",
     )
 
 
 def _side(name: str, figures: dict[str, Any]) -> str:
     peak, held = figures["peak_gib"]["median"], figures["held_before_step_1_gib"]["median"]
     step, speed = show(figures["step_ms"], 1), show(figures["tokens_per_second"], 0)
-    return f"{name:<22}{step:^28}{speed:^26}{peak:>8.2f}{held:>15.2f}"
+    return f"{name:<30}{step:^28}{speed:^24}{peak:>8.2f}{held:>15.2f}"

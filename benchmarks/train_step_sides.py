@@ -1,8 +1,9 @@
 """One side of the train-step comparison, in a process of its own: our loop, or Trainer's.
 
-    python -m benchmarks.train_step_sides ours|theirs INPUTS OUTPUT THREADS
+    python -m benchmarks.train_step_sides SIDE INPUTS OUTPUT THREADS
 
-reads what train_step_inputs wrote to INPUTS, trains, and writes OUTPUT/curve.json.
+SIDE is ours or theirs, or one of them with `_compiled` behind it: under torch.compile. It reads
+what train_step_inputs wrote to INPUTS, trains, and writes OUTPUT/curve.json.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from benchmarks.starts import start_in
 from benchmarks.train_step_inputs import ROWS, WEIGHTS, load_run
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.construct import fit
+from trainer.engines.native import NativeEngine
 from trainer.meter import host_bytes
 from trainer.optim import AdamW
 from trainer.progress import Progress
@@ -86,7 +89,15 @@ def ours(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
     fit(run, start_in(output / "ours"))
 
 
-def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
+def ours_compiled(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
+    """The same with engine.compile=true."""
+    assert isinstance(run.engine, NativeEngine)
+    ours(replace(run, engine=replace(run.engine, compile=True)), inputs, output, curve)
+
+
+def theirs(
+    run: Run, inputs: Path, output: Path, curve: Curve, *, is_compiled: bool = False
+) -> None:
     """Train by transformers.Trainer, at its fastest settings for rows without padding.
 
     No attention mask, so that sdpa takes its causal path; no cache; no worker processes, as the
@@ -112,6 +123,7 @@ def theirs(run: Run, inputs: Path, output: Path, curve: Curve) -> None:
         output_dir=str(output), max_steps=run.num_steps, logging_steps=1, disable_tqdm=True,
         per_device_train_batch_size=run.data.micro_rows, train_sampling_strategy="sequential",
         bf16=run.precision == "bf16", use_cpu=not torch.cuda.is_available(), use_cache=False,
+        torch_compile=is_compiled,
         dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(),
         max_grad_norm=run.optim.max_grad_norm or 0.0, logging_nan_inf_filter=False,
         save_strategy="no", eval_strategy="no", report_to="none",
@@ -143,7 +155,12 @@ def our_optimizer(optim: AdamW, model: nn.Module, embedding: str) -> torch.optim
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-SIDES: dict[str, Callable[[Run, Path, Path, Curve], None]] = {"ours": ours, "theirs": theirs}
+SIDES: dict[str, Callable[[Run, Path, Path, Curve], None]] = {
+    "ours": ours,
+    "theirs": theirs,
+    "ours_compiled": ours_compiled,
+    "theirs_compiled": partial(theirs, is_compiled=True),
+}
 
 
 def main() -> None:

@@ -9,24 +9,13 @@ counted; two under torch's profiler. The floor is what products cost at the rate
 and what the optimizer moves at the rate of memory; it leaves out all else that a step must do.
 """
 
-import json
-import subprocess
 import sys
-import tempfile
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
-from benchmarks.in_turn import machine, read_texts
+from benchmarks.in_turn import append_row, read_texts
 from benchmarks.roofline.cases import CASES
-from benchmarks.roofline.ceilings import ceilings
+from benchmarks.roofline.cost import OPTIONS, RESULTS, measure
 from benchmarks.roofline.tables import lines
 from launch.exit_codes import BAD_CONFIG, FINISHED
-
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "roofline.jsonl"
-OPTIONS = {"only": "", "precision": "bf16", "threads": "2", "compile": "false"}
-OPTIMIZER_BYTES = 7 * 4
-"""AdamW in fp32 reads weight, gradient and two means of each number, and writes three of them."""
 
 
 def main(words: list[str]) -> int:
@@ -39,44 +28,10 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG
-    limits = {threads: ceilings(threads) for threads in (1, int(options["threads"]))}
-    limit = limits[int(options["threads"])]
-    row: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": options,
-        "machine": machine(),
-        "ceilings": limits,
-        "cases": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            print(name, file=sys.stderr, flush=True)
-            row["cases"][name] = judged(
-                _measured(name, Path(folder), options), limit, options["precision"]
-            )
+    row = measure(names, options)
     print("\n".join(lines(row)))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(RESULTS, row)
     return FINISHED
-
-
-def judged(found: dict[str, Any], limit: dict[str, float], precision: str) -> dict[str, Any]:
-    """Add the floor: products at the machine's rate, and the optimizer's bytes at memory's."""
-    rate = limit["fp32" if precision == "fp32" else "bf16"]
-    floor = found["flops"] / rate + found["trained"] * OPTIMIZER_BYTES / limit["memory"]
-    return found | {"floor": floor}
-
-
-def _measured(name: str, folder: Path, options: dict[str, str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(dir=folder) as output:
-        settings = (options["threads"], options["precision"], options["compile"])
-        words = ["-m", "benchmarks.roofline.measure", name, str(folder), output, *settings]
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-        if done.returncode:
-            raise ChildProcessError(f"{name}: exit code {done.returncode}\n{done.stderr[-4000:]}")
-        found: dict[str, Any] = json.loads((Path(output) / "found.json").read_text())
-        return found
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class Found:
 
     seconds: float = 0.0
     """Median over the timed steps."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Each of them."""
     product_seconds: float = 0.0
     """Of the step's own products one by one: each shape's median of the rounds."""
     flops: int = 0
@@ -94,7 +96,7 @@ class Observer(Callback):
                 found.data_wait = max(found.data_wait, metrics["data_wait_fraction"])
             for product, left, right in products:
                 rounds[product].append(typical(partial(torch.matmul, left, right)))
-        found.seconds = median(seconds)
+        found.seconds, found.step_seconds = median(seconds), seconds
         counts = traffic.products
         found.product_seconds = sum(counts[p] * median(times) for p, times in rounds.items())
         yield from self._profiled()

@@ -1,0 +1,88 @@
+"""Where Tessera stands beside its peers and its targets: all measured now, on this machine.
+
+    python -m benchmarks.compare                      all parts, in an hour or two
+    python -m benchmarks.compare only=step,products   some of them
+
+Each part is a benchmark of its own that runs both sides in turn in one run; its own page says how.
+A line holds median and spread of ours and of theirs, the target, the number that is judged, and
+whether it is met. Rows go to results/compare.jsonl. Exit code 64: an unknown part.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import train_step_figures
+from benchmarks.figure import Figure
+from benchmarks.in_turn import append_row, machine, read_texts, show
+from benchmarks.roofline import cost
+from launch.exit_codes import BAD_CONFIG, FINISHED
+
+RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
+PARTS: dict[str, Callable[[], list[Figure]]] = {
+    "step": train_step_figures.figures,
+    "products": cost.figures,
+}
+
+
+def main(words: list[str]) -> int:
+    """Measure, print, and append a row to results/compare.jsonl; return the exit code."""
+    if "--help" in words or "-h" in words:
+        print(__doc__)
+        return FINISHED
+    try:
+        names = read_texts(words, {"only": ",".join(PARTS)})["only"].split(",")
+        unknown = [name for name in names if name not in PARTS]
+        if unknown:
+            raise ValueError(f"only={unknown[0]} is unknown; set it to some of {', '.join(PARTS)}")
+    except ValueError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    print(HEADER)
+    for name in names:
+        found = PARTS[name]()
+        print("\n".join(map(line, found)), flush=True)
+        append_row(RESULTS, row(name, found))
+    return FINISHED
+
+
+HEADER = (
+    "| figure | ours | theirs | target | measured | met |\n"
+    "|---|---|---|---|---|---|"
+)  # fmt: skip
+
+
+def line(figure: Figure) -> str:
+    """Return a figure as a line of the table."""
+    theirs = "" if figure.theirs is None else show(figure.theirs, _digits(figure.theirs["median"]))
+    cells = (
+        figure.name,
+        show(figure.ours, _digits(figure.ours["median"])),
+        theirs,
+        figure.target,
+        f"{figure.value:.{_digits(figure.value)}f}",
+        "yes" if figure.is_met else "no",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _digits(value: float) -> int:
+    """Return how many decimals show three figures of `value`."""
+    size = abs(value)
+    return next((digits for limit, digits in ((100, 0), (10, 1), (1, 2)) if size >= limit), 3)
+
+
+def row(part: str, figures: Sequence[Figure]) -> dict[str, object]:
+    """Return the row of a part, as plain values."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "part": part,
+        "figures": [asdict(figure) | {"is_met": figure.is_met} for figure in figures],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
