@@ -1,23 +1,26 @@
 """How many useful tokens per second does an epoch of fine-tuning train, packed or padded?
 
-    python -m benchmarks.finetune data=FILE.jsonl [key=value ...]
-    python -m benchmarks.finetune data=mails.jsonl documents=512 global_documents=32 rounds=5
+    python -m benchmarks.finetune [key=value ...]         bf16, then fp32
+    python -m benchmarks.finetune data=mails.jsonl documents=512 precision=bf16 rounds=5
 
 Keys: the fields of Settings (finetune_inputs.py), `model=` a choice of configs/model and
 `model.FIELD=` its fields. Exit code 64: a key or value that does not fit.
 
-A row of the file holds `text`, or the `tokens` of a sentence. A text that begins with "From " is a
-mail of the mbox format: its body counts. Public data: the mails of the SpamAssassin corpus
-(https://spamassassin.apache.org/old/publiccorpus), the sentences of the Brown corpus (nltk).
+Without `data=`, the documents are the docstrings of Python's standard library: short and long
+ones, and nothing to download. A row of a file holds `text`, or the `tokens` of a sentence. A text
+that begins with "From " is a mail of the mbox format: its body counts. Public data: the mails of
+the SpamAssassin corpus (https://spamassassin.apache.org/old/publiccorpus), the sentences of the
+Brown corpus (nltk).
 
 What is measured. All contenders start from one weight file and train one epoch on the same
-documents, cut at the same length, tokenised before by one tokenizer, in fp32 with the same AdamW,
-rates, clip norm and threads; each runs the whole loop that its users get and logs each step. They
-run in turn, each in a fresh process:
+documents, cut at the same length, tokenised before by one tokenizer, with fp32 weights, computing
+in `precision`, with the same AdamW, rates, clip norm and threads; each runs the whole loop that its
+users get and logs each step. They run in turn, each in a fresh process:
 
     ours      Tessera: documents packed within each step, attention inside documents
     padded    transformers.Trainer: each micro-batch padded to its longest document, in our order
     grouped   the same with train_sampling_strategy=group_by_length: its best case
+    flattened transformers.Trainer, packed: each micro-batch is one row of its documents
     trl       TRL's SFTTrainer(packing=True), where TRL is installed: the epoch is packed before
 
 Useful tokens are the targets: each token of a document but its first. Their rate is those of all
@@ -26,6 +29,9 @@ machine with other jobs the rate per second of CPU time counts, and threads=1: t
 spin. Ratios are taken within each round. Ours also predicts the token at which a document is cut.
 TRL's steps hold as many rows as make `global_documents` on
 average; the other contenders' hold exactly as many documents.
+
+What is asked for: ours at least 2.5 times as fast as padded and 1.2 times as flattened, with less
+memory than either.
 """
 
 import json
@@ -38,9 +44,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.finetune_inputs import FACTS, Settings, prepare
+from benchmarks.finetune_inputs import FACTS, PRECISIONS, Settings, prepare
 from benchmarks.finetune_sides import CONTENDERS, Epoch
-from benchmarks.in_turn import machine, read_options, run_rounds, show, spread
+from benchmarks.in_turn import append_row, machine, read_options, run_rounds, show, spread
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
 from trainer.parallel.pieces import unique_parameters
 
@@ -49,6 +55,7 @@ NAMES = {
     "ours": "Tessera, packed",
     "padded": "Trainer, padded",
     "grouped": "Trainer, by length",
+    "flattened": "Trainer, packed",
     "trl": "TRL, packed",
 }
 
@@ -63,6 +70,7 @@ def summarise(rounds: list[dict[str, Epoch]], warmup: int) -> dict[str, Any]:
         summary[side] = {
             "useful_tokens_per_second": spread([_rate(epoch, warmup) for epoch in epochs]),
             "beside_ours": spread([_rate(a, warmup) / _rate(b, warmup) for a, b in pairs]),
+            "ours_beside": spread([_rate(b, warmup) / _rate(a, warmup) for a, b in pairs]),
             "useful_tokens_per_cpu_second": spread([_cpu_rate(e, warmup) for e in epochs]),
             "beside_ours_in_cpu_time": spread(
                 [_cpu_rate(a, warmup) / _cpu_rate(b, warmup) for a, b in pairs]
@@ -100,20 +108,21 @@ def report(row: dict[str, Any]) -> str:
     settings, facts, machine_of = row["settings"], row["documents"], row["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in row["packages"].items())
     lines = [
-        f"{' '.join(settings['model'])} ({row['parameters'] / 1e6:.2f} M parameters), fp32; "
+        f"{' '.join(settings['model'])} ({row['parameters'] / 1e6:.2f} M parameters), "
+        f"{settings['precision']}; "
         f"{settings['documents']} documents, {settings['global_documents']} a step, cut at "
         f"{settings['max_tokens']} tokens ({facts['cut']} are: {facts['tokens_cut']:,} tokens "
         f"lost, {facts['tokens']:,} left)",
         f"{machine_of['cpu']}, {settings['threads']} threads, load {row['load']}; {packages}",
         f"{'median [min - max]':<20}{'useful tokens/s':^24}{'per CPU second':^24}"
-        f"{'beside ours, by CPU':^22}{'padding':>8}"
+        f"{'ours beside it':^22}{'padding':>8}"
         f"{'targets':>9}{'steps':>6}{'loss 1':>9}{'epoch':>8}{'GiB':>6}",
     ]
     for side, found in row["contenders"].items():
         lines.append(
             f"{NAMES[side]:<20}{show(found['useful_tokens_per_second'], 0):^24}"
             f"{show(found['useful_tokens_per_cpu_second'], 0):^24}"
-            f"{show(found['beside_ours_in_cpu_time'], 2):^22}"
+            f"{show(found['ours_beside'], 2):^22}"
             f"{found['padding']:>8.1%}{found['targets']:>9,}"
             f"{found['steps']:>6}{found['loss_of_step_1']:>9.4f}{found['loss_of_epoch']:>8.4f}"
             f"{found['peak_gib']['median']:>6.2f}"
@@ -127,23 +136,21 @@ def report(row: dict[str, Any]) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Compare, print, and append a row to results/finetune.jsonl; return the exit code."""
+    """Compare, print, and append rows to results/finetune.jsonl; return the exit code."""
     if "--help" in words or "-h" in words:
         print(__doc__)
         return FINISHED
     try:
         options = read_options(words, fields(Settings))
-        if "data" not in options:
-            raise ValueError("data= is missing; give a jsonl file with texts")
-        settings = Settings(**options)
-        row = _compare(settings)
+        chosen = [options.pop("precision")] if "precision" in options else PRECISIONS
+        for precision in chosen:
+            row = _compare(Settings(**options, precision=precision))
+            print(report(row), flush=True)
+            append_row(RESULTS, row)
     except (ValueError, OSError) as error:
         is_child = isinstance(error, ChildProcessError)
         print(f"finetune: {error}", file=sys.stderr)
         return INTERNAL if is_child else BAD_CONFIG
-    print(report(row))
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
     return FINISHED
 
 

@@ -1,6 +1,8 @@
 """What all contenders of the fine-tuning comparison start from: weights, documents, their order."""
 
+import ast
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,11 +17,15 @@ from launch.binding import bind
 from launch.compose import compose
 from trainer.data.bpe import train_bpe
 from trainer.data.document_data import DocumentData
+from trainer.data.named_sources import Source
+from trainer.data.sources import STANDARD_LIBRARY, open_texts
 from trainer.data.tokenizers import FileTokenizer
 from trainer.files import read_lines, write_json
 from trainer.run import Run
 from trainer.settings import RANDOM
 
+DOCSTRINGS = "docstrings"
+PRECISIONS = ("bf16", "fp32")
 DOCUMENTS, TOKENIZER, FACTS = "documents.pt", "tokenizer", "facts.json"
 
 
@@ -27,8 +33,11 @@ DOCUMENTS, TOKENIZER, FACTS = "documents.pt", "tokenizer", "facts.json"
 class Settings:
     """What is compared, and how often."""
 
-    data: str
-    """File of jsonl; see finetune.py for the rows that it may have."""
+    data: str = DOCSTRINGS
+    """File of jsonl, see finetune.py for the rows that it may have; or the docstrings of Python's
+    standard library, of 1 to thousands of tokens."""
+    precision: str = "bf16"
+    """bf16 or fp32; both sides keep fp32 weights."""
     model: tuple[str, ...]
     """Overrides of the group `model` and of its fields."""
     documents: int = 1024
@@ -49,6 +58,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(self)
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision={self.precision!r} is unknown; set it to one of {', '.join(PRECISIONS)}"
+            )
         for whole, part in (("documents", "global_documents"),
                             ("global_documents", "micro_documents")):  # fmt: skip
             if getattr(self, whole) % getattr(self, part):
@@ -66,7 +79,7 @@ class Settings:
 
 def prepare(folder: Path, settings: Settings) -> Run:
     """Write config, tokenizer, weights and documents; ValueError where they do not serve."""
-    texts = _read(Path(settings.data).expanduser(), settings.documents)
+    texts = _read(settings.data, settings.documents)
     path = folder / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_bpe(folder / TOKENIZER, texts, settings.vocab_size)
@@ -86,8 +99,8 @@ def prepare(folder: Path, settings: Settings) -> Run:
     }
     tree |= {
         "name": "ours", "runs": str(folder), "tokenizer": str(folder / TOKENIZER),
-        "weights": RANDOM, "precision": "fp32", "callbacks": {}, "max_steps": settings.steps,
-        "log_every": 1, "eval_every": None, "save_every": None,
+        "weights": RANDOM, "precision": settings.precision, "callbacks": {},
+        "max_steps": settings.steps, "log_every": 1, "eval_every": None, "save_every": None,
     }  # fmt: skip
     run: Run = bind(tree)
     run.check(world_size=1)
@@ -98,14 +111,34 @@ def prepare(folder: Path, settings: Settings) -> Run:
     return run
 
 
-def _read(path: Path, count: int) -> list[str]:
+def _read(data: str, count: int) -> list[str]:
     """Return `count` texts of the file, evenly spaced: it may be sorted by source."""
-    if not path.is_file():
+    path = Path(data).expanduser()
+    if data == DOCSTRINGS:
+        texts = list(_docstrings())
+    elif not path.is_file():
         raise ValueError(f"data={path} is no file; give a jsonl file with texts")
-    texts = list(filter(None, map(_text, read_lines(path))))
+    else:
+        texts = list(filter(None, map(_text, read_lines(path))))
     if len(texts) < count:
-        raise ValueError(f"{path} holds {len(texts)} documents; set documents to that or less")
+        raise ValueError(f"{data} holds {len(texts)} documents; set documents to that or less")
     return list(islice(texts, 0, None, len(texts) // count))[:count]
+
+
+def _docstrings() -> Iterator[str]:
+    """Yield what is said of each module, class and function of the standard library, once."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    seen = set()
+    for document in open_texts(Source(path=STANDARD_LIBRARY), "text").documents():
+        try:
+            tree = ast.parse(document.text)
+        except SyntaxError:  # files that show what is no Python
+            continue
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and text not in seen:
+                seen.add(text)
+                yield text
 
 
 def _text(row: dict[str, Any]) -> str:

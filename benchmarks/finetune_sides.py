@@ -67,6 +67,15 @@ def grouped(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
     _trainer(run, inputs, output, epoch, "group_by_length")
 
 
+def flattened(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
+    """Train by transformers.Trainer's own best packed mode: a micro-batch is one row, no padding.
+
+    DataCollatorWithFlattening, whose position ids tell sdpa's mask where documents begin. In our
+    order, so that every step sees the same documents.
+    """
+    _trainer(run, inputs, output, epoch, "sequential", is_flat=True)
+
+
 def trl(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
     """Train by TRL's SFTTrainer with best-fit packing of the whole epoch.
 
@@ -101,10 +110,13 @@ def trl(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
     _run_trainer(trainer, epoch, accumulation)
 
 
-def _trainer(run: Run, inputs: Path, output: Path, epoch: Epoch, sampling: str) -> None:
+def _trainer(
+    run: Run, inputs: Path, output: Path, epoch: Epoch, sampling: str, *, is_flat: bool = False
+) -> None:
     from transformers import (
         AutoModelForCausalLM,
         DataCollatorForLanguageModeling,
+        DataCollatorWithFlattening,
         PreTrainedTokenizerFast,
         Trainer,
         TrainingArguments,
@@ -116,6 +128,8 @@ def _trainer(run: Run, inputs: Path, output: Path, epoch: Epoch, sampling: str) 
     )
     # Its own token: the collator takes every pad token out of the labels.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs / TOKENIZER, pad_token="<pad>")
+    padding = _inside_vocabulary(DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    documents = [{"input_ids": ids} for ids in torch.load(inputs / DOCUMENTS)]
     accumulation = settings["global_documents"] // settings["micro_documents"]
     trainer = Trainer(
         model=model,
@@ -124,10 +138,13 @@ def _trainer(run: Run, inputs: Path, output: Path, epoch: Epoch, sampling: str) 
             per_device_train_batch_size=settings["micro_documents"],
             gradient_accumulation_steps=accumulation,
         ),
-        data_collator=_inside_vocabulary(DataCollatorForLanguageModeling(tokenizer, mlm=False)),
-        train_dataset=[{"input_ids": ids} for ids in torch.load(inputs / DOCUMENTS)],
+        data_collator=DataCollatorWithFlattening() if is_flat else padding,
+        train_dataset=documents,
         optimizers=_optimizers(run, model),
     )  # fmt: skip
+    if is_flat:
+        first = trainer.data_collator(documents[: settings["micro_documents"]])
+        epoch.leakage, epoch.packing = _leakage(model, first)
     _run_trainer(trainer, epoch, accumulation)
 
 
@@ -146,7 +163,8 @@ def _arguments(run: Run, output: Path) -> dict[str, Any]:
     assert isinstance(run.optim, AdamW)
     return {
         "output_dir": str(output), "num_train_epochs": 1, "logging_steps": 1, "disable_tqdm": True,
-        "bf16": False, "use_cpu": True, "use_cache": False, "dataloader_pin_memory": False,
+        "bf16": run.precision == "bf16", "use_cpu": True, "use_cache": False,
+        "dataloader_pin_memory": False,
         "max_grad_norm": run.optim.max_grad_norm or 0.0, "logging_nan_inf_filter": False,
         "save_strategy": "no", "eval_strategy": "no", "report_to": "none",
     }  # fmt: skip
@@ -216,7 +234,7 @@ def _documents(starts: list[int], input_ids: Tensor) -> Iterator[tuple[int, int,
 
 
 CONTENDERS: dict[str, Callable[[Run, Path, Path, Epoch], None]] = {
-    "ours": ours, "padded": padded, "grouped": grouped,
+    "ours": ours, "padded": padded, "grouped": grouped, "flattened": flattened,
 }  # fmt: skip
 if find_spec("trl"):
     CONTENDERS["trl"] = trl
