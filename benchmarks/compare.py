@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import train_step_figures
+from benchmarks import finetune_figures, train_step_figures
 from benchmarks.figure import Figure
 from benchmarks.in_turn import append_row, machine, read_texts, show
 from benchmarks.roofline import cost
@@ -23,6 +23,7 @@ from launch.exit_codes import BAD_CONFIG, FINISHED
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "step": train_step_figures.figures,
+    "finetune": finetune_figures.figures,
     "products": cost.figures,
 }
 

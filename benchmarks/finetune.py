@@ -144,7 +144,7 @@ def main(words: list[str]) -> int:
         options = read_options(words, fields(Settings))
         chosen = [options.pop("precision")] if "precision" in options else PRECISIONS
         for precision in chosen:
-            row = _compare(Settings(**options, precision=precision))
+            row = measure(Settings(**options, precision=precision))
             print(report(row), flush=True)
             append_row(RESULTS, row)
     except (ValueError, OSError) as error:
@@ -154,7 +154,7 @@ def main(words: list[str]) -> int:
     return FINISHED
 
 
-def _compare(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings) -> dict[str, Any]:
     """Run all contenders; return the result row."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
