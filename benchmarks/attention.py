@@ -51,21 +51,22 @@ def measure(
     shape = (max(1, tokens // row), row, heads, size)
     segments = Segments.within(torch.arange(row).div(length, rounding_mode="floor")[None] + 1)
     segments = Segments.within(segments.query.repeat(shape[0], 1))
-    leaves = [torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    query, key, value, gradient = (
+        torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(4)
+    )
     mask, sdpa, scale = dense_mask(segments), Sdpa(), size**-0.5
     documents = sdpa.prepare(segments)
 
     def masked() -> Tensor:
-        return F.scaled_dot_product_attention(*leaves, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
     def by_document() -> Tensor:
-        return sdpa.attend(*leaves, documents, dropout=0.0, scale=scale)
+        return sdpa.attend(query, key, value, documents, dropout=0.0, scale=scale)
 
-    gradient = torch.randn(shape, dtype=dtype).transpose(1, 2)
     found: list[tuple[list[float], list[float]]] = [([], []), ([], [])]
     for _ in range(rounds):
         for side, attend in zip(found, (masked, by_document), strict=True):
-            _time(attend, leaves, gradient, side)
+            _time(attend, [query, key, value], gradient.detach(), side)
     return found
 
 
