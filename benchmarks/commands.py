@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -45,6 +45,15 @@ def tessera(words: Sequence[str], home: Path, until: re.Pattern[str] | None = No
             f"{' '.join(words)}: exit code {process.returncode}\n{said[-2000:]}"
         )
     return time.monotonic() - start if seconds is None else seconds
+
+
+def chosen(only: str, workloads: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return the workloads of a comma list; ValueError for an unknown one."""
+    names = only.split(",")
+    for name in names:
+        if name not in workloads:
+            raise ValueError(f"only={name} is unknown; set it to some of {', '.join(workloads)}")
+    return {name: workloads[name] for name in names}
 
 
 def median_step(run: Path, warmup: int) -> float:

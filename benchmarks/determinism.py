@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.commands import DEMO, LLAMA_40M, QUIET, median_step, report, tessera
+from benchmarks.commands import DEMO, LLAMA_40M, QUIET, chosen, median_step, report, tessera
 from benchmarks.figure import Figure
 from benchmarks.in_turn import read_texts, spread
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
@@ -31,7 +31,9 @@ WARMUP = 2  # steps
 
 def figures(rounds: int = 3, only: str = DEFAULTS["only"]) -> list[Figure]:
     """Measure both sides of all workloads in turn."""
-    return [figure_of(name, *measure(WORKLOADS[name], rounds)) for name in only.split(",")]
+    return [
+        figure_of(name, *measure(words, rounds)) for name, words in chosen(only, WORKLOADS).items()
+    ]
 
 
 def measure(words: tuple[str, ...], rounds: int) -> tuple[list[float], list[float]]:

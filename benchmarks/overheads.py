@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.commands import report
+from benchmarks.commands import chosen, report
 from benchmarks.figure import Figure
 from benchmarks.in_turn import read_texts, spread
 from benchmarks.starts import start_in
@@ -87,7 +87,7 @@ class _Writer(Callback):
 
 def figures(only: str = DEFAULTS["only"]) -> list[Figure]:
     """Run each workload once."""
-    return [figure_of(name, *measure(WORKLOADS[name])) for name in only.split(",")]
+    return [figure_of(name, *measure(words)) for name, words in chosen(only, WORKLOADS).items()]
 
 
 def measure(words: Sequence[str]) -> tuple[Spans, dict[str, int]]:
@@ -139,11 +139,11 @@ def main(words: list[str]) -> int:
         return FINISHED
     try:
         only = read_texts(words, DEFAULTS)["only"]
+        configure_logging(rank=0)
+        report(figures(only), RESULTS)
     except ValueError as error:
         print(f"overheads: {error}", file=sys.stderr)
         return BAD_CONFIG
-    configure_logging(rank=0)
-    report(figures(only), RESULTS)
     return FINISHED
 
 

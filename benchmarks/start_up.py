@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.commands import DEMO, FIRST_LOSS, LLAMA_40M, QUIET, report, tessera
+from benchmarks.commands import DEMO, FIRST_LOSS, LLAMA_40M, QUIET, chosen, report, tessera
 from benchmarks.figure import Figure
 from benchmarks.in_turn import Spread, read_texts, spread
 from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
@@ -29,8 +29,8 @@ Times = dict[str, list[float]]
 def figures(rounds: int = 3, only: str = DEFAULTS["only"]) -> list[Figure]:
     """Measure all starts in turn."""
     found = []
-    for name in only.split(","):
-        found += figures_of(name, measure(WORKLOADS[name], rounds, is_whole=name == "demo"))
+    for name, words in chosen(only, WORKLOADS).items():
+        found += figures_of(name, measure(words, rounds, is_whole=name == "demo"))
     return found
 
 

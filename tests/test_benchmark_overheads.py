@@ -67,3 +67,8 @@ def test_the_first_loss_is_told_from_other_lines() -> None:
     assert FIRST_LOSS.search("step   1/400 | loss  5.5931 | grad norm 14.2")
     assert not FIRST_LOSS.search("step  20/400 | loss  3.9437")
     assert not FIRST_LOSS.search("save 1/400 | saved")
+
+
+def test_an_unknown_workload_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"only=demo3 is unknown; set it to some of demo, demo2"):
+        determinism.figures(only="demo,demo3")
