@@ -63,7 +63,8 @@ class Index:
             }
             index = cls(vocabulary=Vocabulary(**tree["vocabulary"]), stores=stores)
             names = [entry.file for entries in stores.values() for entry in entries]
-            foreign = next((name for name in names if not _is_plain(name)), None)
+            # Not by Path: of 1,000 shards that took 8 ms.
+            foreign = next((name for name in names if "/" in name or name in ("", ".", "..")), None)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is no index of shards: {error!r}; make it again") from None
         if foreign is not None:
@@ -71,11 +72,6 @@ class Index:
                 f"{path} names {foreign!r}, which is no file of its folder; make the folder again"
             )
         return index
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name leads to no other folder. Not by Path: of 1,000 shards that took 8 ms."""
-    return "/" not in name and name not in ("", ".", "..")
 
 
 class Part(NamedTuple):
