@@ -133,7 +133,7 @@ class Shard:
         """Return the last document that begins at or before `place`, which is one of the tokens.
 
         Starts are read where equally long documents would have it; every second time in the middle,
-        which ends soon however long they are. Of 5 M documents that takes 2 reads.
+        which ends soon however long they are. Of 5 M documents that takes 3 reads.
         """
         low, high, is_even = 0, self.footer.sections[STARTS].count - 1, True
         before, behind = 0, self.footer.num_tokens
