@@ -14,17 +14,24 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import finetune_figures, train_step_figures
+from benchmarks import determinism, finetune_figures, overheads, start_up, train_step_figures
 from benchmarks.figure import Figure
 from benchmarks.in_turn import append_row, machine, read_texts, show
 from benchmarks.roofline import cost
+from benchmarks.scaling import checkpoints, host, loaders
 from launch.exit_codes import BAD_CONFIG, FINISHED
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "step": train_step_figures.figures,
-    "finetune": finetune_figures.figures,
     "products": cost.figures,
+    "finetune": finetune_figures.figures,
+    "start": start_up.figures,
+    "determinism": determinism.figures,
+    "overheads": overheads.figures,
+    "host": host.figures,
+    "loaders": loaders.figures,
+    "checkpoints": checkpoints.figures,
 }
 
 

@@ -1,8 +1,9 @@
 """What the command line does for the start of a run to be short."""
 
 import gc
+import os
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def keep_compiled(engine: Mapping[str, Any], environ: MutableMapping[str, str]) 
     """Let compiled blocks outlive the machine's start: torch's own choice is a folder in /tmp.
 
     Who sets the variable has another folder; on many nodes a local one is faster than a shared one.
+    A home that cannot be written to leaves torch's.
     """
-    if engine.get("compile"):
-        environ.setdefault(COMPILED, str(Path("~/.cache/tessera/compiled").expanduser()))
+    if not engine.get("compile"):
+        return
+    folder = Path("~/.cache/tessera/compiled").expanduser()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            environ.setdefault(COMPILED, str(folder))
