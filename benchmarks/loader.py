@@ -56,9 +56,9 @@ def main() -> int:
     """Measure, print and store all figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_real(folder / "real", num_documents=50_000)
+        write_real(folder / "real", num_documents=50_000)
         figures = [*_throughput(folder / "real"), _checking(folder / "real")]
-        _write_virtual(folder / "virtual")
+        write_virtual(folder / "virtual")
         figures += [*_virtual(folder / "virtual"), *_packing()]
     machine = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     with open(RESULTS, "a", encoding="utf-8") as file:
@@ -73,7 +73,7 @@ def main() -> int:
     return int(not all(figure.passes for figure in figures))
 
 
-def _write_real(folder: Path, num_documents: int) -> None:
+def write_real(folder: Path, num_documents: int) -> None:
     """Write documents of log-normal length, 1.1 k tokens on average."""
     folder.mkdir()
     writer = FolderWriter(folder, VOCABULARY, shard_tokens=1 << 24)
@@ -85,32 +85,42 @@ def _write_real(folder: Path, num_documents: int) -> None:
     writer.finish()
 
 
-def _write_virtual(folder: Path) -> None:
+def write_virtual(
+    folder: Path,
+    num_shards: int = VIRTUAL_SHARDS,
+    num_tokens: int = VIRTUAL_TOKENS,
+    num_documents: int = VIRTUAL_DOCUMENTS,
+) -> None:
+    """Write one file with a hole for its tokens, and give it `num_shards` names."""
     folder.mkdir()
     first = folder / "train-00000.shard"
-    starts = np.arange(VIRTUAL_DOCUMENTS + 1, dtype="<i8") * (VIRTUAL_TOKENS // VIRTUAL_DOCUMENTS)
-    tokens = Section(name="tokens", dtype="<u2", offset=HEADER.size, count=VIRTUAL_TOKENS)
+    starts = np.arange(num_documents + 1, dtype="<i8") * (num_tokens // num_documents)
+    tokens = Section(name="tokens", dtype="<u2", offset=HEADER.size, count=num_tokens)
     borders = Section(name="starts", dtype="<i8", offset=tokens.stop, count=len(starts))
     with open(first, "wb") as file:
         file.seek(tokens.stop)
         file.write(starts.tobytes())
         hashes = np.zeros(-(-(borders.stop - HEADER.size) // BLOCK_BYTES), "<u8")
         footer = seal(
-            file, [tokens, borders], hashes, num_documents=VIRTUAL_DOCUMENTS, num_bytes=0,
+            file, [tokens, borders], hashes, num_documents=num_documents, num_bytes=0,
             vocabulary=VOCABULARY,
         )  # fmt: skip
-    paths = [folder / f"train-{number:05d}.shard" for number in range(VIRTUAL_SHARDS)]
+    paths = [folder / f"train-{number:05d}.shard" for number in range(num_shards)]
     for path in paths[1:]:
         os.link(first, path)
     entries = [Entry.of(path, footer) for path in paths]
     Index(vocabulary=VOCABULARY, stores={"train": entries}).write(folder)
 
 
-def _loader(folder: Path, row_tokens: int, global_rows: int, micro_rows: int) -> StepLoader:
+def open_loader(
+    folder: Path, row_tokens: int, global_rows: int, micro_rows: int, num_ranks: int = 1
+) -> StepLoader:
+    """Return the loader of the last of `num_ranks` ranks."""
     rows = PackedRows(TokenStore(Part(folder, "train")), row_tokens)
     return StepLoader(
-        rows=rows, seed=0, global_samples=global_rows, micro_rows=micro_rows, rank=0, num_ranks=1
-    )
+        rows=rows, seed=0, global_samples=global_rows, micro_rows=micro_rows,
+        rank=num_ranks - 1, num_ranks=num_ranks,
+    )  # fmt: skip
 
 
 def _throughput(folder: Path) -> list[Figure]:
@@ -118,7 +128,7 @@ def _throughput(folder: Path) -> list[Figure]:
     figures = []
     for row_tokens in (512, 4096):
         tokens = 1 << 20
-        loader = _loader(folder, row_tokens, tokens // row_tokens, 8)
+        loader = open_loader(folder, row_tokens, tokens // row_tokens, 8)
         seconds = []
         for step in range(12):
             started = time.perf_counter()
@@ -215,7 +225,7 @@ def _virtual(folder: Path) -> list[Figure]:
 def _read_virtual(folder: Path, row_tokens: int, started: float) -> None:
     """Be a fresh process: open, read the first step, one far away, and 4,000 rows."""
     before, opened = _status_mib("VmRSS"), time.time()
-    loader = _loader(folder, row_tokens, 8, 8)
+    loader = open_loader(folder, row_tokens, 8, 8)
     loader.step(0)
     first = time.time()
     loader.step(100_000_000)

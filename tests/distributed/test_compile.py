@@ -1,5 +1,6 @@
 """Compiled blocks: the numbers of plain ones on every layout, and no graph made twice."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,25 @@ def test_traced_blocks_give_the_same_bits(
     for key in ("loss", "grad_norm"):
         assert curve(tmp_path / "traced", key) == curve(tmp_path / "plain", key)
     assert stats["unique_graphs"] == 1  # for both blocks and all steps
+
+
+def test_no_number_of_documents_in_a_row_makes_another_graph(tmp_path: Path, cache: Path) -> None:
+    """Rows of one document up to a dozen: shapes are those of rows, whatever they hold."""
+    lengths = [3, 90, 1, 5, 40, 2, 2, 2, 17, 4, 70, 1, 1, 1, 1, 9]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths * 20))
+    run = tiny_run(
+        cache, engine=NativeEngine(compile=True), data_path=str(texts), data_max_documents=None,
+        data_eval_fraction=0.0, max_steps=8,
+    )  # fmt: skip
+    tokenizer = run.data.tokenizer("byte", 258)
+    loader, _ = run.data.build(tokenizer=tokenizer, seed=0, rank=0, num_ranks=1)
+    rows = [
+        row for n in range(8) for batch in loader.step(n).micro_batches for row in batch.segment_ids
+    ]
+    assert len({int(row.max()) for row in rows}) > 4  # else nothing would vary
+    (stats,) = run_ranks(1, train_compiled, tmp_path / "run", run, "aot_eager")
+    assert stats["unique_graphs"] == 1
 
 
 @pytest.mark.slow

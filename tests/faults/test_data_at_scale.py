@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.loader import _loader, _packing, _virtual, _write_virtual
+from benchmarks.loader import _packing, _virtual, open_loader, write_virtual
 from tests.conftest import Figure
 from trainer.data.eras import Eras
 from trainer.data.order import permute_all, round_keys
@@ -24,11 +24,11 @@ def test_ten_trillion_tokens_are_read_at_once_from_any_place(
     tmp_path: Path, figure: Figure
 ) -> None:
     folder = tmp_path / "virtual"
-    _write_virtual(folder)
+    write_virtual(folder)
     for found in _virtual(folder):
         assert found.passes, found
         figure(f"A22 {found.name}", found.value, found.unit)
-    loader = _loader(folder, 5, 8, 8)
+    loader = open_loader(folder, 5, 8, 8)
     state = len(json.dumps(loader.state(10**11)))
     assert state <= 1024
     figure("A22 state of the data", state, "bytes")

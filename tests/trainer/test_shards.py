@@ -67,6 +67,30 @@ def test_a_plain_reader_finds_every_section_where_the_footer_says(
     assert counts == [len(lengths), len(joined), 3 * len(joined)]
 
 
+@pytest.mark.parametrize("kind", ["log-normal", "one long", "long first", "many empty"])
+def test_the_document_at_a_place_is_found_in_few_reads(tmp_path: Path, kind: str) -> None:
+    """As one search over all starts finds it; places that no rule of lengths foresees too."""
+    random, count = np.random.default_rng(0), 20_000
+    lengths = {
+        "log-normal": random.lognormal(2, 1.5, count).astype(int),
+        "one long": np.r_[np.ones(count - 1, int), 300_000],
+        "long first": np.r_[300_000, np.ones(count - 1, int)],
+        "many empty": random.integers(0, 3, count) * random.integers(0, 2, count),
+    }[kind]
+    path = tmp_path / "a.shard"
+    writer, ids = ShardWriter(path, SMALL), np.ones(lengths.max(), int)
+    for length in lengths.tolist():
+        writer.add(ids[:length], 0, {})
+    writer.close()
+    shard, starts, reads = Shard(path), np.r_[0, np.cumsum(lengths)], []
+    plain = shard.read
+    shard.read = lambda *place: reads.append(place) or plain(*place)  # type: ignore[method-assign,func-returns-value]
+    places = [0, starts[-1] - 1, *random.integers(0, starts[-1], 500)]
+    for place in map(int, places):
+        assert shard._document_at(place) == np.searchsorted(starts, place, side="right") - 1
+    assert len(reads) <= len(places) * (3 if kind in ("log-normal", "many empty") else 10)
+
+
 def test_pieces_of_any_section_are_read_back(tmp_path: Path) -> None:
     documents = drawn([5, 0, 7, 3])
     shard, joined = write(tmp_path / "a.shard", documents), np.concatenate(documents)

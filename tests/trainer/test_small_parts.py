@@ -16,6 +16,7 @@ from trainer.callbacks.ngrams import bigram_bits, pair_counts, unigram_bits
 from trainer.freeze import FreezeSpec
 from trainer.generation import sample
 from trainer.mesh import MeshSpec
+from trainer.parallel.pieces import global_square_sum
 from trainer.pieces import Piece, Rows
 from trainer.progress import Progress
 from trainer.protocols import StepResult
@@ -282,6 +283,28 @@ def test_speed_counts_images_and_who_looks_at_them_once_there_are_any(
     before.load(old)  # of version 0.1
     before.advance(result(1.0, 1))
     assert "images" not in before.close_window()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_norms_of_all_gradients_at_once_are_those_of_each_by_itself(dtype: torch.dtype) -> None:
+    """The same bits; rows that others answer for are left out, and a rank may hold none."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((0, 5), (1,), (), (3, 7), (4, 1000))
+    found = [
+        (Piece.of(values), values)
+        for values in (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    ]
+    rows = (Rows(start=0, stop=2), Rows(start=4, stop=5, is_own=False))
+    values = torch.randn(3, 7, generator=generator).to(dtype)
+    found.append((Piece(local=values, shape=(6, 7), rows=rows, columns=(0, 7)), values))
+    wide = torch.promote_types(dtype, torch.float32)
+    own = [part for piece, values in found for part in piece.split_own(values)]
+    norms = [torch.linalg.vector_norm(part, dtype=wide) for part in own]
+    expected = torch.stack([norm.square() for norm in norms]).double().sum()
+    assert global_square_sum(found, None, torch.device("cpu")).equal(expected)
+    assert global_square_sum([], None, torch.device("cpu")).equal(
+        torch.zeros((), dtype=torch.float64)
+    )
 
 
 def test_a_nan_is_the_worst_deviation_wherever_it_stands() -> None:

@@ -33,7 +33,7 @@ OF_BYTES = "_starts"  # behind the name of a section of bytes
 MAGIC, VERSION = b"TESSERA\0", 1
 HEADER = struct.Struct("<8sI4xQQ16s16x")
 BLOCK_BYTES = 4 << 20
-_NEAR = 512  # starts in this many documents are read at once, not bisected on disk
+_NEAR = 512  # starts in this many documents are read at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,15 +130,26 @@ class Shard:
             size *= 8
 
     def _document_at(self, place: int) -> int:
-        """Bisect the starts on disk: the last document that begins at or before `place`."""
-        low, high = 0, self.footer.sections[STARTS].count
-        while high - low > _NEAR:
-            middle = (low + high) // 2
-            if self.read(STARTS, middle, middle + 1)[0] > place:
-                high = middle
+        """Return the last document that begins at or before `place`, which is one of the tokens.
+
+        Starts are read where equally long documents would have it; every second time in the middle,
+        which ends soon however long they are. Of 5 M documents that takes 3 reads.
+        """
+        low, high, is_even = 0, self.footer.sections[STARTS].count - 1, True
+        before, behind = 0, self.footer.num_tokens
+        while (num := high - low) >= _NEAR:  # before = starts[low] <= place < starts[high] = behind
+            guess = low + ((place - before) * num // (behind - before) if is_even else num // 2)
+            first = min(max(low, guess - _NEAR // 2), high + 1 - _NEAR)
+            starts = self.read(STARTS, first, first + _NEAR)
+            number = int(np.searchsorted(starts, place, side="right"))
+            if 0 < number < _NEAR:
+                return first + number - 1
+            if number:
+                low, before = first + _NEAR - 1, int(starts[-1])
             else:
-                low = middle
-        near = self.read(STARTS, low, high)
+                high, behind = first, int(starts[0])
+            is_even = not is_even
+        near = self.read(STARTS, low, high + 1)
         return low + int(np.searchsorted(near, place, side="right")) - 1
 
     def damaged(self) -> Iterator[tuple[int, int]]:

@@ -168,6 +168,8 @@ class NativeTrainer:
         """`is_narrow`: FSDP2 gathers weights in another dtype than gradients are kept in."""
         self.parts, self.passes, self.mesh, self.device = parts, passes, mesh, device
         self.update = update
+        for part in parts:
+            part.train()  # all of it: `_set_training` looks at the top alone
         # DDP reduces what has a gradient in the last backward pass, and waits for all. FSDP2 widens
         # gradients behind each pass but the last, and then wants one dtype in a unit: so all of
         # them need one in the first pass too.
@@ -218,7 +220,8 @@ class NativeTrainer:
 
     def _set_training(self, mode: bool) -> None:
         for part in self.parts:
-            part.train(mode)
+            if part.training != mode:  # to tell 400 modules what they know takes a millisecond
+                part.train(mode)
 
     def weights(self) -> dict[str, Piece]:
         return self.update.pieces

@@ -70,16 +70,23 @@ class PlainPasses:
         self._model, self.mesh = called, mesh
         self.averaged_over = mesh.token_size
         self.cp = mesh.group("cp") if mesh.size("cp") > 1 else None
+        self._syncs: bool | None = None
+        """What the model was told last; None: nothing."""
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
         sums = no_loss(micro_batches[0], scale.device)
         for number, batch in enumerate(map(self._own, micro_batches)):
-            set_gradient_sync(self._model, number == len(micro_batches) - 1)
+            self._sync(number == len(micro_batches) - 1)
             self.keys.start(step, number)
             loss = self._loss(batch, scale)
             loss.objective.backward()
             sums += loss_sums(loss, batch)
         return self.mesh.sum_over_tokens(sums)
+
+    def _sync(self, enabled: bool) -> None:
+        if enabled != self._syncs:  # FSDP2 looks at every module to take it in
+            set_gradient_sync(self._model, enabled)
+            self._syncs = enabled
 
     def loss(self, batch: Batch) -> Loss:
         return self._loss(self._own(batch), torch.ones((), device=batch.input_ids.device))

@@ -12,7 +12,7 @@ from trainer.engines.host_copies import HostCopies
 from trainer.mesh import Mesh
 from trainer.numerics.guard import Guard, Verdict
 from trainer.optim import OptimSpec, Rules
-from trainer.parallel.pieces import global_square_sum, local_tensor, sum_shared
+from trainer.parallel.pieces import global_square_sum, local_tensors, sum_shared
 from trainer.parallel.pipeline import absent
 from trainer.parallel.tree import row_square_sum
 from trainer.pieces import Piece
@@ -105,11 +105,12 @@ class Update:
 
         Return the learning rate.
         """
-        gradients = {
-            name: local_tensor(parameter.grad)
+        found = {
+            name: parameter.grad
             for name, parameter in self.parameters.items()
             if parameter.grad is not None and name in self.trained
         }
+        gradients = dict(zip(found, local_tensors(found.values()), strict=True))
         self._clip(list(gradients.values()), grad_norm, verdict.limit)
         self._give(gradients)
         factor = self.schedule.factor(step, self.max_steps)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -77,6 +78,8 @@ def sum_shared(gradients: Iterable[tuple[Piece, Tensor]]) -> None:
     groups: dict[str, dist.ProcessGroup] = {}
     parts: dict[str, list[Tensor]] = {}
     for piece, gradient in gradients:
+        if not any(rows.sum_over for rows in piece.rows):
+            continue
         local, first = local_tensor(gradient), 0
         for rows in piece.rows:
             for axis, group in rows.sum_over:
@@ -103,24 +106,30 @@ def global_square_sum(
     Gradients come with the piece that they lie as. `group` holds the ranks of one copy of the
     model; None: this rank alone. Collective over it.
     """
-    squares = []
-    for piece, gradient in gradients:
-        local = local_tensor(gradient)
-        wide = torch.promote_types(local.dtype, torch.float32)
-        for own in piece.split_own(local):
-            squares.append(torch.linalg.vector_norm(own, dtype=wide).square())
+    found = list(gradients)
+    parts = zip(found, local_tensors(gradient for _, gradient in found), strict=True)
+    own = [tensor for (piece, _), local in parts for tensor in piece.split_own(local)]
+    wide = reduce(torch.promote_types, {tensor.dtype for tensor in own}, torch.float32)
+    # One call for all: one by one, the norms of 291 weights cost two milliseconds of the host.
+    norms = torch._foreach_norm(own, 2, wide) if own else ()
     # fp64 on every rank, whether it has a gradient or not: they meet in one collective.
     empty = torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.stack(squares).double().sum() if squares else empty
+    total = torch.stack(norms).square().double().sum() if norms else empty
     if group is not None:
         dist.all_reduce(total, group=group)
     return total
 
 
-@torch.no_grad()
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part, which aliases the tensor; a plain tensor is its own part."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor.detach()
+    (local,) = local_tensors([tensor])
+    return local
+
+
+@torch.no_grad()
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return `local_tensor` of each: to switch gradients off costs as much as to take one."""
+    return [tensor.to_local() if is_dtensor(tensor) else tensor.detach() for tensor in tensors]
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
