@@ -1,7 +1,9 @@
 """How benchmarks start a run: as `tessera train` ends up doing, without its folders of logs."""
 
+import os
 from pathlib import Path
 
+from launch.host_memory import keep_freed_memory
 from trainer.construct import Start
 from trainer.control import StopRequest
 from trainer.directory import CONFIG, new_attempt
@@ -16,4 +18,6 @@ def start_in(folder: Path, placement: Placement | None = None) -> Start:
         (attempt / CONFIG).write_text("made: by a benchmark\n")  # the record of the run copies it
         return attempt
 
-    return Start(placement=placement or Placement(), locate=locate, request=StopRequest())
+    placement = placement or Placement()
+    keep_freed_memory(placement.device.type, os.environ)
+    return Start(placement=placement, locate=locate, request=StopRequest())
