@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.layout import Layout
 from trainer.batch import Batch
 from trainer.engines.counting import loss_sums, no_loss
-from trainer.engines.native import NativeTrainer
+from trainer.engines.native_trainer import NativeTrainer
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.engines.protocol import Surroundings
 from trainer.mesh import Mesh

@@ -15,6 +15,9 @@ from trainer.engines.counting import loss_sums, no_loss
 from trainer.mesh import Mesh
 from trainer.parallel import context_parallel
 from trainer.parallel.data_parallel import set_gradient_sync
+from trainer.parallel.fully_sharded import FullySharded
+
+WITHOUT_SETTINGS = FullySharded()
 
 
 class Passes(Protocol):
@@ -65,8 +68,17 @@ def key(*parts: int) -> int:
 class PlainPasses:
     """One micro-batch after the other through the whole model."""
 
-    def __init__(self, called: nn.Module, mesh: Mesh, keys: Keys, *, is_compiled: bool) -> None:
+    def __init__(
+        self,
+        called: nn.Module,
+        mesh: Mesh,
+        keys: Keys,
+        *,
+        is_compiled: bool,
+        sharding: FullySharded = WITHOUT_SETTINGS,
+    ) -> None:
         self.called, self.keys, self.is_compiled = [called], keys, is_compiled
+        self.sharding = sharding
         self._model, self.mesh = called, mesh
         self.averaged_over = mesh.token_size
         self.cp = mesh.group("cp") if mesh.size("cp") > 1 else None
@@ -74,7 +86,9 @@ class PlainPasses:
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
         sums = no_loss(micro_batches[0], scale.device)
         for number, batch in enumerate(map(self._own, micro_batches)):
-            set_gradient_sync(self._model, number == len(micro_batches) - 1)
+            is_last = number == len(micro_batches) - 1
+            set_gradient_sync(self._model, is_last)
+            self.sharding.begin_pass(self._model, is_last=is_last)
             self.keys.start(step, number)
             loss = self._loss(batch, scale)
             loss.objective.backward()
