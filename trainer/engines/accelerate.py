@@ -55,6 +55,8 @@ class AccelerateEngine:
                     f"mesh.{axis}={axes[axis]}: accelerate would run copies of the whole model "
                     "and say nothing; use engine=native, or mesh=ddp"
                 )
+        if precision.is_float8:
+            raise ValueError("precision=fp8 needs engine=native; set it, or precision=bf16")
         from accelerate.utils import DistributedDataParallelKwargs
 
         known = [one.name for one in fields(DistributedDataParallelKwargs)]

@@ -15,6 +15,7 @@ from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.protocol import Surroundings
 from trainer.engines.repeatable import RepeatablePasses
 from trainer.engines.topology_free import TreePasses
+from trainer.float8 import Float8
 from trainer.image_memory import check_memory
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
@@ -44,6 +45,8 @@ class NativeEngine:
     `tessera train` keeps what was compiled in ~/.cache/tessera/compiled, for the next start."""
     fsdp: FullySharded = field(default_factory=FullySharded)
     """With mesh.dp_shard: how long gathered weights and whole gradients stay."""
+    float8: Float8 = field(default_factory=Float8)
+    """With precision=fp8: how values are rounded to 8 bits."""
     sequence_parallel: bool = True
     """With mesh.tp: between its layers, ranks share the tokens instead of repeating them."""
     pipeline_chunks: int = 1
@@ -77,6 +80,10 @@ class NativeEngine:
             row_tokens=row_tokens, micro_batches=micro_batches,
         )  # fmt: skip
         self.fsdp.check(layout, axes)
+        self.float8.check(
+            model, layout, axes,
+            row_tokens=row_tokens, precision=precision, is_compiled=self.compile,
+        )  # fmt: skip
         self.check_machine()
 
     def check_machine(self) -> None:
@@ -107,6 +114,8 @@ class NativeEngine:
         blocks = [
             block for _, block in named_blocks(part, layout) if not isinstance(block, Elsewhere)
         ]
+        if around.precision.is_float8:
+            self.float8.convert(part, layout)
         self.activation_checkpointing.apply(blocks)
         if self.compile:
             for block in blocks:
