@@ -39,7 +39,7 @@ _ALONE: dict[str, Any] = {  # one process that only takes steps has no use for t
     "resume_step": None,
 }
 _NATIVE = "trainer.engines.native.NativeEngine"
-_KEPT = ("activation_checkpointing", "compile", "offload_optimizer")  # of an engine
+_KEPT = ("activation_checkpointing", "compile", "float8", "offload_optimizer")  # of an engine
 MAX_ROWS, TEXT_WIDTH = 30, 48
 
 

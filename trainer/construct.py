@@ -27,7 +27,6 @@ from trainer.numerics.watch import RewindError, Watch
 from trainer.out_of_memory import in_words
 from trainer.parallel.materialise import Values, random_values
 from trainer.phases import PhasedEngine
-from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.replicas import Replicas
@@ -163,7 +162,7 @@ def _meter(run: Run, engine: PhasedEngine, ranks: Ranks) -> Meter:
         flops=lambda: engine.flops,
         world_size=ranks.placement.world_size,
         device=ranks.device,
-        has_peak=PRECISIONS[run.precision].compute == torch.bfloat16,
+        has_peak=run.precision in ("bf16", "pure_bf16"),
     )
 
 

@@ -11,7 +11,7 @@ from trainer.code_version import git_commit
 
 _PACKAGES = (
     "tessera-train", "torch", "numpy", "tokenizers", "safetensors", "datasets", "xxhash",
-    "transformers", "accelerate", "deepspeed", "bitsandbytes",
+    "transformers", "accelerate", "deepspeed", "bitsandbytes", "torchao",
 )  # fmt: skip
 
 

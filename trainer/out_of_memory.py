@@ -10,6 +10,7 @@ from trainer.distributed import Ranks
 from trainer.errors import MemoryExhaustedError
 from trainer.meter import peak_memory_gib
 from trainer.parallel.activation_checkpointing import NONE
+from trainer.parallel.fully_sharded import FORWARD, MICRO_BATCH, STEP, FullySharded
 from trainer.run import Run
 
 # What torch's allocators of the host and of NCCL say, in plain RuntimeErrors.
@@ -60,9 +61,16 @@ def _advice(run: Run, world_size: int) -> str:
         found.append(f"lower data.micro_rows from {rows} to {max(1, rows // 2)}")
     if run.engine.activation_checkpointing.mode == NONE:
         found.append("set engine.activation_checkpointing.mode=full")
+    fsdp = getattr(run.engine, "fsdp", FullySharded())
+    if fsdp.reshard_after != FORWARD:
+        found.append(f"set engine.fsdp.reshard_after={FORWARD}")
     axes = run.chosen_mesh(world_size)[0].axes(world_size)
     if axes["dp_replicate"] > 1 and run.engine.can_shard:
         found.append("set mesh=fsdp, which shares weights and optimizer out over the ranks")
+    is_sharded = axes["dp_shard"] > 1 and axes["pp"] == 1
+    passes = run.data.micro_batches(axes["dp_replicate"] * axes["dp_shard"])
+    if is_sharded and fsdp.gradient_sync == STEP and passes != 1:
+        found.append(f"set engine.fsdp.gradient_sync={MICRO_BATCH}, which keeps no whole gradient")
     if not found:
         found.append("start more processes, or lower data.row_tokens")
     return "; or ".join(found)

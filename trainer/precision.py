@@ -17,11 +17,14 @@ class Precision:
 
     master: torch.dtype
     compute: torch.dtype
+    is_float8: bool = False
+    """Whether products of trained linears are taken in float8; see trainer/float8.py."""
 
 
 PRECISIONS = {
     "fp32": Precision(master=torch.float32, compute=torch.float32),
     "bf16": Precision(master=torch.float32, compute=torch.bfloat16),
+    "fp8": Precision(master=torch.float32, compute=torch.bfloat16, is_float8=True),
     "pure_bf16": Precision(master=torch.bfloat16, compute=torch.bfloat16),
     "fp64": Precision(master=torch.float64, compute=torch.float64),
 }

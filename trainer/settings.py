@@ -65,7 +65,8 @@ class Settings:
     """off; run: the same bits on the same layout, whenever it was stopped and resumed;
     topology_free: the same on 1, 2, 4, .. data ranks, with or without FSDP2 (CPU)."""
     precision: str
-    """fp32, bf16 (fp32 weights, bf16 compute), pure_bf16, or fp64."""
+    """fp32, bf16 (fp32 weights, bf16 compute), fp8 (as bf16, but products of trained linears in
+    float8), pure_bf16, or fp64."""
     tokenizer: str
     """`byte`, `bpe` (trained on the data, cached), a folder with tokenizer.json, or `auto`: that
     of model.path or model.text, where the model has one, else that of data=tokens, else bpe."""

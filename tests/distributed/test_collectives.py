@@ -21,11 +21,11 @@ def expected(layout: str, micro_batches: int) -> dict[str, int]:
     if layout == "ddp":  # targets, loss; one bucket of gradients
         return {"all-reduce": 3}
     if layout == "fsdp":
-        # Targets, loss, norm. Weights of a block twice, of the root once, for each micro-batch;
-        # gradients of each once, with the last micro-batch.
+        # Targets, loss, norm. Weights of a block twice, of the last one and of the root once, for
+        # each micro-batch; gradients of each once, with the last micro-batch.
         return {
             "all-reduce": 3,
-            "all-gather": micro_batches * (2 * BLOCKS + 1),
+            "all-gather": micro_batches * 2 * BLOCKS,
             "reduce-scatter": BLOCKS + 1,
         }
     # Attention and feed-forward layer, forward and backward; the embedding's end, the head's start.

@@ -23,7 +23,8 @@ from trainer.callbacks.protocol import Callback
 from trainer.data.loader import EvalLoader, Step, StepLoader
 from trainer.data.pretraining import PretrainingData
 from trainer.distributed import Placement
-from trainer.engines.native import NativeEngine, NativeTrainer
+from trainer.engines.native import NativeEngine
+from trainer.engines.native_trainer import NativeTrainer
 from trainer.engines.protocol import Surroundings
 from trainer.parallel.laid_out import LaidOut
 from trainer.progress import Progress

@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 from tests.runs import start_in, tiny_run
 from trainer.construct import fit
 from trainer.distributed import Placement
-from trainer.engines.native import NativeTrainer
+from trainer.engines.native_trainer import NativeTrainer
 from trainer.errors import CorruptionError
 from trainer.mesh import MeshSpec
 from trainer.replicas import checksum

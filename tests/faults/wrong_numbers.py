@@ -19,7 +19,8 @@ from trainer.batch import Batch
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.data.loader import EvalLoader, Step, StepLoader
 from trainer.data.pretraining import PretrainingData
-from trainer.engines.native import NativeEngine, NativeTrainer
+from trainer.engines.native import NativeEngine
+from trainer.engines.native_trainer import NativeTrainer
 from trainer.engines.protocol import Surroundings
 from trainer.parallel.laid_out import LaidOut
 from trainer.pieces import Piece

@@ -248,7 +248,7 @@ def test_spec_where_a_plain_value_is_needed_is_refused(tree: dict[str, Any], pat
         "trainer.construct.Path",
         "trainer.construct.fit",
         "launch.cli.main",
-        "trainer.engines.native.NativeTrainer",
+        "trainer.engines.native_trainer.NativeTrainer",
         "models.llama.Llama",
         "trainer.run",
         "trainer.run.Run.check",

@@ -15,6 +15,7 @@ from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
 from trainer.out_of_memory import in_words
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.parallel.fully_sharded import FullySharded
 from trainer.run import Run
 
 FULL = ActivationCheckpointing(mode="full")
@@ -52,7 +53,18 @@ def test_a_host_that_has_no_memory_left_ends_the_run_with_one_line(
         (
             {
                 "data_micro_rows": 1, "mesh": MeshSpec(dp_shard=2),
-                "engine": NativeEngine(activation_checkpointing=FULL),
+                "engine": NativeEngine(
+                    activation_checkpointing=FULL, fsdp=FullySharded(reshard_after="step")
+                ),
+            },
+            2, "; set engine.fsdp.reshard_after=forward; or set engine.fsdp.gradient_sync=micro_ba",
+        ),
+        (
+            {
+                "data_micro_rows": 1, "mesh": MeshSpec(dp_shard=2),
+                "engine": NativeEngine(
+                    activation_checkpointing=FULL, fsdp=FullySharded(gradient_sync="micro_batch")
+                ),
             },
             2, "; start more processes, or lower data.row_tokens",
         ),

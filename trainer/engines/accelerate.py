@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.layout import Layout
 from trainer.batch import Batch
 from trainer.engines.counting import loss_sums, no_loss
-from trainer.engines.native import NativeTrainer
+from trainer.engines.native_trainer import NativeTrainer
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.engines.protocol import Surroundings
 from trainer.mesh import Mesh
@@ -55,6 +55,8 @@ class AccelerateEngine:
                     f"mesh.{axis}={axes[axis]}: accelerate would run copies of the whole model "
                     "and say nothing; use engine=native, or mesh=ddp"
                 )
+        if precision.is_float8:
+            raise ValueError("precision=fp8 needs engine=native; set it, or precision=bf16")
         from accelerate.utils import DistributedDataParallelKwargs
 
         known = [one.name for one in fields(DistributedDataParallelKwargs)]

@@ -6,41 +6,27 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.layout import Layout
-from models.nn.cache import Cache
-from models.nn.head import Loss
-from models.nn.vision_text import VisionTextTrunk, trains_on_images
-from trainer.batch import Batch
-from trainer.engines.counting import count_step
-from trainer.engines.micro_batches import prepared
-from trainer.engines.passes import Keys, Passes, PlainPasses, cache_for
+from trainer.engines.native_trainer import NativeTrainer
+from trainer.engines.passes import Keys, Passes, PlainPasses
 from trainer.engines.pipelined import PipelinedPasses
 from trainer.engines.protocol import Surroundings
 from trainer.engines.repeatable import RepeatablePasses
 from trainer.engines.topology_free import TreePasses
-from trainer.engines.update import Update
+from trainer.float8 import Float8
 from trainer.image_memory import check_memory
-from trainer.mesh import Mesh
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.context_parallel import share_context
-from trainer.parallel.data_parallel import (
-    cast_to_compute,
-    gather_once,
-    named_blocks,
-    replicate,
-    shard,
-)
+from trainer.parallel.data_parallel import cast_to_compute, named_blocks, replicate
+from trainer.parallel.fully_sharded import FullySharded
 from trainer.parallel.laid_out import LaidOut
 from trainer.parallel.legal import check_axes, check_packed
 from trainer.parallel.pieces import Splits
 from trainer.parallel.pipeline import Elsewhere, Stages
 from trainer.parallel.tensor_parallel import split_tensors
-from trainer.pieces import Piece
 from trainer.precision import Precision
-from trainer.protocols import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +43,10 @@ class NativeEngine:
     compile: bool = False
     """Compile each block (torch.compile, static shapes): faster steps after a slower first one.
     `tessera train` keeps what was compiled in ~/.cache/tessera/compiled, for the next start."""
+    fsdp: FullySharded = field(default_factory=FullySharded)
+    """With mesh.dp_shard: how long gathered weights and whole gradients stay."""
+    float8: Float8 = field(default_factory=Float8)
+    """With precision=fp8: how values are rounded to 8 bits."""
     sequence_parallel: bool = True
     """With mesh.tp: between its layers, ranks share the tokens instead of repeating them."""
     pipeline_chunks: int = 1
@@ -89,6 +79,11 @@ class NativeEngine:
             model, layout, axes, sequence=self.sequence_parallel, chunks=self.pipeline_chunks,
             row_tokens=row_tokens, micro_batches=micro_batches,
         )  # fmt: skip
+        self.fsdp.check(layout, axes)
+        self.float8.check(
+            model, layout, axes,
+            row_tokens=row_tokens, precision=precision, is_compiled=self.compile,
+        )  # fmt: skip
         self.check_machine()
 
     def check_machine(self) -> None:
@@ -119,12 +114,14 @@ class NativeEngine:
         blocks = [
             block for _, block in named_blocks(part, layout) if not isinstance(block, Elsewhere)
         ]
+        if around.precision.is_float8:
+            self.float8.convert(part, layout)
         self.activation_checkpointing.apply(blocks)
         if self.compile:
             for block in blocks:
                 block.compile(dynamic=False)
         if mesh.is_sharded:
-            shard(part, blocks, mesh, around.precision)
+            self.fsdp.shard(part, layout, blocks, mesh, around.precision)
         return splits
 
     def build(self, laid_out: LaidOut, around: Surroundings) -> "NativeTrainer":
@@ -137,7 +134,7 @@ class NativeEngine:
         update = around.update(laid_out, is_offloaded=self.offload_optimizer)
         passes: Passes
         if around.is_topology_free:
-            passes = TreePasses(called[0], mesh, keys, is_compiled=self.compile)
+            passes = TreePasses(called[0], mesh, keys, is_compiled=self.compile, sharding=self.fsdp)
         elif laid_out.stages is not None:
             shares = mesh.size("tp") if self.sequence_parallel else 1
             passes = PipelinedPasses(
@@ -147,94 +144,8 @@ class NativeEngine:
         elif around.is_repeatable and not mesh.is_sharded:
             passes = RepeatablePasses(called[0], mesh, keys, is_compiled=self.compile)
         else:
-            passes = PlainPasses(called[0], mesh, keys, is_compiled=self.compile)
+            passes = PlainPasses(
+                called[0], mesh, keys, is_compiled=self.compile, sharding=self.fsdp
+            )
         is_narrow = mesh.is_sharded and precision.compute != precision.master
         return NativeTrainer(parts, passes, mesh, device, update, is_narrow=is_narrow)
-
-
-class NativeTrainer:
-    """Owns the model, its passes and its update; see the Engine protocol."""
-
-    def __init__(
-        self,
-        parts: list[nn.Module],
-        passes: Passes,
-        mesh: Mesh,
-        device: torch.device,
-        update: Update,
-        *,
-        is_narrow: bool,
-    ) -> None:
-        """`is_narrow`: FSDP2 gathers weights in another dtype than gradients are kept in."""
-        self.parts, self.passes, self.mesh, self.device = parts, passes, mesh, device
-        self.update = update
-        for part in parts:
-            part.train()  # all of it: `_set_training` looks at the top alone
-        # DDP reduces what has a gradient in the last backward pass, and waits for all. FSDP2 widens
-        # gradients behind each pass but the last, and then wants one dtype in a unit: so all of
-        # them need one in the first pass too.
-        places = (0, -1) if is_narrow else (-1,)
-        self.with_image = places if any(map(trains_on_images, parts)) else ()
-        for part in parts if is_narrow else ():
-            if any(isinstance(module, VisionTextTrunk) for module in part.modules()):
-                gather_once(part)
-
-    def train_step(self, step: int, micro_batches: list[Batch], num_tokens: int) -> StepResult:
-        micro_batches = prepared(micro_batches, self.device, self.with_image)
-        counts, of_sources = count_step(micro_batches, num_tokens, self.mesh, self.device)
-        # DDP and FSDP2 average gradients over ranks with different tokens; this makes them the mean
-        # over all targets of the step.
-        scale = self.passes.averaged_over / counts[0].clamp(min=1).double()
-        self._set_training(True)
-        sums = self.passes.train(step, micro_batches, scale)
-        loss_sum, by_source = sums[0], torch.stack((sums[1:], of_sources))
-        grad_norm = self.update.grad_norm()
-        verdict = self.update.guard.judge(loss_sum, counts[0], grad_norm)
-        lr = self.update.apply(step, grad_norm, verdict)
-        return StepResult(
-            loss_sum, *counts, grad_norm, verdict.skipped, lr, verdict.flags, by_source
-        )
-
-    @torch.no_grad()
-    def eval_step(self, batch: Batch) -> Loss:
-        self._set_training(False)
-        return self.passes.loss(batch.to(self.device))
-
-    @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        self._set_training(False)
-        length = batch.input_ids.shape[1]
-        batch = batch.padded(-length % self.mesh.row_multiple).to(self.device)
-        return self.passes.logits(batch)[:, :length]
-
-    def new_cache(self) -> Cache | None:
-        return cache_for(self.parts[0], self.mesh)
-
-    @torch.no_grad()
-    def next_logits(self, batch: Batch, cache: Cache | None) -> Tensor:
-        if cache is None:
-            return self.logits(batch)[:, -1]
-        assert isinstance(self.passes, PlainPasses), "stages keep no cache"
-        self._set_training(False)
-        return self.passes.next_logits(batch.to(self.device), cache)
-
-    def _set_training(self, mode: bool) -> None:
-        for part in self.parts:
-            if part.training != mode:  # to tell 400 modules what they know takes a millisecond
-                part.train(mode)
-
-    def weights(self) -> dict[str, Piece]:
-        return self.update.pieces
-
-    def optimizer_state(self) -> dict[str, Piece]:
-        return self.update.state()
-
-    @property
-    def writes(self) -> bool:
-        return self.mesh.is_first_copy
-
-    def loaded(self) -> None:
-        self.update.loaded()
-
-    def close(self) -> None:
-        torch.compiler.reset()  # graphs, where blocks were compiled

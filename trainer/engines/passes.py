@@ -15,6 +15,9 @@ from trainer.engines.counting import loss_sums, no_loss
 from trainer.mesh import Mesh
 from trainer.parallel import context_parallel
 from trainer.parallel.data_parallel import set_gradient_sync
+from trainer.parallel.fully_sharded import FullySharded
+
+WITHOUT_SETTINGS = FullySharded()
 
 
 class Passes(Protocol):
@@ -65,28 +68,39 @@ def key(*parts: int) -> int:
 class PlainPasses:
     """One micro-batch after the other through the whole model."""
 
-    def __init__(self, called: nn.Module, mesh: Mesh, keys: Keys, *, is_compiled: bool) -> None:
+    def __init__(
+        self,
+        called: nn.Module,
+        mesh: Mesh,
+        keys: Keys,
+        *,
+        is_compiled: bool,
+        sharding: FullySharded = WITHOUT_SETTINGS,
+    ) -> None:
         self.called, self.keys, self.is_compiled = [called], keys, is_compiled
+        self.sharding = sharding
         self._model, self.mesh = called, mesh
         self.averaged_over = mesh.token_size
         self.cp = mesh.group("cp") if mesh.size("cp") > 1 else None
-        self._syncs: bool | None = None
+        self._is_last: bool | None = None
         """What the model was told last; None: nothing."""
 
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
         sums = no_loss(micro_batches[0], scale.device)
         for number, batch in enumerate(map(self._own, micro_batches)):
-            self._sync(number == len(micro_batches) - 1)
+            self._begin_pass(is_last=number == len(micro_batches) - 1)
             self.keys.start(step, number)
             loss = self._loss(batch, scale)
             loss.objective.backward()
             sums += loss_sums(loss, batch)
         return self.mesh.sum_over_tokens(sums)
 
-    def _sync(self, enabled: bool) -> None:
-        if enabled != self._syncs:  # FSDP2 looks at every module to take it in
-            set_gradient_sync(self._model, enabled)
-            self._syncs = enabled
+    def _begin_pass(self, *, is_last: bool) -> None:
+        """Say what becomes of gradients and weights behind the next backward pass."""
+        if is_last != self._is_last:  # FSDP2 looks at every module to take it in
+            set_gradient_sync(self._model, is_last)
+            self.sharding.begin_pass(self._model, is_last=is_last)
+            self._is_last = is_last
 
     def loss(self, batch: Batch) -> Loss:
         return self._loss(self._own(batch), torch.ones((), device=batch.input_ids.device))

@@ -11,6 +11,7 @@ from trainer.batch import Batch
 from trainer.engines.counting import loss_sums
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.mesh import Mesh
+from trainer.parallel.fully_sharded import FullySharded
 from trainer.parallel.pieces import is_dtensor
 from trainer.parallel.tree import TreeSum, pairwise_sum, reduce_pairwise, summed_share
 from trainer.precision import Precision
@@ -127,9 +128,12 @@ def _local(tensor: Tensor) -> Tensor:
 class TreePasses(PlainPasses):
     """One micro-batch after the other; gradients and losses are summed in a fixed tree."""
 
-    def __init__(self, called: nn.Module, mesh: Mesh, keys: Keys, *, is_compiled: bool) -> None:
-        """`called` averages nothing itself."""
-        super().__init__(called, mesh, keys, is_compiled=is_compiled)
+    def __init__(
+        self, called: nn.Module, mesh: Mesh, keys: Keys, *, is_compiled: bool,
+        sharding: FullySharded,
+    ) -> None:  # fmt: skip
+        """`called` averages nothing itself. The tree takes the sums, whatever `sharding` says."""
+        super().__init__(called, mesh, keys, is_compiled=is_compiled, sharding=sharding)
         self.group, self.averaged_over = mesh.token_group, 1
         parameters = [parameter for parameter in called.parameters() if parameter.requires_grad]
         self.gradients: _Gradients
@@ -142,6 +146,7 @@ class TreePasses(PlainPasses):
     def train(self, step: int, micro_batches: list[Batch], scale: Tensor) -> Tensor:
         tree, sums = TreeSum(), []
         for number, batch in enumerate(micro_batches):
+            self.sharding.keep_gathered(self._model, is_last=number == len(micro_batches) - 1)
             self.keys.start(step, number)
             loss = self._loss(batch, scale)
             loss.objective.backward()

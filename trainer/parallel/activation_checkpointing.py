@@ -24,6 +24,7 @@ _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
     OPERATION,
+    _aten._scaled_mm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

@@ -1,8 +1,7 @@
-"""FSDP2 over the planned model, and DDP or nothing where no weight is sharded."""
+"""The blocks of a planned model, and DDP or nothing where no weight is sharded."""
 
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,42 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from models.layout import Layout
 from trainer.mesh import Mesh
 from trainer.precision import Precision
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-
-
-def shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: Precision) -> None:
-    """Apply `fully_shard` to every block and to the root, in place, while the model is on meta.
-
-    Embedding and head stay in the root's group: tied weights must share one group, or FSDP2 unties
-    them without a word.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy(
-        param_dtype=precision.compute,
-        reduce_dtype=precision.master,
-        # The only float input is the loss scale: casting it to bf16 would change the gradient.
-        cast_forward_inputs=False,
-    )
-    device_mesh = mesh.shard_mesh
-    for block in blocks:
-        fully_shard(block, mesh=device_mesh, mp_policy=policy)
-    fully_shard(model, mesh=device_mesh, mp_policy=policy)
-
-
-def gather_once(model: nn.Module) -> None:
-    """Gather each unit of FSDP2 once, and let it go again. Collective.
-
-    A unit that no forward pass has run yet ends the first backward pass that keeps its gradients in
-    another dtype: FSDP2 looks there for weights that it has never gathered (torch 2.11 to 2.13). So
-    it is with tower and gated blocks where a run begins with text.
-    """
-    for module in model.modules():
-        if is_fsdp(module):
-            module.unshard()
-            module.reshard()
 
 
 def named_blocks(model: nn.Module, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
@@ -96,14 +59,6 @@ def replicate(model: nn.Module, mesh: Mesh, precision: Precision) -> nn.Module:
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Say whether the next backward reduces gradients over ranks or keeps them for the next one."""
-    if is_fsdp(model):
-        model.set_requires_gradient_sync(enabled)
-    elif isinstance(model, DistributedDataParallel):
+    """Say whether the next backward pass of DDP reduces gradients or keeps them for the next."""
+    if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = enabled
-
-
-def is_fsdp(module: nn.Module) -> TypeGuard["FSDPModule"]:
-    """Whether it is a unit of FSDP2. None is before something imported the class: over a second."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

@@ -26,6 +26,8 @@ class Device:
 
     def peak(self, precision: Precision) -> float | None:
         """Return the peak for the type that a step computes in; None: there is none stated."""
+        if precision.is_float8:
+            return None  # some products are in bf16
         return {torch.bfloat16: self.bf16, torch.float32: self.fp32}.get(precision.compute)
 
 

@@ -12,6 +12,7 @@ from trainer.checkpoint.interval import GPU_HOURS_PER_FAILURE
 from trainer.checkpoint.spec import AUTO_INTERVAL
 from trainer.flops import Flops, training_flops
 from trainer.parallel.pieces import unique_parameters
+from trainer.planning.any_machine import without_float8
 from trainer.planning.devices import Device
 from trainer.planning.rows import micro_rows_of
 from trainer.precision import PRECISIONS
@@ -67,7 +68,7 @@ def facts_of(run: Run, processes: int, device: Device | None) -> Facts:
 
     Data is looked at where labels come from it, and not otherwise.
     """
-    run = sized(run, device)
+    run = without_float8(sized(run, device))
     spec, why = run.chosen_mesh(processes)
     axes = spec.axes(processes)
     dp_size = axes["dp_replicate"] * axes["dp_shard"]

@@ -7,6 +7,7 @@ from typing import Any
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
+from trainer.parallel.fully_sharded import FullySharded
 from trainer.planning.facts import facts_of
 from trainer.planning.memory import Memory, memory_of
 from trainer.run import Run
@@ -40,7 +41,10 @@ def layouts(run: Run, processes: int) -> dict[str, Run]:
     recompute = run.engine.activation_checkpointing
     native = NativeEngine(activation_checkpointing=recompute)
     engine: Any = run.engine if isinstance(run.engine, NativeEngine) else native
-    found = {name: replace(run, mesh=mesh, engine=engine) for name, mesh in meshes.items()}
+    found = {
+        name: replace(run, mesh=mesh, engine=_settings(engine, mesh))
+        for name, mesh in meshes.items()
+    }
     zero = DeepSpeedEngine(activation_checkpointing=recompute)
     if isinstance(run.engine, DeepSpeedEngine):
         zero = replace(run.engine, offload_parameters=False)
@@ -48,6 +52,11 @@ def layouts(run: Run, processes: int) -> dict[str, Run]:
     for stage in (1, 2, 3) if processes > 1 else ():
         found[f"zero{stage}"] = replace(run, mesh=copies, engine=replace(zero, stage=stage))
     return found
+
+
+def _settings(engine: NativeEngine, mesh: MeshSpec) -> NativeEngine:
+    """Return the user's settings; those of FSDP2 only where something is sharded."""
+    return engine if mesh.dp_shard > 1 else replace(engine, fsdp=FullySharded())
 
 
 def _meshes(processes: int) -> Iterator[tuple[str, MeshSpec]]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from trainer.parallel.pieces import local_tensor
+from trainer.planning.any_machine import without_float8
 from trainer.planning.apart import apart
 from trainer.planning.live import BACKWARD, BUILD, FORWARD, GATHERED, Block, Ledger
 from trainer.planning.on_gpu import as_on_gpu
@@ -49,6 +50,7 @@ def memory_of(run: Run, world_size: int, *, is_gpu: bool) -> Memory:
 
 def _plannable(run: Run, *, is_gpu: bool) -> Run:
     """Return the run as its step can be taken here."""
+    run = without_float8(run)
     engine: Any = run.engine
     if getattr(engine, "compile", False):
         engine = replace(engine, compile=False)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch import Batch
-from trainer.engines.native import NativeTrainer
+from trainer.engines.native_trainer import NativeTrainer
 from trainer.engines.update import Update
 from trainer.parallel import collectives
-from trainer.parallel.data_parallel import is_fsdp
+from trainer.parallel.fully_sharded import is_fsdp
 from trainer.protocols import Engine, StepResult
 
 

@@ -1,0 +1,1 @@
+"""Comparisons that only a GPU can judge; with size=tiny they run on any machine."""
