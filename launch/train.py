@@ -14,6 +14,7 @@ from launch.menu import lines
 from launch.protocol import Job, Launch
 from launch.request import LEASE_SECONDS, Request, once_free
 from launch.signals import leaving_on_signals
+from launch.start_up import keep_compiled, resting_collector
 from launch.truth import truth
 from launch.words import split_off
 
@@ -43,12 +44,13 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE + "\n".join(lines()))
         return 0
-    with leaving_on_signals():
+    with leaving_on_signals(), resting_collector():
         return _train(read_request(arguments))
 
 
 def _train(request: Request) -> int:
     hold(request.tree.get("deterministic"), os.environ)
+    keep_compiled(request.tree["engine"], os.environ)
     end = end_time(request.tree["stop_at"], os.environ)
     if not request.is_dry:
         from launch.worker import refuse_lone_rank

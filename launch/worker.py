@@ -21,6 +21,7 @@ from launch.last_words import (
 )
 from launch.parent import Stacks, die_with, obey
 from launch.signals import handle_signals
+from launch.start_up import resting_collector
 from launch.terminal import redact_tracebacks, say
 
 if TYPE_CHECKING:
@@ -170,8 +171,9 @@ def main() -> None:
     from trainer.stored_config import read_stored
 
     attempt = Path(os.environ[ATTEMPT])
-    run = bind_run(read_stored(attempt / "config.yaml"))
-    leave(execute(run, placement_from(os.environ), lambda _: attempt))
+    with resting_collector():
+        run = bind_run(read_stored(attempt / "config.yaml"))
+        leave(execute(run, placement_from(os.environ), lambda _: attempt))
 
 
 if __name__ == "__main__":

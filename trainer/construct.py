@@ -36,6 +36,7 @@ from trainer.rewind import go_back
 from trainer.run import Run
 from trainer.run_data import build_data
 from trainer.settle import settle
+from trainer.start_up import import_the_rest, wake_collector
 from trainer.stopping import Stopping
 from trainer.time_limit import TimeLimit
 from trainer.trackers.tracking import Tracking
@@ -75,8 +76,8 @@ def fit(run: Run, start: Start) -> bool:
     # Before any thread is started, which inherits it: denormal numbers made a CPU step 1.5x slower.
     torch.set_flush_denormal(True)
     fix_bits(run)
-    from torch import _dynamo  # noqa: F401  optimizers do, for seconds: not while ranks wait
-
+    import_the_rest(is_compiled=getattr(run.engine, "compile", False))
+    wake_collector()
     start.whereabouts.enter("connect")
     ranks = Ranks(start.placement, run.timeout_seconds)
     located = str(start.locate(run.num_steps)) if start.placement.is_main else ""

@@ -9,6 +9,7 @@ from trainer.data.loader import StepLoader
 from trainer.length import steps_of
 from trainer.run import Run
 from trainer.run_data import data_of
+from trainer.start_up import wake_collector
 from trainer.tasks.emphasis import BALANCED, Emphasised
 
 
@@ -20,6 +21,7 @@ def settle(run: Run) -> Run:
     task = run.task if getattr(run.task, "class_weights", None) == BALANCED else None
     if run.max_epochs is None and task is None:
         return run
+    wake_collector()  # making the data may take hours
     _, loader, _ = data_of(run)
     if run.max_epochs is not None:
         max_steps = steps_of(run.max_epochs, loader)

@@ -56,7 +56,8 @@ class NativeEngine:
     )
     """Whether blocks are computed again in the backward pass: less memory for more time."""
     compile: bool = False
-    """Compile each block (torch.compile, static shapes): faster steps after a slower first one."""
+    """Compile each block (torch.compile, static shapes): faster steps after a slower first one.
+    `tessera train` keeps what was compiled in ~/.cache/tessera/compiled, for the next start."""
     sequence_parallel: bool = True
     """With mesh.tp: between its layers, ranks share the tokens instead of repeating them."""
     pipeline_chunks: int = 1
