@@ -7,7 +7,7 @@ ledger and background saves; it logs, evaluates and saves more often than by def
 notes each change of phase. From the median of each event and the default intervals (log_every 10,
 eval_every and save_every 500) follows the share of a long run's wall time. What is assumed: the
 background part of a save costs all of its time, though another core may do it; the held-out 1 % of
-the standard library is evaluated (0.12 M tokens in bytes; evaluation grows with it); single
+the standard library is evaluated (82,000 tokens in bytes; evaluation grows with it); single
 process. `demo` has the demo's model and batch (1,024 tokens a step), `llama_16m` the default batch
 (16 rows of 512 tokens) in bf16.
 """
