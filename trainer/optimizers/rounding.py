@@ -38,15 +38,20 @@ class Noise:
         rows = (rows ^ (rows >> 27)) * _ROWS[2]
         columns = torch.arange(*self.piece.columns, dtype=torch.int32, device=step.device)
         x = (rows ^ (rows >> 31)).int()[:, None] + columns * _COLUMNS[0]
-        x = (x ^ (x >> 16)).mul_(_COLUMNS[1])
-        x = (x ^ (x >> 15)).mul_(_COLUMNS[2])
-        return x.bitwise_xor_(x >> 16)
+        x = (x ^ _shifted(x, 16)).mul_(_COLUMNS[1])
+        x = (x ^ _shifted(x, 15)).mul_(_COLUMNS[2])
+        return x.bitwise_xor_(_shifted(x, 16))
 
     def _row_numbers(self, device: torch.device) -> Tensor:
         if self._rows is None:
             runs = [torch.arange(r.start, r.stop, device=device) for r in self.piece.rows]
             self._rows = torch.cat(runs)
         return self._rows
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift int32 to the right, zeros first: `>>` alone repeats the sign, and its bit is lost."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def rounded(values: Tensor, bits: Tensor, use: int) -> Tensor:
