@@ -54,3 +54,7 @@ class HeadRows:
     """Features of one head, in a row; heads follow each other."""
     shared: int = 0
     """Features after those of all heads, which all heads use."""
+    parts: int = 1
+    """Projections that lie side by side in one head's features: query, key and value."""
+    shared_parts: int = 1
+    """Projections that lie one after the other in the shared features."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.image_memory import remember_images
 from trainer.new_tokens import train_new_rows
-from trainer.optim import Rules
+from trainer.optimizers.rules import Rules
 
 REGEX = "re:"
 

@@ -183,10 +183,16 @@ class Mesh:
         groups = [(column, dist.new_group([column[0], column[-1]])) for column in columns]
         return next(group for column, group in groups if dist.get_rank() in column)
 
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """Return the ranks that hold the same layers, cut or copied; None: this rank alone."""
+        return self._group_of(("dp_replicate", "shard", "tp"))
+
     def copy_group(self) -> dist.ProcessGroup | None:
         """Return the ranks that hold one copy of the model together; None: this rank alone."""
-        shared = ("pp", "shard", "tp") if self.is_sharded else ("pp", "tp")
-        axes = tuple(name for name in shared if self.root[name].size() > 1)
+        return self._group_of(("pp", "shard", "tp") if self.is_sharded else ("pp", "tp"))
+
+    def _group_of(self, names: tuple[str, ...]) -> dist.ProcessGroup | None:
+        axes = tuple(name for name in names if self.root[name].size() > 1)
         if len(axes) < 2:
             return self.root[axes[0]].get_group() if axes else None
         return self.root[axes]._flatten("_".join(axes)).get_group()

@@ -1,47 +1,39 @@
 """Optimizers over the local pieces of the weights, with weight decay by group."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from trainer.pieces import Piece, is_vector
+from models.layout import Layout
+from trainer.optimizers.eight_bit import check_blocks
+from trainer.optimizers.lean_adamw import (
+    EIGHT_BIT,
+    STATES,
+    WEIGHTS,
+    LeanAdamW,
+    bytes_per_element,
+)
+from trainer.optimizers.place import ALONE, Place
+from trainer.optimizers.rules import Rules, groups_of
+from trainer.pieces import Piece
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """Which weights are updated otherwise than the rest.
-
-    Names are whole ones; those that begin with a dot are endings of names.
-    """
-
-    no_decay: tuple[str, ...] = ()
-    """Whole names or any endings of matrices that weight decay spares."""
-    lr_ratios: dict[str, float] = field(default_factory=dict)
-    """Learning rates over that of the optimizer."""
-    weight_decays: dict[str, float] = field(default_factory=dict)
-    """In place of that of the optimizer."""
-    unfrozen_at: dict[str, int] = field(default_factory=dict)
-    """After how many steps a weight began to train, where not at the start."""
-
-    def lr_ratio(self, name: str) -> float:
-        """Return the first ratio that fits, else 1."""
-        return next((ratio for key, ratio in self.lr_ratios.items() if _is_of(name, key)), 1.0)
-
-    def decays(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return whether weight decay acts on a weight: by the shape of the *whole* tensor, since a
-        shard's own does not say what it is."""
-        return not is_vector(shape) and not name.endswith(self.no_decay)
-
-    def weight_decay(self, name: str, piece: Piece, usual: float) -> float:
-        found = (decay for key, decay in self.weight_decays.items() if _is_of(name, key))
-        return next(found, usual) if self.decays(name, piece.shape) else 0.0
+ROUNDINGS = STOCHASTIC, NEAREST = "stochastic", "nearest"
 
 
-def _is_of(name: str, key: str) -> bool:
-    return name == key or (key.startswith(".") and name.endswith(key))
+class Optimizer(Protocol):
+    """What updates the weights: torch's, or one of `trainer.optimizers`."""
+
+    param_groups: list[dict[str, Any]]
+    """Each with `params`, `lr` and `weight_decay`."""
+    state: Any
+    """Tensors by kind, for each weight."""
+
+    def step(self) -> Any:
+        """Update what has a gradient; an attribute `found_inf` that is 1.0 leaves all as it is."""
+        ...
 
 
 class OptimSpec(Protocol):
@@ -53,25 +45,40 @@ class OptimSpec(Protocol):
         ...
 
     @property
-    def state_tensors(self) -> int:
-        """Tensors of its size that are kept for each weight."""
-        ...
-
-    @property
     def max_grad_norm(self) -> float | None:
         """Gradients are scaled down to this global norm; None: no clipping."""
         ...
 
-    def build(self, *, pieces: dict[str, Piece], rules: Rules) -> torch.optim.Optimizer:
-        """Return torch's optimizer over the local parts of `pieces`."""
+    def check(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        axes: dict[str, int],
+        rules: Rules,
+        *,
+        owns_update: bool,
+        is_offloaded: bool,
+    ) -> None:
+        """Raise ValueError for what cannot work with the planned model on a mesh of these `axes`.
+
+        `owns_update`: the engine leaves the update to us. `is_offloaded`: it is done on the host.
+        """
+        ...
+
+    def state_bytes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rules: Rules
+    ) -> int:
+        """Return what is kept for a whole weight."""
+        ...
+
+    def build(self, *, pieces: dict[str, Piece], rules: Rules, place: Place = ALONE) -> Optimizer:
+        """Return the optimizer over the local parts of `pieces`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
     """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019, algorithm 2."""
-
-    state_tensors: ClassVar[int] = 2
 
     lr: float
     """Learning rate where the schedule's factor is 1."""
@@ -83,25 +90,73 @@ class AdamW:
     """Applied to matrices only: not to norms, biases, gates and embeddings."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; None: no clipping."""
+    states: str = WEIGHTS
+    """How the running means are kept: `weights` (in the dtype of the weights), `bf16`, or `8bit`
+    (blocks of 256 with a scale; norms and biases in the dtype of the weights)."""
+    rounding: str = STOCHASTIC
+    """How weights and means that are kept in bf16 are rounded: `stochastic` or `nearest`."""
 
     def __post_init__(self) -> None:
-        _check(self.lr, self.weight_decay, self.max_grad_norm)
-        for beta in self.betas:
-            if not 0.0 <= beta < 1.0:
+        check_rates(self.lr, self.weight_decay, self.max_grad_norm)
+        check_betas("optim.betas", self.betas)
+        for key, value, known in (
+            ("states", self.states, STATES), ("rounding", self.rounding, ROUNDINGS),
+        ):  # fmt: skip
+            if value not in known:
                 raise ValueError(
-                    f"optim.betas={list(self.betas)}: set each to 0 or more and below 1"
+                    f"optim.{key}={value} is unknown; set it to one of {', '.join(known)}"
                 )
+        if self.rounding == NEAREST and self.states != WEIGHTS:
+            raise ValueError(
+                f"optim.rounding={NEAREST} has no effect with optim.states={self.states}, which is "
+                "computed with stochastic rounding; set optim.rounding=stochastic"
+            )
 
-    def build(self, *, pieces: dict[str, Piece], rules: Rules) -> torch.optim.Optimizer:
-        groups = _groups(self, pieces, rules)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+    def check(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        axes: dict[str, int],
+        rules: Rules,
+        *,
+        owns_update: bool,
+        is_offloaded: bool,
+    ) -> None:
+        if self.rounding == NEAREST and not any(
+            p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
+        ):
+            raise ValueError(
+                "optim.rounding=nearest has no effect where no weight that trains is bf16; set it "
+                "to stochastic, or precision=pure_bf16"
+            )
+        if self.states == WEIGHTS:
+            return
+        if not owns_update:
+            raise ValueError(
+                f"optim.states={self.states}: DeepSpeed keeps its optimizer's state itself; set "
+                f"optim=adamw, or use engine=native"
+            )
+        if self.states == EIGHT_BIT:
+            check_blocks(model, layout, axes["tp"])
+
+    def state_bytes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rules: Rules
+    ) -> int:
+        return round(math.prod(shape) * bytes_per_element(shape, dtype, self.states))
+
+    def build(self, *, pieces: dict[str, Piece], rules: Rules, place: Place = ALONE) -> Optimizer:
+        groups = groups_of(self.lr, self.weight_decay, pieces, rules)
+        is_narrow = any(piece.local.dtype == torch.bfloat16 for piece in pieces.values())
+        if self.states == WEIGHTS and not (is_narrow and self.rounding == STOCHASTIC):
+            return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return LeanAdamW(
+            groups, pieces, betas=self.betas, eps=self.eps, states=self.states, seed=place.seed
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
     """Plain gradient descent: its update shows a wrong gradient scale, which Adam's hides."""
-
-    state_tensors: ClassVar[int] = 0
 
     lr: float
     """Learning rate where the schedule's factor is 1."""
@@ -111,14 +166,32 @@ class SGD:
     """Gradients are scaled down to this global norm; None: no clipping."""
 
     def __post_init__(self) -> None:
-        _check(self.lr, self.weight_decay, self.max_grad_norm)
+        check_rates(self.lr, self.weight_decay, self.max_grad_norm)
 
-    def build(self, *, pieces: dict[str, Piece], rules: Rules) -> torch.optim.Optimizer:
-        groups = _groups(self, pieces, rules)
+    def check(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        axes: dict[str, int],
+        rules: Rules,
+        *,
+        owns_update: bool,
+        is_offloaded: bool,
+    ) -> None:
+        """It works everywhere."""
+
+    def state_bytes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rules: Rules
+    ) -> int:
+        return 0
+
+    def build(self, *, pieces: dict[str, Piece], rules: Rules, place: Place = ALONE) -> Optimizer:
+        groups = groups_of(self.lr, self.weight_decay, pieces, rules)
         return torch.optim.SGD(groups, lr=self.lr, fused=True)
 
 
-def _check(lr: float, weight_decay: float, max_grad_norm: float | None) -> None:
+def check_rates(lr: float, weight_decay: float, max_grad_norm: float | None) -> None:
+    """Raise ValueError for a value that no optimizer takes."""
     if not 0.0 < lr < math.inf:  # NaN too
         raise ValueError(f"optim.lr={lr} is not positive; set it above 0")
     if weight_decay < 0.0:
@@ -130,17 +203,7 @@ def _check(lr: float, weight_decay: float, max_grad_norm: float | None) -> None:
         )
 
 
-def _groups(spec: "AdamW | SGD", pieces: dict[str, Piece], rules: Rules) -> list[dict[str, Any]]:
-    """Split by how weights are updated."""
-    groups: dict[tuple[float, float, int], list[Tensor]] = {}
-    for name, piece in pieces.items():
-        key = (
-            spec.lr * rules.lr_ratio(name),
-            rules.weight_decay(name, piece, spec.weight_decay),
-            rules.unfrozen_at.get(name, 0),
-        )
-        groups.setdefault(key, []).append(piece.local)
-    return [
-        {"params": tensors, "lr": lr, "weight_decay": decay}
-        for (lr, decay, _), tensors in sorted(groups.items(), key=lambda item: item[0])
-    ]
+def check_betas(key: str, betas: tuple[float, ...]) -> None:
+    """Raise ValueError for a share of a running mean that is none."""
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{key}={list(betas)}: set each to 0 or more and below 1")

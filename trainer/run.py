@@ -1,6 +1,6 @@
 """A run: all of its settings, and the checks that span more than one of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from trainer.engines.topology_free import check_topology_free
 from trainer.length import check_epochs
 from trainer.mesh import Mesh, MeshSpec
 from trainer.numerics.guard import Guard
-from trainer.optim import Rules
+from trainer.optimizers.matrices import block_matrices
+from trainer.optimizers.rules import Rules
 from trainer.plan import Plan
 from trainer.precision import PRECISIONS
 from trainer.replicas import check_copies
@@ -53,14 +54,15 @@ class Run(Settings):
         if self.max_steps is not None:  # of max_epochs they are counted later
             self.freeze.check(self.max_steps)
         model = self.trained_model()
-        self.rules(model)
         self.engine.check(
             model, self.model.layout, axes, row_tokens=self.data.row_tokens,
             micro_batches=micro_batches, precision=PRECISIONS[self.precision],
         )  # fmt: skip
         last = self.freeze.last_phase
+        last_model = model if last == 1 else self.trained_model(last)
+        self.check_optimizer(last_model, axes)
         check_contents(
-            model if last == 1 else self.trained_model(last), self.checkpoint.contents,
+            last_model, self.checkpoint.contents,
             new_tokens=self.freeze.new_tokens, has_adapter=not isinstance(self.adapter, NoAdapter),
         )  # fmt: skip
         self.weight_source(model)
@@ -90,6 +92,13 @@ class Run(Settings):
                 precision=PRECISIONS[self.precision], has_gpu=torch.cuda.is_available(),
             )  # fmt: skip
 
+    def check_optimizer(self, model: nn.Module, axes: dict[str, int]) -> None:
+        """Raise ValueError where the optimizer cannot update the planned model."""
+        self.optim.check(
+            model, self.model.layout, axes, self.rules(model), owns_update=self.engine.owns_update,
+            is_offloaded=bool(getattr(self.engine, "offload_optimizer", False)),
+        )  # fmt: skip
+
     def chosen_mesh(self, world_size: int) -> tuple[MeshSpec, str]:
         """Return the mesh for `world_size` processes, and why; all of them come to the same."""
         return self.mesh.chosen(
@@ -116,7 +125,8 @@ class Run(Settings):
         embedding = self.model.layout.embedding
         rows = (f"{embedding}.weight", f"{embedding}.additional_embedding.weight")
         no_decay = (*rows, *self.adapter.undecayed)
-        return self.freeze.rules(model, no_decay, self.adapter.lr_ratios)
+        rules = self.freeze.rules(model, no_decay, self.adapter.lr_ratios)
+        return replace(rules, matrices=block_matrices(model, self.model.layout))
 
     def check_data(self) -> None:
         """Raise ValueError where data, tokenizer, task and model do not fit each other."""

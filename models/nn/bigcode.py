@@ -50,7 +50,9 @@ class BigCodeAttention(_Attend):
         size = self.head_dim
         self.c_attn = nn.Linear(spec.n_embd, spec.n_embd + 2 * kv_heads * size)
         fused = (
-            HeadRows(unit=size, shared=2 * size) if spec.multi_query else HeadRows(unit=3 * size)
+            HeadRows(unit=size, shared=2 * size, shared_parts=2)
+            if spec.multi_query
+            else HeadRows(unit=3 * size, parts=3)
         )
         self.head_rows = {"c_attn": fused}
 
@@ -81,7 +83,7 @@ class BigCodeCrossAttention(_Attend):
         self.q_attn = nn.Linear(spec.n_embd, spec.n_embd)
         self.c_attn = nn.Linear(spec.n_embd, 2 * spec.n_embd)
         size = self.head_dim
-        self.head_rows = {"q_attn": HeadRows(unit=size), "c_attn": HeadRows(unit=2 * size)}
+        self.head_rows = {"q_attn": HeadRows(unit=size), "c_attn": HeadRows(unit=2 * size, parts=2)}
 
     def forward(self, x_BTD: Tensor, states_BSD: Tensor, mask: Any) -> Tensor:
         size = self.head_dim

@@ -18,7 +18,8 @@ from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.native import NativeEngine
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
-from trainer.optim import SGD, AdamW, OptimSpec, Rules
+from trainer.optim import SGD, AdamW, OptimSpec
+from trainer.optimizers.rules import Rules
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.tree import TreeSum, pairwise_sum, row_square_sum, summed_share
 from trainer.pieces import Piece, Rows

@@ -17,7 +17,8 @@ from tests.tasks import HeadTask
 from trainer.adapters.lora import IA3, LoRA
 from trainer.adapters.targets import ALL_LINEAR, find_targets
 from trainer.freeze import FreezeSpec
-from trainer.optim import SGD, AdamW, Rules
+from trainer.optim import SGD, AdamW
+from trainer.optimizers.rules import Rules
 from trainer.parallel.materialise import random_values
 from trainer.pieces import Piece
 from trainer.run import Run

@@ -21,7 +21,8 @@ from trainer.engines.native import NativeEngine
 from trainer.engines.protocol import Surroundings
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
-from trainer.optim import SGD, AdamW, Rules
+from trainer.optim import SGD, AdamW
+from trainer.optimizers.rules import Rules
 from trainer.parallel.materialise import random_values
 from trainer.parallel.pieces import named_pieces, unique_parameters
 from trainer.pieces import is_vector

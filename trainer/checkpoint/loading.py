@@ -114,7 +114,7 @@ def fill(pieces: dict[str, Piece], folder: Path) -> None:
         if entry.dtype != piece.local.dtype:
             raise StorageError(
                 f"{folder / entry.file}: {name} is {entry.dtype}, "
-                f"the run keeps {piece.local.dtype}; set precision to the one it was saved with"
+                f"the run keeps {piece.local.dtype}; set precision and optim to those of the save"
             )
         if entry.shape != piece.shape:
             raise StorageError(

@@ -31,6 +31,7 @@ class AccelerateEngine:
 
     can_shard: ClassVar[bool] = False
     owns_sums: ClassVar[bool] = False
+    owns_update: ClassVar[bool] = True
 
     ddp: dict[str, Any] = field(default_factory=dict)
     """Settings of accelerate's DistributedDataParallelKwargs. Unknown ones are errors."""

@@ -31,6 +31,7 @@ class DeepSpeedEngine:
 
     can_shard: ClassVar[bool] = False
     owns_sums: ClassVar[bool] = False
+    owns_update: ClassVar[bool] = False
 
     stage: int = 2
     """ZeRO: 0 copies all, 1 shards the optimizer, 2 gradients too, 3 weights too."""
@@ -121,7 +122,8 @@ class DeepSpeedEngine:
             for name, parameter in parameters.items()
             if parameter.requires_grad
         }
-        optimizer = around.optim.build(pieces=trained, rules=around.rules)
+        optimizer = around.optim.build(pieces=trained, rules=around.rules, place=around.place)
+        assert isinstance(optimizer, torch.optim.Optimizer)  # `optim.check`
         number_of = {
             id(parameter): number
             for number, group in enumerate(optimizer.param_groups)

@@ -35,6 +35,7 @@ class NativeEngine:
 
     can_shard: ClassVar[bool] = True
     owns_sums: ClassVar[bool] = True
+    owns_update: ClassVar[bool] = True
 
     activation_checkpointing: ActivationCheckpointing = field(
         default_factory=ActivationCheckpointing

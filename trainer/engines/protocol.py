@@ -11,7 +11,9 @@ from trainer.engines.update import FAST, TOPOLOGY_FREE, Update
 from trainer.mesh import Mesh
 from trainer.numerics.guard import Guard
 from trainer.numerics.spike import SpikeSpec
-from trainer.optim import OptimSpec, Rules
+from trainer.optim import OptimSpec
+from trainer.optimizers.place import Place
+from trainer.optimizers.rules import Rules
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.parallel.laid_out import LaidOut
 from trainer.precision import Precision
@@ -40,11 +42,16 @@ class Surroundings:
     guard: Guard = field(default_factory=lambda: Guard(SpikeSpec()))
     """Judges each step before its update."""
 
+    @property
+    def place(self) -> Place:
+        """What an optimizer has to know of all this."""
+        return Place(seed=self.seed, compute=self.precision.compute, mesh=self.mesh)
+
     def update(self, laid_out: LaidOut, *, is_offloaded: bool = False) -> Update:
         """Return the end of a step over materialised weights."""
         return Update(
             laid_out.parameters(), laid_out.pieces(), laid_out.trained(), mesh=self.mesh,
-            optim=self.optim, rules=self.rules,
+            optim=self.optim, rules=self.rules, place=self.place,
             schedule=self.schedule, max_steps=self.max_steps, device=self.device,
             sums=TOPOLOGY_FREE if self.is_topology_free else FAST, is_offloaded=is_offloaded,
             guard=self.guard,
@@ -62,6 +69,11 @@ class EngineSpec(Protocol):
     @property
     def owns_sums(self) -> bool:
         """Whether all sums over ranks are ours to order."""
+        ...
+
+    @property
+    def owns_update(self) -> bool:
+        """Whether the update is ours, by any optimizer."""
         ...
 
     @property

@@ -1,7 +1,7 @@
 """The end of a step: norm, clipping and the optimizer's update, on this rank's pieces."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from trainer.engines.host_copies import HostCopies
 from trainer.mesh import Mesh
 from trainer.numerics.guard import Guard, Verdict
-from trainer.optim import OptimSpec, Rules
+from trainer.optim import Optimizer, OptimSpec
+from trainer.optimizers.place import Place
+from trainer.optimizers.rules import Rules
+from trainer.optimizers.states import make_state, state_piece
 from trainer.parallel.pieces import global_square_sum, local_tensors, sum_shared
 from trainer.parallel.pipeline import absent
 from trainer.parallel.tree import row_square_sum
@@ -58,6 +61,7 @@ class Update:
         mesh: Mesh,
         optim: OptimSpec,
         rules: Rules,
+        place: Place,
         schedule: Schedule,
         max_steps: int,
         device: torch.device,
@@ -79,10 +83,11 @@ class Update:
         """What the optimizer sees and changes."""
         # A pipeline stage may hold frozen layers alone; torch has no optimizer over nothing.
         nothing = {"": Piece.of(torch.zeros(0, device=device))}
-        self.optimizer = optim.build(pieces=self.updated or nothing, rules=rules)
+        self.rules, self.place = rules, place
+        self.optimizer = optim.build(pieces=self.updated or nothing, rules=rules, place=place)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
-        # Make every weight's state before the first save or load, by an update that is skipped.
-        _skip_a_step(self.optimizer, [piece.local for piece in self.updated.values()])
+        # Before the first save or load.
+        make_state(self.optimizer)
         if not sums.is_fused:
             _without_fused_kernels(self.optimizer)
 
@@ -164,15 +169,9 @@ class Update:
         for name in self.pieces:
             if name in self.updated:
                 piece = self.updated[name]
+                is_own = self._answers(piece)
                 for kind, value in self.optimizer.state[piece.local].items():
-                    # Scalars (the step counters) are the same on every rank; the rest lies as the
-                    # weight.
-                    is_like_weight = value.shape == piece.local.shape
-                    state[f"{kind}/{name}"] = (
-                        piece.like(value)
-                        if is_like_weight
-                        else Piece.of(value, is_own=self._answers(piece))
-                    )
+                    state[f"{kind}/{name}"] = state_piece(piece, value, is_own=is_own)
             elif name in self.elsewhere:
                 state |= self._absent_state(name)
         return state
@@ -185,30 +184,18 @@ class Update:
     def _absent_state(self, name: str) -> dict[str, Piece]:
         """Return the shapes of what another stage has: what this optimizer keeps for a weight."""
         piece = self.elsewhere[name]
-        weight = torch.zeros(2, dtype=piece.local.dtype)
-        optimizer = self.optim.build(pieces={"": Piece.of(weight)}, rules=Rules())
-        _skip_a_step(optimizer, [weight])
-        return {
-            f"{kind}/{name}": piece.like(torch.empty_like(piece.local, dtype=value.dtype))
-            if value.shape == weight.shape
-            else absent(Piece.of(value))
-            for kind, value in optimizer.state[weight].items()
-        }
+        alone = replace(self.place, mesh=None)
+        optimizer = self.optim.build(pieces={name: piece}, rules=self.rules, place=alone)
+        make_state(optimizer)
+        state = {}
+        for kind, value in optimizer.state[piece.local].items():
+            found = state_piece(piece, value, is_own=False)
+            state[f"{kind}/{name}"] = found if value.ndim else absent(found)
+        return state
 
 
-def _without_fused_kernels(optimizer: torch.optim.Optimizer) -> None:
+def _without_fused_kernels(optimizer: Optimizer) -> None:
     """From now on compute every element alike: fused kernels treat a tensor's last ones apart."""
     for group in optimizer.param_groups:
         group |= {"fused": False, "foreach": True}
     cast(Any, optimizer).found_inf = None
-
-
-def _skip_a_step(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
-    """Make the state of every weight by an update that changes nothing."""
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-        cast(Any, optimizer).found_inf = torch.ones((), device=weight.device)
-    if weights:
-        optimizer.step()
-    for weight in weights:
-        weight.grad = None

@@ -11,6 +11,7 @@ from trainer.checkpoint.contents import is_trained_alone
 from trainer.checkpoint.interval import GPU_HOURS_PER_FAILURE
 from trainer.checkpoint.spec import AUTO_INTERVAL
 from trainer.flops import Flops, training_flops
+from trainer.optimizers.rules import Rules
 from trainer.parallel.pieces import unique_parameters
 from trainer.planning.any_machine import without_float8
 from trainer.planning.devices import Device
@@ -74,18 +75,18 @@ def facts_of(run: Run, processes: int, device: Device | None) -> Facts:
     dp_size = axes["dp_replicate"] * axes["dp_shard"]
     model, data = run.trained_model(run.freeze.last_phase), run.data
     micro_batches = data.micro_batches(dp_size)
-    run.rules(model)
+    run.check_optimizer(model, axes)
     run.engine.check(
         model, run.model.layout, axes, row_tokens=data.row_tokens, micro_batches=micro_batches,
         precision=PRECISIONS[run.precision],
     )  # fmt: skip
-    parameters = [parameter for _, parameter in unique_parameters(model)]
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    parameters = dict(unique_parameters(model))
+    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
     samples, unit = _samples(data)
-    weights, state = _checkpoint(run, parameters, trainable)
+    weights, state = _checkpoint(run, parameters, run.rules(model))
     return Facts(
         mesh=axes, why=why, trainable=trainable,
-        frozen=sum(p.numel() for p in parameters) - trainable,
+        frozen=sum(p.numel() for p in parameters.values()) - trainable,
         unit=unit, global_samples=samples, row_tokens=data.row_tokens,
         micro_rows=micro_rows_of(run, dp_size), micro_batches=micro_batches,
         step_tokens=samples * data.row_tokens, steps=run.max_steps,
@@ -108,15 +109,19 @@ def _samples(data: Any) -> tuple[int, str]:
     return data.global_documents, "documents"
 
 
-def _checkpoint(run: Run, parameters: list[nn.Parameter], trainable: int) -> tuple[int, int]:
+def _checkpoint(run: Run, parameters: dict[str, nn.Parameter], rules: Rules) -> tuple[int, int]:
     """Return the bytes of weights, and of optimizer state, that a save writes."""
     is_alone = not isinstance(run.adapter, NoAdapter) or is_trained_alone(
         run.checkpoint.contents, new_tokens=run.freeze.new_tokens
     )
-    saved = [p for p in parameters if p.requires_grad or not is_alone]
-    size = PRECISIONS[run.precision].master.itemsize
+    saved = [p for p in parameters.values() if p.requires_grad or not is_alone]
     weights = sum(p.numel() * p.element_size() for p in saved)
-    return weights, trainable * size * run.optim.state_tensors
+    state = sum(
+        run.optim.state_bytes(name, tuple(p.shape), p.dtype, rules)
+        for name, p in parameters.items()
+        if p.requires_grad
+    )
+    return weights, state
 
 
 def _saves(run: Run, processes: int) -> str:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.optimizers.lean_adamw import CHUNKS
 from trainer.parallel.pieces import is_dtensor, local_tensor
 from trainer.planning.live import FORWARD, UPDATE, Ledger
 from trainer.planning.pretend import Pretend
@@ -45,6 +46,7 @@ def pretend(
                 _mark_parts(part, ledger)
             engine: Any = run.engine.build(laid_out, around)
             _mark_engine(engine, ledger, HOST if _offloads(run) else OPTIMIZER)
+            _update_as_on_gpu(engine)
             num_tokens = sum(batch.input_ids.numel() for batch in batches)
             for step in range(1, _num_steps(engine) + 1):
                 ledger.enter(FORWARD)
@@ -63,6 +65,14 @@ def _num_steps(engine: Any) -> int:
     update = getattr(engine, "update", None)
     is_plain = update is not None and update.host is None and len(engine.passes.called) == 1
     return 1 if is_plain and not leaves and not hasattr(engine.passes, "schedule") else 2
+
+
+def _update_as_on_gpu(engine: Any) -> None:
+    """Let an optimizer of ours take as many elements at a time as a GPU gets: a CPU's few would be
+    a million operations to write down."""
+    update = getattr(engine, "update", None)
+    if update is not None and hasattr(update.optimizer, "chunk"):
+        update.optimizer.chunk = CHUNKS["cuda"]
 
 
 @contextmanager
