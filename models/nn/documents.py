@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.nn.runs import are_contiguous, is_read, side_of
-from models.nn.segments import Segments
+from models.nn.segments import Segments, has_values_here
 
 TILE = 32  # queries that torch's attention on a CPU takes at once: a part of it costs as much
 
@@ -37,6 +37,8 @@ def documents_of(segments: Segments) -> Documents | None:
     """
     if not segments.is_self or segments.query.device.type != "cpu":
         return None
+    if not has_values_here(segments.query):
+        return _shapes_alone(segments)
     side, length = side_of(segments.query), segments.query.shape[1]
     if not are_contiguous(side):
         return None
@@ -56,6 +58,17 @@ def documents_of(segments: Segments) -> Documents | None:
     is_token = offsets <= lasts
     places[found[is_token]] = is_token.nonzero().flatten()
     sizes = torch.cat((counts.sum()[None], kinds.bincount(minlength=len(lengths))))
+    return Documents(tokens=tokens, places=places, sizes=sizes, causal=segments.causal)
+
+
+def _shapes_alone(segments: Segments) -> Documents:
+    """Return what documents that have no values look like, for plans."""
+    count, length = segments.query.numel(), segments.query.shape[1]
+    lengths = padded_lengths(length, causal=segments.causal)
+    tokens, places, sizes = (
+        segments.query.new_empty(size, dtype=torch.int64)
+        for size in (2 * count, count, 1 + len(lengths))
+    )
     return Documents(tokens=tokens, places=places, sizes=sizes, causal=segments.causal)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.nn.chunked import ChunkedCrossEntropy, TokenLoss, Vocabulary, project
+from models.nn.segments import has_values_here
 from models.nn.sliced import colwise
 
 IGNORED = -100
@@ -70,7 +71,7 @@ def _to_gradient(logits_XV: Tensor, labels_X: Tensor, scale_X1: Tensor | None) -
     p_XV.scatter_add_(1, index_X1, p_XV.new_full(index_X1.shape, -1.0))
     logits_XV.copy_(p_XV if scale_X1 is None else p_XV.mul_(scale_X1))
     # where and masked_fill, not multiplication: 0 * inf of an ignored row would be NaN.
-    if not (_can_be_looked_at(labels_X) and is_target_X1.all()):
+    if not (has_values_here(labels_X) and is_target_X1.all()):
         logits_XV.masked_fill_(~is_target_X1, 0.0)
     return torch.where(is_target_X1, nll_X1, 0.0)[:, 0]
 
@@ -143,17 +144,12 @@ def _with_targets(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor
     many there are. None: these are all.
     """
     hidden_XD, labels_X = hidden_BTD.flatten(0, 1), labels_BT.flatten()
-    if not _can_be_looked_at(labels_X):
+    if not has_values_here(labels_X):
         return hidden_XD, labels_X, None
     places = (labels_X != IGNORED).nonzero()[:, 0]
     if len(places) == len(labels_X):
         return hidden_XD, labels_X, None
     return hidden_XD.index_select(0, places), labels_X[places], places
-
-
-def _can_be_looked_at(x: Tensor) -> bool:
-    """Whether it has values (a fake tensor has none), and they are here without waiting."""
-    return x.is_cpu and type(x) is Tensor
 
 
 def _in_place(nll_X: Tensor, places: Tensor | None, labels_BT: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ class Segments:
         return self.query is self.key
 
 
+def has_values_here(x: Tensor) -> bool:
+    """Whether it has values (a fake tensor has none), and they can be read without waiting."""
+    return x.is_cpu and type(x) is Tensor
+
+
 def dense_mask(segments: Segments) -> Tensor:
     """Return the (B, 1, T, S) boolean mask: may query t look at key s?"""
     mask_BTS = segments.query[:, :, None] == segments.key[:, None, :]

@@ -44,9 +44,9 @@ def test_commas_vary_and_lists_and_quotes_do_not() -> None:
 
 
 def test_ranges_choices_and_globs_vary_too() -> None:
-    found = combinations(["seed=range(1,4)", "optim=glob(*)"], command="sweep")
+    found = combinations(["seed=range(1,4)", "schedule=glob(*)"], command="sweep")
     assert [tuple(each.varied.values()) for each in found] == [
-        (seed, optim) for seed in "123" for optim in ("adamw", "sgd")
+        (seed, schedule) for seed in "123" for schedule in ("constant", "cosine", "wsd")
     ]
 
 
