@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import determinism, finetune_figures, overheads, start_up, train_step_figures
 from benchmarks.figure import Figure
-from benchmarks.in_turn import append_row, machine, read_texts, show
+from benchmarks.in_turn import Spread, append_row, machine, read_texts
 from benchmarks.roofline import cost
 from benchmarks.scaling import checkpoints, host, loaders
 from launch.exit_codes import BAD_CONFIG, FINISHED
@@ -64,22 +64,28 @@ HEADER = (
 
 def line(figure: Figure) -> str:
     """Return a figure as a line of the table."""
-    theirs = "" if figure.theirs is None else show(figure.theirs, _digits(figure.theirs["median"]))
     cells = (
         figure.name,
-        show(figure.ours, _digits(figure.ours["median"])),
-        theirs,
+        _spread(figure.ours),
+        "" if figure.theirs is None else _spread(figure.theirs),
         figure.target,
-        f"{figure.value:.{_digits(figure.value)}f}",
+        _number(figure.value),
         "yes" if figure.is_met else "no",
     )
     return f"| {' | '.join(cells)} |"
 
 
-def _digits(value: float) -> int:
-    """Return how many decimals show three figures of `value`."""
-    size = abs(value)
-    return next((digits for limit, digits in ((100, 0), (10, 1), (1, 2)) if size >= limit), 3)
+def _spread(values: Spread) -> str:
+    middle, low, high = (_number(values[name]) for name in ("median", "min", "max"))
+    return f"{middle} [{low} - {high}]"
+
+
+def _number(value: float) -> str:
+    """Return three figures of a number, or all of a large one's whole part."""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.1e}"
+    digits = next((d for limit, d in ((100, 0), (10, 1), (1, 2)) if abs(value) >= limit), 3)
+    return f"{value:,.{digits}f}"
 
 
 def row(part: str, figures: Sequence[Figure]) -> dict[str, object]:

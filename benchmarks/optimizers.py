@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.in_turn import machine, read_texts
+from benchmarks.in_turn import append_row, machine, read_texts
 from launch.binding import bind_run
 from launch.compose import compose
 from trainer.batch import Batch
@@ -29,7 +29,7 @@ from trainer.run import Run
 
 DEFAULTS = {
     "sides": "adamw,adamw_bf16,adamw8bit,muon", "steps": "200", "turn": "10", "lr": "3e-3",
-    "experiment": "demo", "rows": "", "model": "", "output": "",
+    "experiment": "demo", "rows": "", "model": "",
 }  # fmt: skip
 SIDES = {
     "adamw": ["optim=adamw"],
@@ -41,6 +41,7 @@ SIDES = {
     "nearest": ["optim=adamw", "precision=pure_bf16", "optim.rounding=nearest"],
     "lean": ["optim=adamw8bit", "precision=pure_bf16"],
 }
+RESULTS = Path(__file__).parent / "results" / "optimizers.jsonl"
 LAST = 20  # steps whose mean loss is said: one step's is noise
 
 
@@ -76,7 +77,7 @@ class Side:
 
 def side_of(words: list[str], ranks: Ranks) -> Side:
     """Return a side that has not begun."""
-    run: Run = bind_run(compose(words).tree)
+    run: Run = bind_run(compose(words).tree | {"name": "optimizers"})
     run.check(1)
     mesh = run.mesh.build(ranks=ranks)
     torch.manual_seed(run.seed)
@@ -124,12 +125,11 @@ def main() -> None:
         for side in sides.values():
             side.take(min(turn, total - done))
         print(f"{done + turn} of {total} steps", file=sys.stderr, flush=True)
-    found = {"options": options, "machine": machine(), "rows": [s.row(n) for n, s in sides.items()]}
-    for row in found["rows"]:
+    rows = [side.row(name) for name, side in sides.items()]
+    found = {"options": options, "machine": machine(), "rows": rows}
+    for row in rows:
         print(json.dumps(row))
-    if options["output"]:
-        with open(Path(options["output"]), "a") as file:
-            file.write(json.dumps(found) + "\n")
+    append_row(RESULTS, found)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from launch.host_memory import keep_freed_memory
+from launch.host_memory import keep_few_kernels, keep_freed_memory
 from trainer.construct import Start
 from trainer.control import StopRequest
 from trainer.directory import CONFIG, new_attempt
@@ -20,4 +20,5 @@ def start_in(folder: Path, placement: Placement | None = None) -> Start:
 
     placement = placement or Placement()
     keep_freed_memory(placement.device.type, os.environ)
+    keep_few_kernels(placement.device.type, os.environ)
     return Start(placement=placement, locate=locate, request=StopRequest())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.deadline import in_vain, seconds_left
 from launch.exit_codes import FINISHED, NO_PROGRESS, PREEMPTED
 from launch.group import ATTEMPT, PARENT, PIPE, RESTART_COUNT
-from launch.host_memory import keep_freed_memory
+from launch.host_memory import keep_few_kernels, keep_freed_memory
 from launch.last_words import (
     describe,
     judge_here,
@@ -78,6 +78,7 @@ def execute(
 
     configure_logging(placement.rank)
     keep_freed_memory(placement.device.type, os.environ)
+    keep_few_kernels(placement.device.type, os.environ)
     request = StopRequest()
     limit = TimeLimit(seconds_left(os.environ, run.stop_at))
     start = Start(

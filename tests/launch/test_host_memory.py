@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launch.host_memory import keep_freed_memory
+from launch.host_memory import KERNELS, keep_few_kernels, keep_freed_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
 MEBIBYTES, ROUNDS = 64, 4
@@ -56,3 +56,11 @@ def test_on_a_gpu_nothing_is_set() -> None:
 def test_without_glibc_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(os.confstr_names, "CS_GNU_LIBC_VERSION")
     assert not keep_freed_memory("cpu", {})
+
+
+def test_few_kernels_are_kept_on_a_cpu_unless_the_user_says_how_many() -> None:
+    environ = {KERNELS[0]: "7"}
+    keep_few_kernels("cuda", environ)
+    assert environ == {KERNELS[0]: "7"}
+    keep_few_kernels("cpu", environ)
+    assert environ == {KERNELS[0]: "7", KERNELS[1]: "128"}

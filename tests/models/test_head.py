@@ -131,11 +131,25 @@ def test_a_few_rows_of_logits_at_a_time_give_the_same(dtype: torch.dtype, rows: 
     torch.testing.assert_close(grad_XV, wanted.to(dtype), rtol=0, atol=torch.finfo(dtype).eps / 2)
 
 
-def test_tokens_without_a_target_cost_no_product() -> None:
-    head, hidden, targets = head_and_inputs(torch.bfloat16, 1000, "one masked chunk")
+@pytest.mark.parametrize(("count", "computed"), [(1, 64), (64, 64), (100, 128), (290, 300)])
+def test_tokens_without_a_target_cost_no_product(count: int, computed: int) -> None:
+    """But for some that fill the others up: a number of tokens that was seen before."""
+    torch.manual_seed(0)
+    head = LMHead(HIDDEN, VOCAB, chunk_tokens=1000)
+    hidden = torch.randn(2, 150, HIDDEN, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (300,))
+    targets[torch.randperm(300)[count:]] = IGNORED
     with FlopCounterMode(display=False) as counter:
-        head.loss(hidden, targets, torch.ones(())).objective.backward()
-    assert counter.get_total_flops() == 3 * 2 * int((targets != IGNORED).sum()) * HIDDEN * VOCAB
+        loss = head.loss(hidden, targets.view(2, 150), torch.ones(()))
+        loss.objective.backward()
+    # Logits and the gradient of the hidden states; that of the weight is an addmm_, not counted.
+    assert counter.get_total_flops() == 2 * 2 * computed * HIDDEN * VOCAB
+    wanted = F.cross_entropy(head(hidden).flatten(0, 1), targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(wanted, hidden)
+    torch.testing.assert_close(loss.sum, wanted.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(hidden.grad, gradient, rtol=1e-5, atol=1e-6)
+    assert loss.each is not None
+    assert not loss.each.flatten()[targets == IGNORED].any()
 
 
 def test_no_target_at_all_leaves_gradients_of_zero() -> None:
