@@ -21,7 +21,7 @@ from trainer.optim import AdamW
 from trainer.run import Run
 
 # Wide enough that state is kept in 8 bits, and that two ranks cut no block of it.
-WIDE = tiny_spec(hidden_size=512, intermediate_size=512, num_hidden_layers=1)
+WIDE = tiny_spec(hidden_size=512, intermediate_size=512, num_hidden_layers=2)
 BIGCODE = GPTBigCodeSpec(
     vocab_size=258, n_embd=16, n_layer=2, n_head=4, n_positions=64,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
