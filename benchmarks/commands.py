@@ -6,14 +6,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 from benchmarks.figure import Figure
-from benchmarks.in_turn import append_row, machine, show
+from benchmarks.in_turn import append_row, machine, read_texts, show
 from benchmarks.train_step_figures import SETTINGS
+from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
 
 LLAMA_40M = (
     *SETTINGS.model, "data=stdlib", "tokenizer=byte", "data.row_tokens=512", "data.global_rows=8",
@@ -47,15 +48,6 @@ def tessera(words: Sequence[str], home: Path, until: re.Pattern[str] | None = No
     return time.monotonic() - start if seconds is None else seconds
 
 
-def chosen(only: str, workloads: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return the workloads of a comma list; ValueError for an unknown one."""
-    names = only.split(",")
-    for name in names:
-        if name not in workloads:
-            raise ValueError(f"only={name} is unknown; set it to some of {', '.join(workloads)}")
-    return {name: workloads[name] for name in names}
-
-
 def median_step(run: Path, warmup: int) -> float:
     """Return the median seconds of the logged steps after `warmup`; each step was logged."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -72,3 +64,25 @@ def report(found: Sequence[Figure], results: Path) -> None:
     append_row(
         results, {"machine": machine(), "figures": [{**vars(f), "met": f.is_met} for f in found]}
     )
+
+
+def run(
+    doc: str | None,
+    words: Sequence[str],
+    defaults: dict[str, str],
+    figures: Callable[[dict[str, str]], list[Figure]],
+    results: Path,
+) -> int:
+    """Measure by the options in `words`, print, and append a row; return the exit code.
+
+    `results` is named as the benchmark, `doc` is its help.
+    """
+    if "--help" in words or "-h" in words:
+        print(doc)
+        return FINISHED
+    try:
+        report(figures(read_texts(list(words), defaults)), results)
+    except (ValueError, ChildProcessError) as error:
+        print(f"{results.stem}: {error}", file=sys.stderr)
+        return INTERNAL if isinstance(error, ChildProcessError) else BAD_CONFIG
+    return FINISHED

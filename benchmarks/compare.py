@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import determinism, finetune_figures, overheads, start_up, train_step_figures
 from benchmarks.figure import Figure
-from benchmarks.in_turn import Spread, append_row, machine, read_texts
+from benchmarks.in_turn import Spread, append_row, chosen, machine, read_texts
 from benchmarks.roofline import cost
 from benchmarks.scaling import checkpoints, host, loaders
 from launch.exit_codes import BAD_CONFIG, FINISHED
@@ -41,16 +41,13 @@ def main(words: list[str]) -> int:
         print(__doc__)
         return FINISHED
     try:
-        names = read_texts(words, {"only": ",".join(PARTS)})["only"].split(",")
-        unknown = [name for name in names if name not in PARTS]
-        if unknown:
-            raise ValueError(f"only={unknown[0]} is unknown; set it to some of {', '.join(PARTS)}")
+        parts = chosen(read_texts(words, {"only": ",".join(PARTS)})["only"], PARTS)
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return BAD_CONFIG
     print(HEADER)
-    for name in names:
-        found = PARTS[name]()
+    for name, measure in parts.items():
+        found = measure()
         print("\n".join(map(line, found)), flush=True)
         append_row(RESULTS, row(name, found))
     return FINISHED

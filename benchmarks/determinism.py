@@ -11,10 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.commands import DEMO, LLAMA_40M, QUIET, chosen, median_step, report, tessera
+from benchmarks.commands import DEMO, LLAMA_40M, QUIET, median_step, run, tessera
 from benchmarks.figure import Figure
-from benchmarks.in_turn import read_texts, spread
-from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
+from benchmarks.in_turn import chosen, spread
 
 RESULTS = Path(__file__).parent / "results" / "determinism.jsonl"
 _DEMO = (*DEMO, "max_steps=40")
@@ -43,8 +42,8 @@ def measure(words: tuple[str, ...], rounds: int) -> tuple[list[float], list[floa
         for number in range(rounds):
             for mode, found in seconds.items():
                 name = f"{mode}-{number}"
-                run = ("log_every=1", f"runs={folder}", f"name={name}", f"deterministic={mode}")
-                tessera(("train", *words, *QUIET, *run), Path(folder) / "home")
+                own = ("log_every=1", f"runs={folder}", f"name={name}", f"deterministic={mode}")
+                tessera(("train", *words, *QUIET, *own), Path(folder) / "home")
                 found.append(median_step(Path(folder) / name, WARMUP))
     return seconds["run"], seconds["off"]
 
@@ -61,19 +60,13 @@ def figure_of(name: str, run: list[float], off: list[float]) -> Figure:
 
 def main(words: list[str]) -> int:
     """Measure, print, and append a row to results/determinism.jsonl; return the exit code."""
-    if "--help" in words or "-h" in words:
-        print(__doc__)
-        return FINISHED
-    try:
-        options = read_texts(words, DEFAULTS)
-        report(figures(int(options["rounds"]), options["only"]), RESULTS)
-    except ValueError as error:
-        print(f"determinism: {error}", file=sys.stderr)
-        return BAD_CONFIG
-    except ChildProcessError as error:
-        print(f"determinism: {error}", file=sys.stderr)
-        return INTERNAL
-    return FINISHED
+    return run(
+        __doc__,
+        words,
+        DEFAULTS,
+        lambda given: figures(int(given["rounds"]), given["only"]),
+        RESULTS,
+    )
 
 
 if __name__ == "__main__":

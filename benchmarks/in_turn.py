@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.environment import environment
 
+Part = TypeVar("Part")
 Spread = dict[str, float]
 """`median`, `min` and `max` over the rounds."""
 
@@ -53,6 +54,15 @@ def read_texts(words: list[str], defaults: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"{word} is unknown; set one of {known}, as key=value")
         options[key] = value
     return options
+
+
+def chosen(only: str, known: Mapping[str, Part]) -> dict[str, Part]:
+    """Return what a comma list names; ValueError for an unknown one."""
+    names = only.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"only={name} is unknown; set it to some of {', '.join(known)}")
+    return {name: known[name] for name in names}
 
 
 def check_positive(settings: Any) -> None:

@@ -22,13 +22,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.commands import chosen, report
+from benchmarks import commands
 from benchmarks.figure import Figure
-from benchmarks.in_turn import read_texts, spread
+from benchmarks.in_turn import chosen, spread
 from benchmarks.starts import start_in
 from launch.binding import bind
 from launch.compose import compose
-from launch.exit_codes import BAD_CONFIG, FINISHED
 from launch.terminal import configure_logging
 from trainer.callbacks.protocol import Callback
 from trainer.construct import fit
@@ -134,17 +133,8 @@ def share(step: float, costs: Mapping[str, float], intervals: Mapping[str, int])
 
 def main(words: list[str]) -> int:
     """Measure, print, and append a row to results/overheads.jsonl; return the exit code."""
-    if "--help" in words or "-h" in words:
-        print(__doc__)
-        return FINISHED
-    try:
-        only = read_texts(words, DEFAULTS)["only"]
-        configure_logging(rank=0)
-        report(figures(only), RESULTS)
-    except ValueError as error:
-        print(f"overheads: {error}", file=sys.stderr)
-        return BAD_CONFIG
-    return FINISHED
+    configure_logging(rank=0)
+    return commands.run(__doc__, words, DEFAULTS, lambda given: figures(given["only"]), RESULTS)
 
 
 if __name__ == "__main__":

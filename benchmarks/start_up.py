@@ -13,10 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.commands import DEMO, FIRST_LOSS, LLAMA_40M, QUIET, chosen, report, tessera
+from benchmarks.commands import DEMO, FIRST_LOSS, LLAMA_40M, QUIET, run, tessera
 from benchmarks.figure import Figure
-from benchmarks.in_turn import Spread, read_texts, spread
-from launch.exit_codes import BAD_CONFIG, FINISHED, INTERNAL
+from benchmarks.in_turn import Spread, chosen, spread
 
 RESULTS = Path(__file__).parent / "results" / "start_up.jsonl"
 DEFAULTS = {"rounds": "3", "only": "demo,llama"}
@@ -85,19 +84,13 @@ def _within(name: str, limit: float, seconds: Spread) -> Figure:
 
 def main(words: list[str]) -> int:
     """Measure, print, and append a row to results/start_up.jsonl; return the exit code."""
-    if "--help" in words or "-h" in words:
-        print(__doc__)
-        return FINISHED
-    try:
-        options = read_texts(words, DEFAULTS)
-        report(figures(int(options["rounds"]), options["only"]), RESULTS)
-    except ValueError as error:
-        print(f"start_up: {error}", file=sys.stderr)
-        return BAD_CONFIG
-    except ChildProcessError as error:
-        print(f"start_up: {error}", file=sys.stderr)
-        return INTERNAL
-    return FINISHED
+    return run(
+        __doc__,
+        words,
+        DEFAULTS,
+        lambda given: figures(int(given["rounds"]), given["only"]),
+        RESULTS,
+    )
 
 
 if __name__ == "__main__":

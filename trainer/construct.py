@@ -27,6 +27,7 @@ from trainer.numerics.watch import RewindError, Watch
 from trainer.out_of_memory import in_words
 from trainer.parallel.materialise import Values, random_values
 from trainer.phases import PhasedEngine
+from trainer.precision import PRECISIONS
 from trainer.progress import Progress
 from trainer.protocols import Engine
 from trainer.replicas import Replicas
@@ -158,11 +159,12 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
 
 
 def _meter(run: Run, engine: PhasedEngine, ranks: Ranks) -> Meter:
+    precision = PRECISIONS[run.precision]
     return Meter(
         flops=lambda: engine.flops,
         world_size=ranks.placement.world_size,
         device=ranks.device,
-        has_peak=run.precision in ("bf16", "pure_bf16"),
+        has_peak=precision.compute == torch.bfloat16 and not precision.is_float8,
     )
 
 

@@ -22,6 +22,7 @@ from statistics import median
 
 import torch
 
+from benchmarks import in_turn
 from benchmarks.compare import HEADER, line
 from benchmarks.figure import Figure
 from benchmarks.gpu.cases import (
@@ -119,14 +120,11 @@ def chosen(options: dict[str, str]) -> list[Case]:
         raise ValueError(f"size={options['size']} is unknown; set it to {FULL} or {TINY}")
     if options["size"] == FULL and not torch.cuda.is_available():
         raise ValueError("size=full needs a GPU, found none; set size=tiny")
-    names = options["only"].split(",") if options["only"] else list(CASES)
-    for name in names:
-        if name not in CASES:
-            raise ValueError(f"only={name} is unknown; set it to some of {', '.join(CASES)}")
-    for name in names:
-        if not is_possible(CASES[name]):
+    cases = in_turn.chosen(options["only"], CASES) if options["only"] else CASES
+    for name, case in cases.items():
+        if not is_possible(case):
             print(f"{name}: not measured, the package torchao is not installed", file=sys.stderr)
-    return [CASES[name] for name in names if is_possible(CASES[name])]
+    return [case for case in cases.values() if is_possible(case)]
 
 
 def measure(case: Case, folder: Path, options: dict[str, str], deadline: float) -> list[Measured]:

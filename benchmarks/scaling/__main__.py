@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.compare import HEADER, line, row
 from benchmarks.figure import Figure
-from benchmarks.in_turn import append_row, read_texts
+from benchmarks.in_turn import append_row, chosen, read_texts
 from benchmarks.scaling import checkpoints, host, loaders
 from launch.exit_codes import BAD_CONFIG, FINISHED
 
@@ -32,17 +32,14 @@ def figures() -> list[Figure]:
 def main(words: list[str]) -> int:
     """Measure, print and store; return the exit code."""
     try:
-        names = read_texts(words, {"only": ",".join(PARTS)})["only"].split(",")
-        unknown = [name for name in names if name not in PARTS]
-        if unknown:
-            raise ValueError(f"only={unknown[0]} is unknown; set it to some of {', '.join(PARTS)}")
+        parts = chosen(read_texts(words, {"only": ",".join(PARTS)})["only"], PARTS)
     except ValueError as error:
         print(f"scaling: {error}", file=sys.stderr)
         return BAD_CONFIG
     is_met = True
     print(HEADER)
-    for name in names:
-        found = PARTS[name]()
+    for name, measure in parts.items():
+        found = measure()
         is_met = is_met and all(figure.is_met for figure in found)
         print("\n".join(map(line, found)), flush=True)
         append_row(RESULTS, row(name, found))
