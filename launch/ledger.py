@@ -30,8 +30,8 @@ SHOWN = 20  # findings; all of them with json=true
 # What changes no number of a step.
 _IDLE = (
     "name", "runs", "resume", "resume_step", "resume_allow", "launch.", "log_every", "eval_every",
-    "save_every", "checkpoint.", "callbacks.", "timeout_seconds", "validation.", "data.cache",
-    "tracker.", "stop_at", "check_replicas_every",
+    "eval_share", "save_every", "checkpoint.", "callbacks.", "timeout_seconds", "validation.",
+    "data.cache", "tracker.", "stop_at", "check_replicas_every",
 )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 from trainer.adapters.nf4 import describe_packed
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import StepLoader
 from trainer.distributed import Ranks
 from trainer.mesh import Mesh
 from trainer.meter import Meter
@@ -68,6 +69,14 @@ def _describe_batch(loader: StepLoader) -> str:
     return f"{size}, in rows of {tokens}: {ranks} x micro-batches of {rows}"
 
 
+def _sample(loader: EvalLoader | None) -> str:
+    """Return what an evaluation during training reads, where that is not all."""
+    if loader is None or not loader.is_sample:
+        return ""
+    unit = loader.rows.unit
+    return f", evaluations read {loader.num_read:,} of {loader.num_held_out:,} {unit} (eval_share)"
+
+
 def describe(
     run: Run,
     model: nn.Module,
@@ -97,7 +106,7 @@ def describe(
         "batch": _describe_batch(loader),
         "data": f"{store.num_tokens:,} tokens in {_counted(store.num_documents, 'document')}, "
         f"{_counted(run.num_steps, 'step')} = {_passes(loader, run.num_steps)}; "
-        f"{_counted(held_out, 'document')} held out",
+        f"{_counted(held_out, 'document')} held out{_sample(eval_loader)}",
         **({"classes": _weights(weights)} if weights else {}),
         "FLOPs": meter.flops().describe(),
     }

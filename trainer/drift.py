@@ -7,10 +7,10 @@ from typing import Any
 
 # The first pattern that fits decides; a pattern ending in "." covers everything below.
 _RECORDED = (
-    "max_steps", "max_epochs", "log_every", "eval_every", "save_every", "max_skipped_in_a_row",
+    "max_steps", "max_epochs", "log_every", "eval_every", "eval_share", "save_every",
     "name", "runs", "resume", "resume_step", "resume_allow", "resume_strict", "timeout_seconds",
     "optim.", "schedule.", "mesh.", "engine.", "checkpoint.", "callbacks.", "tracker.", "launch.",
-    "best.",
+    "best.", "max_skipped_in_a_row",
     "validation.", "check_replicas_every", "stop_at", "spike.",
     "data.micro_rows", "data.packing", "data.cache", "data.eval_path", "data.eval_fraction",
     # A moved folder is no other data, nor is a tokenizer by another name: the fingerprint of the

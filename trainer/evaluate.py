@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trainer.by_source import by_source
+from trainer.data.eval_loader import EvalLoader
 from trainer.data.examples import Labels
-from trainer.data.loader import EvalLoader
 from trainer.mesh import Mesh
 from trainer.protocols import Engine
 from trainer.tasks.protocol import Task, Totals
@@ -19,7 +19,7 @@ from trainer.tasks.protocol import Task, Totals
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates all rows of the held-out data."""
+    """Evaluates the held-out data, or the sample of it that its loader reads."""
 
     loader: EvalLoader
     task: Task
@@ -44,11 +44,12 @@ class Evaluator:
         nll_sum, num_targets = (math.fsum(each) for each in zip(*of_all, strict=True))
         totals = Totals(
             nll_sum=nll_sum, num_targets=int(num_targets),
-            num_bytes=self.loader.rows.store.num_bytes, answers=answers, labels=self.labels,
+            num_bytes=self.loader.num_bytes, answers=answers, labels=self.labels,
         )  # fmt: skip
         return {
             "loss": totals.loss,
             "num_targets": totals.num_targets,
+            **self.loader.extent,
             **self.task.eval_metrics(totals),
             **self._by_source(list(sums.values())),
         }

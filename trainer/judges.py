@@ -6,7 +6,7 @@ import torch
 
 from trainer.data.document_store import DocumentStore
 from trainer.data.documents import PackedDocuments
-from trainer.data.loader import EvalLoader
+from trainer.data.eval_loader import EvalLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.data.tokens import TokenStore
 from trainer.evaluate import Evaluator

@@ -1,9 +1,12 @@
 """What a run reads: the loaders of each rank, which must be of the same data."""
 
+from dataclasses import replace
+
 from trainer.data.document_data import DocumentData
 from trainer.data.document_store import DocumentStore
+from trainer.data.eval_loader import EvalLoader, most_samples
 from trainer.data.folder_writer import is_complete
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.data.tokens import TRAIN, Index, Part
 from trainer.distributed import Ranks
@@ -40,11 +43,19 @@ def data_of(
             f"none of the data's documents is held out for eval_every={run.eval_every}: there are "
             "too few; raise data.eval_fraction, or set data.eval_path, or eval_every=null"
         )
-    return tokenizer, loader, eval_loader
+    return tokenizer, loader, _bounded(run, loader, eval_loader)
+
+
+def _bounded(run: Run, loader: StepLoader, whole: EvalLoader | None) -> EvalLoader | None:
+    """Return what evaluations of a run read; not by its length, which a later start may change."""
+    if whole is None or run.eval_every is None or run.eval_share is None:
+        return whole
+    size, unit = loader.global_samples, loader.rows.unit
+    return replace(whole, most=most_samples(run.eval_share, run.eval_every, size, unit))
 
 
 def eval_data_of(run: Run) -> tuple[Tokenizer, EvalLoader]:
-    """Return what a single process evaluates; ValueError where nothing is held out."""
+    """Return what a single process evaluates, all of it; ValueError where nothing is held out."""
     tokenizer = tokenizer_of(run.data, run.tokenizer_setting, run.model)
     loader = fitted(run.data, run.model).build_eval(
         tokenizer=tokenizer, virtual_ids=run.virtual_ids

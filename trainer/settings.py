@@ -59,6 +59,10 @@ class Settings:
     """Steps between log points."""
     eval_every: int | None
     """Steps between evaluations; null: none."""
+    eval_share: float | None = None
+    """What an evaluation may cost, as a share of the time of the steps since the one before, where
+    a forward pass takes a third of a step: so many held-out rows are read, evenly spaced and the
+    same ones each time (at least 64 rows, or 256 documents); null: all of them."""
     save_every: int | None
     """Steps between checkpoints; null: the last step only."""
     deterministic: str
@@ -98,10 +102,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row")
-        for name in (*counts, "check_replicas_every", "max_epochs", "timeout_seconds"):
+        others = ("check_replicas_every", "max_epochs", "eval_share", "timeout_seconds")
+        for name in (*counts, *others):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} is not positive; set it to 1 or more")
+                better = "0.01, or null for all" if name == "eval_share" else "1 or more"
+                raise ValueError(f"{name}={value} is not positive; set it to {better}")
         check_length(self.max_steps, self.max_epochs)
         if self.stop_at is not None:
             end_of(self.stop_at, datetime.now().astimezone())

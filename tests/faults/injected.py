@@ -20,7 +20,8 @@ from launch.group import ATTEMPT, PARENT
 from launch.supervisor import Supervisor
 from tests.runs import tiny_run
 from trainer.callbacks.protocol import Callback
-from trainer.data.loader import EvalLoader, Step, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import Step, StepLoader
 from trainer.data.pretraining import PretrainingData
 from trainer.distributed import Placement
 from trainer.engines.native import NativeEngine

@@ -22,7 +22,8 @@ from tests.runs import DieAt, tiny_run, train
 from tests.token_folders import write_folder
 from tests.trainer.test_replay import again
 from trainer.checkpoint.spec import CheckpointSpec
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.order import permute, round_keys
 from trainer.data.sample_order import SampleOrder

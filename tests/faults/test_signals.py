@@ -22,7 +22,8 @@ from tests.runs import start_in, tiny_run
 from trainer.batch import Batch
 from trainer.callbacks.protocol import Callback
 from trainer.checkpoint.commit import committed_steps
-from trainer.data.loader import EvalLoader, Step, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import Step, StepLoader
 from trainer.data.pretraining import PretrainingData
 from trainer.directory import is_unfinished
 from trainer.distributed import Placement

@@ -17,7 +17,8 @@ from models.nn.head import IGNORED, Loss
 from tests.runs import tiny_run
 from trainer.batch import Batch
 from trainer.callbacks.protocol import Callback, RunView
-from trainer.data.loader import EvalLoader, Step, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import Step, StepLoader
 from trainer.data.pretraining import PretrainingData
 from trainer.engines.native import NativeEngine
 from trainer.engines.native_trainer import NativeTrainer

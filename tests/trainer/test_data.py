@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from models.nn.head import IGNORED
 from tests.token_folders import store_of
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.order import permute, round_keys
 from trainer.data.pretraining import PretrainingData

@@ -6,8 +6,10 @@ it in the same words. Standard library only.
 
 import math
 import shlex
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from trainer.best import BestSpec
 from trainer.columns import Columns, exact
@@ -61,7 +63,19 @@ def best_in_words(evals: Columns, spec: BestSpec) -> str:
     said = [f"{name.replace('_', ' ')} {exact(v)}" for name, v in numbers.items() if v == v]
     best = f"best {metric.replace('_', ' ')} {exact(values[row])} at step {evals.steps[row]:,}"
     last = f", last {exact(values[-1])}" if evals.steps[row] != evals.steps[-1] else ""
-    return "; ".join([f"{best}{last}, of {len(values)}", *([", ".join(said)] if said else [])])
+    read = extent_in_words({name: evals.column(name)[row] for name in evals.names})
+    on = f", on {read}" if read else ""
+    return "; ".join([f"{best}{last}, of {len(values)}{on}", *([", ".join(said)] if said else [])])
+
+
+def extent_in_words(found: Mapping[str, Any]) -> str:
+    """Return how much of the held-out data the numbers of an evaluation speak of; nothing: all."""
+    for unit in ("rows", "documents"):
+        whole = found.get(f"num_{unit}_held_out", math.nan)
+        if whole == whole:
+            targets = f"{found['num_targets']:,.0f} targets"
+            return f"{found[f'num_{unit}']:,.0f} of {whole:,.0f} held-out {unit} ({targets})"
+    return ""
 
 
 def _is_aside(name: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from trainer.callbacks.card import extent_in_words
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.callbacks.status import Pace, StatusLine
 from trainer.points import TOKENS
@@ -79,7 +80,8 @@ class ConsoleCallback(Callback):
         texts = {name: f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items()}
         if baseline is not None:
             texts["exact_match"] += f" (question alone {baseline:.4f})"
-        cells = [f"loss {metrics['loss']:7.4f}", *texts.values()]
+        read = extent_in_words(metrics)
+        cells = [f"loss {metrics['loss']:7.4f}", *texts.values(), *([f"on {read}"] if read else [])]
         log.info("%s", rows_of(self._step(progress.step, "eval"), cells))
 
     def on_save(self, progress: Progress, saved: Saved) -> None:

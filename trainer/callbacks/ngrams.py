@@ -73,7 +73,7 @@ class NgramCallback(Callback):
             (batch for _, batch in replace(evaluation, rank=0, num_ranks=1).batches()),
             self.view.tokenizer.vocab_size,
         )
-        num_bytes = evaluation.rows.store.num_bytes
+        num_bytes = evaluation.num_bytes
         return unigram_bits(counts, held_out) / num_bytes, bigram_bits(counts, held_out) / num_bytes
 
 

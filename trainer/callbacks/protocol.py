@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import StepLoader
 from trainer.data.tokenizers import Tokenizer
 from trainer.progress import Progress
 from trainer.protocols import Engine, Saved

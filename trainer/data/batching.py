@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source, shares
 from trainer.data.row_filling import Rows
 

@@ -16,10 +16,11 @@ from trainer.data.batching import check_sizes, eval_loader, loaders
 from trainer.data.document_lengths import check_lengths
 from trainer.data.document_store import DocumentStore, no_targets, sections
 from trainer.data.documents import PackedDocuments
+from trainer.data.eval_loader import EvalLoader
 from trainer.data.examples import BadRowError, Encoder, Example, Labels, described
 from trainer.data.folder_writer import FolderWriter
 from trainer.data.label_names import label_names
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.places import Places, Route
 from trainer.data.preferences import PreferenceEncoder

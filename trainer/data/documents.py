@@ -54,6 +54,9 @@ class PackedDocuments:
     def counts(self) -> list[int]:
         return self.store.per_part(self.store.first_documents)
 
+    def num_tokens(self, samples: list[int]) -> int:
+        return sum(map(self._documents.length, samples))
+
     def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
         """Return all samples: which are whose is known when their lengths have been read."""
         return [samples]

@@ -1,13 +1,11 @@
 """Which rows each rank trains on at each step: a pure function of (step, rank), stateless."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import count
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from trainer.batch import Batch
@@ -17,7 +15,6 @@ from trainer.data.row_filling import Rows
 from trainer.data.sample_order import SampleOrder
 
 VERSION = 1  # of the order: raise it when the same state would give other batches
-EVAL_BLOCK = 512  # samples that are dealt together in an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,27 +213,3 @@ class StepLoader:
         if gaps and gaps[-1][1] == first:  # once more from the same step
             gaps, first = gaps[:-1], gaps[-1][0]
         return replace(self, anchor=(step, last), passed_over=(*gaps, (first, last)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalLoader:
-    """Yields every sample of a store exactly once over all ranks, equally many batches on each."""
-
-    rows: Rows
-    micro_rows: int
-    rank: int
-    num_ranks: int
-
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yield each batch with the number of the source that it is from."""
-        block = max(EVAL_BLOCK, self.num_ranks * self.micro_rows)
-        first = 0
-        for source, size in enumerate(self.rows.counts):
-            for start in range(first, first + size, block):
-                samples = range(start, min(start + block, first + size))
-                dealt = self.rows.deal(
-                    samples, np.ndarray.tolist,
-                    micro_rows=self.micro_rows, rank=self.rank, num_ranks=self.num_ranks,
-                )  # fmt: skip
-                yield from ((source, batch) for batch, _ in dealt)
-            first += size

@@ -11,7 +11,8 @@ from trainer.data.batching import (
     refuse_virtual,
     rows_per_micro_batch,
 )
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.places import Places, Route
 from trainer.data.rows import PackedRows

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import Field
 from typing import Any, ClassVar, Protocol
 
+from trainer.data.eval_loader import EvalLoader
 from trainer.data.examples import Labels
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source
 from trainer.data.tokenizers import Tokenizer
 

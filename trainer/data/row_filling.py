@@ -30,6 +30,10 @@ class Rows(Protocol):
         """How many samples each source has."""
         ...
 
+    def num_tokens(self, samples: list[int]) -> int:
+        """Return how many tokens of the store some of its rows or documents hold."""
+        ...
+
     def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
         """Return what is known of one rank's share before anything is read."""
         ...

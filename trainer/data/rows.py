@@ -37,6 +37,9 @@ class PackedRows:
     def counts(self) -> list[int]:
         return self.store.per_part(self._first_rows)
 
+    def num_tokens(self, samples: list[int]) -> int:
+        return sum(stop - start for _, start, stop in map(self._place, samples))
+
     def share(self, samples: range, *, micro_rows: int, rank: int, num_ranks: int) -> list[range]:
         """Return one rank's samples, one range for each micro-batch."""
         return [
@@ -72,10 +75,8 @@ class PackedRows:
 
     def _fill(self, columns: dict[str, np.ndarray], row: int) -> str:
         """Write one row into its place of the batch; return which documents it comes from."""
-        number = bisect_right(self._first_rows, row) - 1
+        number, start, stop = self._place(row)
         shard = self.store.shard(number)
-        start = (row - self._first_rows[number]) * self.row_tokens
-        stop = min(start + self.row_tokens, shard.footer.num_tokens)
         length = stop - start
         tokens = shard.tokens(start, stop + 1)  # the one behind is the last target
         document, starts = shard.documents(start, stop)
@@ -91,3 +92,9 @@ class PackedRows:
             columns[SOURCES].fill(self.store.part_of_shard(number))
         first = self.store.first_documents[number] + document
         return self.store.cite(first, first + len(starts) - 1)
+
+    def _place(self, row: int) -> tuple[int, int, int]:
+        """Return the shard of a row and its tokens [start, stop) there."""
+        number = bisect_right(self._first_rows, row) - 1
+        start = (row - self._first_rows[number]) * self.row_tokens
+        return number, start, min(start + self.row_tokens, self.store.entries[number].num_tokens)

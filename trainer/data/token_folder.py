@@ -12,7 +12,8 @@ from trainer.data.batching import (
     refuse_virtual,
     rows_per_micro_batch,
 )
-from trainer.data.loader import EvalLoader, StepLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import StepLoader
 from trainer.data.named_sources import Source, key_of, named_sources
 from trainer.data.rows import PackedRows
 from trainer.data.shards import Vocabulary

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.heads import CAUSAL_LM, SEQUENCE, TOKEN
 from trainer.adapters.nf4 import NONE
+from trainer.callbacks.card import extent_in_words
 from trainer.environment import environment
 from trainer.export.idefics import IDEFICS
 from trainer.export.reloaded import auto_class
@@ -163,18 +164,18 @@ def _trained_itself(config: dict[str, Any]) -> str:
 
 
 def _evaluation(found: dict[str, Any]) -> str:
-    hidden = ("step", "split", "time", "num_targets")
+    hidden = ("step", "split", "time")
     numbers = {
         name: value
         for name, value in found.items()
-        if name.partition("/")[0] not in hidden and not isinstance(value, dict)
+        if name not in hidden and not name.startswith("num_") and not isinstance(value, dict)
     }
     rows = "".join(
         f"| {name} | {value:.4f} |\n" if isinstance(value, float) else f"| {name} | {value} |\n"
         for name, value in numbers.items()
     )
-    count = f"{found.get('num_targets', 0):,}"
-    head = f"## Evaluation\n\nHeld-out data at step {found['step']}, {count} targets.\n\n"
+    read = extent_in_words(found) or f"Held-out data, {found.get('num_targets', 0):,} targets"
+    head = f"## Evaluation\n\n{read}, at step {found['step']}.\n\n"
     return f"{head}| | |\n|---|---|\n{rows}"
 
 

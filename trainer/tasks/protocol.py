@@ -29,8 +29,8 @@ class Totals:
 
     nll_sum: float
     num_targets: int
-    num_bytes: int
-    """UTF-8 bytes of the text; 0: unknown."""
+    num_bytes: float
+    """UTF-8 bytes of the text that was read, of a sample estimated; 0: unknown."""
     answers: np.ndarray | None
     """Of all batches and ranks, in the order of the first column."""
     labels: Labels | None
