@@ -19,7 +19,10 @@ _flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward.def
 # Tokens of documents for which products are faster, in bfloat16 alone. torch's kernel takes 512
 # keys at once, what a causal mask hides of them too; of fewer tokens that is little.
 MIXED_BY_PRODUCTS = range(257, 513)
-GRADIENTS_BY_PRODUCTS = range(1, 1025)  # 1.5 (512 tokens) to 3 times (128) as fast
+GRADIENTS_BY_PRODUCTS = range(257, 1025)  # 1.5 times as fast (512 tokens)
+# Of shorter ones torch's kernel takes 2 to 4 times as long as in float32. Products would need a
+# compiled kernel for each number of documents: other ones in each step push them out of the cache.
+GRADIENTS_IN_FLOAT32 = range(1, 257)
 
 
 def attend(
@@ -140,10 +143,12 @@ def _gradients(
     log_sums = log_sums.squeeze(-1)
     if query.dtype == torch.bfloat16 and query.shape[2] in GRADIENTS_BY_PRODUCTS:
         return blocked_gradients(gradient, query, key, value, log_sums, causal, scale)
-    found: tuple[Tensor, Tensor, Tensor] = _flash_backward(
-        gradient, query, key, value, mixed, log_sums, 0.0, causal, scale=scale
-    )
-    return found
+    is_widened = query.dtype == torch.bfloat16 and query.shape[2] in GRADIENTS_IN_FLOAT32
+    dtype = torch.float32 if is_widened else query.dtype
+    tensors = (x.to(dtype) for x in (gradient, query, key, value, mixed))
+    found = _flash_backward(*tensors, log_sums, 0.0, causal, scale=scale)
+    query_grad, key_grad, value_grad = (x.to(query.dtype) for x in found)
+    return query_grad, key_grad, value_grad
 
 
 def _flops(query: Tensor, sizes: Tensor, causal: bool, places: Tensor) -> int:
