@@ -7,6 +7,7 @@ pass under the mask that sdpa takes elsewhere, and document by document; in turn
 before. The last line is one document a row of 2,048 tokens.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.in_turn import read_texts, show, spread
 from launch.exit_codes import BAD_CONFIG, FINISHED
+from launch.host_memory import keep_freed_memory
 from models.nn.dense import Sdpa
 from models.nn.segments import Segments, dense_mask
 
@@ -32,6 +34,7 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print(f"attention: {error}", file=sys.stderr)
         return BAD_CONFIG
+    keep_freed_memory("cpu", os.environ)  # as a rank of a run does
     rounds = options.pop("rounds")
     print("| dtype | documents of | mask: forward | backward | by document: forward | backward |")
     print("|---|---|---|---|---|---|")

@@ -14,7 +14,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import determinism, finetune_figures, overheads, start_up, train_step_figures
+from benchmarks import (
+    determinism,
+    finetune_figures,
+    overheads,
+    peak_memory,
+    start_up,
+    train_step_figures,
+)
 from benchmarks.figure import Figure
 from benchmarks.in_turn import Spread, append_row, chosen, machine, read_texts
 from benchmarks.roofline import cost
@@ -26,6 +33,7 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "step": train_step_figures.figures,
     "products": cost.figures,
     "finetune": finetune_figures.figures,
+    "memory": peak_memory.figures,
     "start": start_up.figures,
     "determinism": determinism.figures,
     "overheads": overheads.figures,

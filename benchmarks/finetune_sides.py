@@ -22,6 +22,7 @@ from benchmarks.train_step_inputs import WEIGHTS, load_run
 from benchmarks.train_step_sides import Curve, our_optimizer
 from benchmarks.train_step_sides import ours as train_ours
 from models.nn.head import IGNORED
+from models.nn.unpadded import num_computed
 from trainer.optim import AdamW
 from trainer.run import Run
 
@@ -50,7 +51,7 @@ def ours(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
     for number in range(run.num_steps):  # what was trained on, read again
         step = loader.step(number)
         epoch.tokens.append(step.num_tokens)
-        epoch.positions.append(sum(batch.input_ids.numel() for batch in step.micro_batches))
+        epoch.positions.append(sum(num_computed(batch.segment_ids) for batch in step.micro_batches))
         epoch.targets.append(sum(int((b.labels != IGNORED).sum()) for b in step.micro_batches))
 
 

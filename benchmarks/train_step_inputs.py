@@ -87,8 +87,9 @@ def _ascii_texts() -> Iterator[str]:
         yield document.text.encode("ascii", "ignore").decode()
 
 
-def write_weights(run: Run, folder: Path) -> None:
-    """Write the initial weights that our engine draws, in fp32, as a Hugging Face folder."""
+def write_weights(run: Run, folder: Path, config: dict[str, Any] | None = None) -> None:
+    """Write the initial weights that our engine draws, in fp32, as a Hugging Face folder; `config`
+    in place of a language model's."""
     model = run.plan_model()
     materialise(
         model, torch.device("cpu"), random_values(model, run.model.initializer_range, run.seed)
@@ -96,7 +97,7 @@ def write_weights(run: Run, folder: Path) -> None:
     folder.mkdir()
     weights = {name: parameter.detach() for name, parameter in unique_parameters(model)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", run.model.hf_config() | {"dtype": "float32"})
+    write_json(folder / "config.json", (config or run.model.hf_config()) | {"dtype": "float32"})
 
 
 def _rows_in_order(run: Run) -> torch.Tensor:

@@ -43,6 +43,14 @@ def test_targets_are_judged_by_the_median_step() -> None:
     assert not figures["allocator retries"].is_met
 
 
+def test_a_full_step_of_8b_is_judged_by_its_largest_peak() -> None:
+    (case,) = (case for case in CASES.values() if case.most_gib is not None)
+    for peak, is_met in ((70.0, True), (75.0, False)):
+        (figure, *_) = figures_of([measured(case, OURS, 1.0, peak_gib=peak)])
+        assert figure.name == "8b pure_bf16 adamw8bit 4096, peak memory, GiB"
+        assert (figure.value, figure.is_met) == (peak, is_met)
+
+
 def test_the_published_formula_of_llama_3_2_1b(tmp_path: Path) -> None:
     case = CASES["1b 4096"]
     run = write_run(case, tmp_path / "run", size="full", is_compiled=False)

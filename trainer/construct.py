@@ -15,6 +15,7 @@ from trainer.checkpoint.lock import RunLock
 from trainer.control import ControlWord, StopRequest
 from trainer.determinism import bits_of, fix_bits
 from trainer.distributed import Placement, Ranks
+from trainer.engines.padding import skip_padding
 from trainer.evaluations import Evaluations
 from trainer.judges import answer_judge, evaluator_of
 from trainer.loop import Loop
@@ -194,6 +195,7 @@ def build_engine(
     """
     values = values or _initial_values(run, model)
     around = run.surroundings(model, mesh, ranks.device, guard)
+    skip_padding(model, around, is_compiled=getattr(run.engine, "compile", False))
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
     return run.engine.build(laid_out, around)

@@ -41,6 +41,8 @@ class Case:
     """By 6N + 12LdT."""
     least_tokens: float | None = None
     """Tokens per second."""
+    most_gib: float | None = None
+    """Of memory that torch takes from the device: 74.5 are the 80 GB of a card."""
     beside: str = ""
     """Name of the case whose tokens per second `least_ratio` is about."""
     least_ratio: float | None = None
@@ -73,6 +75,10 @@ CASES = {
         Case(
             name="8b lora 4096", model="llama_3_1_8b", rows=2, row_tokens=4096,
             words=("adapter=lora",), least_tokens=12_473,
+        ),
+        Case(
+            name="8b pure_bf16 adamw8bit 4096", model="llama_3_1_8b", rows=1, row_tokens=4096,
+            sides=(OURS,), words=("precision=pure_bf16", "optim=adamw8bit"), most_gib=74.5,
         ),
         Case(name="3b 4096", model="llama_3_2_3b", rows=2, row_tokens=4096, least_mfu=0.55),
         Case(name="1b 8192", model="llama_3_2_1b", rows=2, row_tokens=8192, least_mfu=0.55),

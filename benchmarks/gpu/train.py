@@ -176,7 +176,7 @@ def figures_of(found: list[Measured]) -> list[Figure]:
             "recompiles after warm-up": sum(curve.recompiles for curve in watched),
             "cases with a host sync in a step": sum(bool(curve.syncs) for curve in watched),
         }
-        figures += [_upper(name, count) for name, count in counts.items()]
+        figures += [_upper(name, count, 0) for name, count in counts.items()]
     return figures
 
 
@@ -192,6 +192,9 @@ def _of_case(one: Measured, ours: dict[str, Measured], found: list[Measured]) ->
     if case.least_tokens is not None:
         rate = median(one.rates)
         figures.append(_lower(f"{name}, tokens/s", rate, case.least_tokens, theirs=theirs))
+    if case.most_gib is not None:
+        peak = max(curve.peak_gib for curve in one.curves)
+        figures.append(_upper(f"{name}, peak memory, GiB", peak, case.most_gib))
     if case.least_ratio is not None and case.beside in ours:
         ratio = median(one.rates) / median(ours[case.beside].rates)
         figures.append(_lower(f"{name} beside {case.beside}, tokens/s", ratio, case.least_ratio))
@@ -210,10 +213,10 @@ def _lower(
     )  # fmt: skip
 
 
-def _upper(name: str, count: int) -> Figure:
+def _upper(name: str, value: float, limit: float) -> Figure:
     return Figure(
-        name=name, ours=spread([count]), theirs=None, target="0", limit=0, value=count,
-        is_upper=True,
+        name=name, ours=spread([value]), theirs=None, target=f"<= {limit:g}", limit=limit,
+        value=value, is_upper=True,
     )  # fmt: skip
 
 

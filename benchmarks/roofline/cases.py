@@ -29,7 +29,8 @@ FAMILIES = {
         "model.vocab_size=32000",
     ),
     "idefics": (
-        "model=idefics_tiny", "freeze=none", *LLAMA_SHAPE, "data.row_images=8",
+        "model=idefics_tiny", "freeze=none", *LLAMA_SHAPE,
+        "data.row_images=8", "data.row_tokens=256",  # eight captions fill 232
         "model.vision_config.embed_dim=256", "model.vision_config.intermediate_size=1024",
         "model.vision_config.num_hidden_layers=4",
     ),

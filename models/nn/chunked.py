@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SCALED_AT_ONCE = 2**20  # elements: 4 MiB in fp32, which stay in a CPU's cache
+
 
 class Vocabulary(Protocol):
     """Computes what needs the logits of all tokens: here of them all, or of this rank's share."""
@@ -177,10 +179,15 @@ def _accumulate(
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `x * factor`, multiplied in at least fp32 and rounded once.
+    """Return (X, D) `x * factor`, multiplied in at least fp32 and rounded once.
 
     The factor may be wider, as a quotient of counts is: fp64 for all of x would take 8 bytes for
-    each of its numbers, twice.
+    each of its numbers, twice. And all products in fp32 would be a second gradient: a few rows are
+    scaled at a time.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) * factor.to(wide)).to(dtype)
+    found = torch.empty_like(x, dtype=dtype)
+    rows = max(1, SCALED_AT_ONCE // x.shape[1])
+    for part, target in zip(x.split(rows), found.split(rows), strict=True):
+        target.copy_(part.to(wide) * factor.to(wide))
+    return found

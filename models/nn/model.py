@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.nn.cache import Cache
 from models.nn.head import Loss
+from models.nn.unpadded import without_padding
 
 
 class Head(Protocol):
@@ -32,6 +33,8 @@ class DecoderModel(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk_name, self.head_name = trunk_name, head_name
+        self.skips_padding = False
+        """Whether the trunk computes no padding of batches that are text alone."""
         self.add_module(trunk_name, trunk)
         self.add_module(head_name, head)
 
@@ -64,9 +67,18 @@ class DecoderModel(nn.Module):
         """
         if cache is not None:
             inputs["cache"] = cache
-        hidden_BTD = self.trunk(input_ids, position_ids, segment_ids, **inputs)
+        hidden_BTD = self.hidden_states(input_ids, position_ids, segment_ids, **inputs)
         if logits_to_keep:
             hidden_BTD = hidden_BTD[:, -logits_to_keep:]
             segment_ids = segment_ids[:, -logits_to_keep:]
         result: Tensor | Loss = self.head(hidden_BTD, segment_ids, labels, scale)
+        return result
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, **inputs: Any
+    ) -> Tensor:
+        """Return the trunk's (B, T, D) hidden states of (B, T) ids."""
+        if self.skips_padding and not inputs:
+            return without_padding(self.trunk, input_ids, position_ids, segment_ids)
+        result: Tensor = self.trunk(input_ids, position_ids, segment_ids, **inputs)
         return result

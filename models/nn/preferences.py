@@ -121,7 +121,7 @@ class PreferenceModel(DecoderModel):
         inputs: dict[str, Any],
     ) -> Tensor:
         """Return (B, segments) sums over the targets of each segment."""
-        hidden_BTD = self.trunk(input_ids, position_ids, segment_ids, **inputs)
+        hidden_BTD = self.hidden_states(input_ids, position_ids, segment_ids, **inputs)
         nll_BT = self.head(hidden_BTD, segment_ids, targets_BT)
         segments = torch.arange(1, num_segments + 1, device=segment_ids.device)
         is_in = segment_ids[:, None, :] == segments[:, None]

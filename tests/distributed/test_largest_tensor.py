@@ -43,3 +43,7 @@ def test_a_step_of_a_large_vocabulary_never_holds_all_logits(precision: str) -> 
     assert max(chunks) == 1024
     widest = max(block.num_bytes for block in blocks)
     assert widest == VOCAB * HIDDEN * 4  # weight, gradient and state in fp32; nothing in fp64
+    # Gradients of the head and the embedding, which share a weight, and their sum in its dtype: no
+    # further one is formed to scale them.
+    wide = [b for b in blocks if (b.phase, b.num_bytes) == ("backward", widest)]
+    assert len(wide) == (1 if precision == "bf16" else 3)

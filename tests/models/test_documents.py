@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.nn.blocked_attention import BLOCK, blocked_gradients, blocked_mixture
 from models.nn.dense import Eager, Sdpa
-from models.nn.document_attention import BLOCK, OPERATION, blocked_gradients
+from models.nn.document_attention import OPERATION
 from models.nn.documents import TILE, Documents, Layout, documents_of, padded_lengths
 from models.nn.segments import Segments
 from tests.models.test_attention import (
@@ -115,9 +116,7 @@ def test_whole_rows_in_bf16_are_near_eager_beyond_what_is_blocked() -> None:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
-def test_blocked_gradients_are_those_of_eager(
-    length: int, causal: bool, heads: tuple[int, int]
-) -> None:
+def test_products_give_what_eager_gives(length: int, causal: bool, heads: tuple[int, int]) -> None:
     segments = Segments.within(torch.ones(3, length, dtype=torch.int64), causal=causal)
     qkv = inputs(segments, heads)
     expected = with_gradients(lambda x: attended(Eager(), segments, x), qkv)
@@ -125,8 +124,10 @@ def test_blocked_gradients_are_those_of_eager(
     scores = qkv[0] @ qkv[1].repeat_interleave(heads[0] // heads[1], 1).transpose(2, 3) * SCALE
     if causal:
         scores = scores.masked_fill(torch.ones(length, length).triu(1) > 0, -torch.inf)
-    found = blocked_gradients(gradient, *qkv, scores.logsumexp(-1), causal, SCALE)
-    assert_equal([expected[0], *found], expected, EXACT)
+    mixed, log_sums = blocked_mixture(*qkv, causal, SCALE)
+    assert_equal([log_sums], [scores.logsumexp(-1)], EXACT)
+    found = blocked_gradients(gradient, *qkv, log_sums, causal, SCALE)
+    assert_equal([mixed, *found], expected, EXACT)
 
 
 def test_padding_gets_zeros_and_gives_no_gradient() -> None:
@@ -138,18 +139,26 @@ def test_padding_gets_zeros_and_gives_no_gradient() -> None:
         assert gradient.any()
 
 
-def test_no_neighbour_changes_a_bit_of_a_document() -> None:
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("size", "length"), [(45, 256), (300, 512)])  # torch's kernel, products
+def test_no_neighbour_changes_a_bit_of_a_document(
+    size: int, length: int, dtype: torch.dtype
+) -> None:
     """Nor does its place, or how many others there are: alone in a batch it is the same."""
-    for dtype in (torch.float32, torch.bfloat16):
-        alone = Segments.within(rows([45], length=256))
-        packed = Segments.within(rows([100, 45, 60], [7] * 30, [43] * 5, [256], length=256))
-        ours, others = inputs(alone, dtype=dtype, seed=1), inputs(packed, dtype=dtype)
-        for mine, all_of_them in zip(ours, others, strict=True):
-            all_of_them[:1, :, 100:145] = mine[:, :, :45]
-        expected = _with_gradients_alike(alone, ours, slice(0, 45))
-        found = _with_gradients_alike(packed, others, slice(100, 145))
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one[:1, :, 100:145], other[:, :, :45]), dtype
+    alone = Segments.within(rows([size], length=length))
+    near = size - 2  # padded to the same length
+    packed = rows([100, size, 60], [7] * 30, [near], [near], [length], length=length)
+    own = slice(100, 100 + size)
+    ours, others = (
+        inputs(alone, dtype=dtype, seed=1),
+        inputs(Segments.within(packed), dtype=dtype),
+    )
+    for mine, all_of_them in zip(ours, others, strict=True):
+        all_of_them[:1, :, own] = mine[:, :, :size]
+    expected = _with_gradients_alike(alone, ours, slice(0, size))
+    found = _with_gradients_alike(Segments.within(packed), others, own)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[:1, :, own], other[:, :, :size])
 
 
 def _with_gradients_alike(

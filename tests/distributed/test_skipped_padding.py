@@ -1,0 +1,98 @@
+"""Where padding is left out, and layouts that do so against one process that computes it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models import heads
+from models.nn import unpadded
+from tests.conftest import tiny_spec
+from tests.distributed.cases import LAYOUTS, Case
+from tests.distributed.test_layouts import curve, eval_losses
+from tests.distributed.test_matrix import ask
+from tests.ranks import COLLECTIVE_SECONDS, run_ranks
+from tests.runs import tiny_run, train
+from tests.trainer.test_documents import ROWS, written
+from trainer.construct import build_engine
+from trainer.data.chat import ChatEncoder
+from trainer.data.document_data import DocumentData
+from trainer.distributed import Placement, Ranks
+from trainer.engines.accelerate import AccelerateEngine
+from trainer.engines.deepspeed_state import import_deepspeed
+from trainer.engines.native import NativeEngine
+from trainer.run import Run
+from trainer.verify.compare import first_step
+
+import_deepspeed("cpu")  # once, not in every rank
+
+
+def is_skipped(placement: Placement, run: Run) -> bool:
+    """Build an engine; return whether its model leaves padding out."""
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
+    model: Any = run.plan_model()
+    build_engine(run, model, ranks, run.mesh.build(ranks=ranks)).close()
+    ranks.close()
+    return bool(model.skips_padding)
+
+
+def test_one_process_skips_padding_unless_shapes_or_bits_have_to_stay(cache: Path) -> None:
+    run = tiny_run(cache)
+    kept = {
+        "compile": replace(run, engine=NativeEngine(compile=True)),
+        "topology_free": replace(run, deterministic="topology_free"),
+        "eager": replace(run, model=tiny_spec(attn_implementation="eager")),
+        "dropout": replace(run, model=tiny_spec(attention_dropout=0.1)),
+    }
+    skipping = {
+        "plain": run,
+        "run": replace(run, deterministic="run"),
+        "accelerate": replace(run, engine=AccelerateEngine()),
+    }
+    found = {name: run_ranks(1, is_skipped, each)[0] for name, each in (kept | skipping).items()}
+    assert [name for name, skips in found.items() if skips] == list(skipping)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp", "cp", "pp"])
+def test_ranks_that_share_a_row_keep_its_shape(layout: str, cache: Path) -> None:
+    run = tiny_run(cache, mesh=LAYOUTS[layout])
+    assert run_ranks(2, is_skipped, run) == [layout in ("ddp", "fsdp")] * 2
+
+
+@pytest.mark.parametrize("option", ["plain", "checkpointing", "frozen"])
+@pytest.mark.parametrize("family", ["Llama", "GPT-BigCode (MQA)", "Idefics"])
+@pytest.mark.parametrize("layout", ["single", "ddp", "fsdp", "accelerate", "zero 2", "zero 3"])
+def test_layouts_without_padding_compute_what_one_process_computes_with_it(
+    layout: str, family: str, option: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = heads.SEQUENCE if family == "Llama" else heads.CAUSAL_LM
+    case = Case(layout, family, head, False, option)
+    monkeypatch.setattr(unpadded, "COUNTED_BY", 2 * 32)  # never less than the rows of a batch
+    expected = ask(case.reference, cache)
+    monkeypatch.setattr(unpadded, "COUNTED_BY", 8)
+    found = ask(case, cache)
+    assert not found.complaints
+    for check in first_step(found, expected, case.standard):
+        assert check.passes, check
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "off"])
+def test_fine_tuning_evaluates_and_resumes_as_with_padding(
+    packing: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DocumentData(
+        path=written(tmp_path / "rows.jsonl", ROWS), encoder=ChatEncoder(), eval_fraction=0.1,
+        row_tokens=64, global_documents=12, micro_rows=4, packing=packing, cache=str(cache),
+    )  # fmt: skip
+    run = tiny_run(cache, data=data, precision="fp64", max_steps=6, eval_every=2)
+    monkeypatch.setattr(unpadded, "COUNTED_BY", 4 * 64)  # never less than whole rows
+    run_ranks(1, train, tmp_path / "padded", run)
+    monkeypatch.setattr(unpadded, "COUNTED_BY", 8)
+    run_ranks(1, train, tmp_path / "found", run)
+    run_ranks(1, train, tmp_path / "resumed", replace(run, max_steps=4))
+    run_ranks(1, train, tmp_path / "resumed", run)
+    for read in (curve, eval_losses):
+        expected, found = read(tmp_path / "padded"), read(tmp_path / "found")
+        assert found == pytest.approx(expected, rel=1e-10, abs=0)
+        assert read(tmp_path / "resumed") == found
