@@ -56,12 +56,12 @@ def read_texts(words: list[str], defaults: dict[str, str]) -> dict[str, str]:
     return options
 
 
-def chosen(only: str, known: Mapping[str, Part]) -> dict[str, Part]:
-    """Return what a comma list names; ValueError for an unknown one."""
-    names = only.split(",")
+def chosen(given: str, known: Mapping[str, Part], option: str = "only") -> dict[str, Part]:
+    """Return what a comma list, the value of `option`, names; ValueError for an unknown one."""
+    names = given.split(",")
     for name in names:
         if name not in known:
-            raise ValueError(f"only={name} is unknown; set it to some of {', '.join(known)}")
+            raise ValueError(f"{option}={name} is unknown; set it to some of {', '.join(known)}")
     return {name: known[name] for name in names}
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.in_turn import append_row, machine, read_texts
+from benchmarks.in_turn import append_row, chosen, machine, read_texts
 from launch.binding import bind_run
 from launch.compose import compose
+from launch.exit_codes import BAD_CONFIG, FINISHED
 from trainer.batch import Batch
 from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
@@ -109,17 +110,20 @@ def _time_updates(optimizer: Any, seconds: list[float]) -> None:
     optimizer.step = step
 
 
-def main() -> None:
-    options = read_texts(sys.argv[1:], DEFAULTS)
-    names = options["sides"].split(",")
-    if unknown := [name for name in names if name not in SIDES]:
-        raise SystemExit(f"sides={unknown[0]} is unknown; set it to some of {', '.join(SIDES)}")
+def main(words: list[str]) -> int:
+    """Train all sides, print and store; return the exit code."""
+    try:
+        options = read_texts(words, DEFAULTS)
+        own = chosen(options["sides"], SIDES, "sides")
+    except ValueError as error:
+        print(f"optimizers: {error}", file=sys.stderr)
+        return BAD_CONFIG
     common = [f"experiment={options['experiment']}", f"max_steps={options['steps']}"]
     common += [f"optim.lr={options['lr']}"]
     common += [f"model={options['model']}"] if options["model"] else []
     common += [f"data.global_rows={options['rows']}"] if options["rows"] else []
     ranks = Ranks(Placement(), 600.0)
-    sides = {name: side_of([*common, *SIDES[name]], ranks) for name in names}
+    sides = {name: side_of([*common, *more], ranks) for name, more in own.items()}
     total, turn = int(options["steps"]), int(options["turn"])
     for done in range(0, total, turn):
         for side in sides.values():
@@ -130,7 +134,8 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     append_row(RESULTS, found)
+    return FINISHED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
