@@ -3,10 +3,14 @@
 import gc
 import platform
 import shutil
+from contextvars import copy_context
 from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 
 import torch
+
+_NO_KERNEL = 'extern "C" void kernel(float* values) {}'
 
 
 def import_the_rest(*, is_compiled: bool) -> None:
@@ -15,10 +19,30 @@ def import_the_rest(*, is_compiled: bool) -> None:
     from torch import _dynamo  # noqa: F401
 
     if is_compiled:
+        remember_instructions()
+        ask_ahead()
         from torch._dynamo.repro import after_dynamo  # noqa: F401
         from torch._inductor import compile_fx  # noqa: F401
 
-        remember_instructions()
+
+def ask_ahead() -> Thread:
+    """Let another thread ask what Inductor asks of the machine before it reads its own cache.
+
+    A hash of torch's files, and on a CPU a library for each set of vector instructions and a header
+    through the C++ compiler: files and processes to wait for, while the rest is imported and data
+    and model are made. Answers lie in caches of Inductor's functions; who comes first asks again.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache, torch_key
+    from torch.utils import _filelock, cpp_extension  # noqa: F401  two threads import nothing
+
+    def ask() -> None:
+        if not torch.cuda.is_available():
+            CppPythonBindingsCodeCache.load_pybinding_async(["float*"], _NO_KERNEL)  # compiles none
+        torch_key()
+
+    thread = Thread(target=copy_context().run, args=(ask,), daemon=True)  # as Inductor is set here
+    thread.start()
+    return thread
 
 
 def wake_collector() -> None:

@@ -1,6 +1,8 @@
 """The collector rests until training is built, and the compiler is asked once what it knows."""
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,3 +101,58 @@ def test_what_the_user_said_of_instructions_stays(
     with config.patch({"cpp.vec_isa_ok": False}):
         remember_instructions()
         assert is_trusted() is False
+
+
+ASKS_AHEAD = """
+import sys
+from threading import Thread
+
+import torch
+from torch import _dynamo
+
+from trainer import start_up
+
+
+class Noting(Thread):
+    def start(self):
+        self.modules = set(sys.modules)
+        super().start()
+
+
+def counted(*given):
+    hashed.append(given)
+    return hash_of(*given)
+
+
+from torch._inductor import codecache, cpu_vec_isa
+
+hashed, hash_of = [], codecache.build_code_hash
+codecache.build_code_hash = counted
+start_up.Thread = Noting
+thread = start_up.ask_ahead()
+thread.join()
+asked = cpu_vec_isa.valid_vec_isa_list, codecache._precompile_header
+num_hashed = len(hashed)
+print("imported", *sorted(set(sys.modules) - thread.modules))
+print("before", *(each.cache_info().misses for each in asked))
+values = torch.arange(100.0)
+print("right", torch.compile(lambda x: x.sin() * 2)(values).allclose(values.sin() * 2))
+print("behind", *(each.cache_info().misses for each in asked))
+print("asked", *(each.cache_info().hits > 0 for each in asked))
+print("hashed", num_hashed > 100, len(hashed) == num_hashed)
+"""
+
+
+def test_what_is_asked_ahead_is_what_the_compiler_asks(inductor_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS_AHEAD], capture_output=True, text=True, check=True
+    )
+    found = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    assert found == {
+        "imported": "",  # two threads that import can get half a module
+        "before": "1 1",
+        "right": "True",
+        "behind": "1 1",
+        "asked": "True True",
+        "hashed": "True True",
+    }
