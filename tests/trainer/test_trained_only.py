@@ -224,7 +224,8 @@ def test_commands_read_a_run_whose_checkpoints_have_no_base(
         "experiment=pretrain_text", "data.path=stdlib", f"model.path={model_folder}",
         "model=pretrained", "model.additional_tokens=[self,return]", "freeze=new_tokens",
         "precision=fp32", "data.row_tokens=32", "data.global_rows=8", f"data.cache={cache}",
-        "data.max_documents=20", "optim.lr=0.1", "max_steps=2", "eval_every=2", "save_every=2",
+        "data.max_documents=20", "optim.lr=0.1", "max_steps=2", "eval_every=2", "eval_share=null",
+        "save_every=2",
     ]  # fmt: skip
     run_ranks(1, train_words, tmp_path / "run", words)
     (said,) = [
