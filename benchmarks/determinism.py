@@ -28,11 +28,10 @@ DEFAULTS = {"rounds": "3", "only": ",".join(WORKLOADS)}
 WARMUP = 2  # steps
 
 
-def figures(rounds: int = 3, only: str = DEFAULTS["only"]) -> list[Figure]:
-    """Measure both sides of all workloads in turn."""
-    return [
-        figure_of(name, *measure(words, rounds)) for name, words in chosen(only, WORKLOADS).items()
-    ]
+def figures(options: dict[str, str] = DEFAULTS) -> list[Figure]:
+    """Measure both sides of the chosen workloads in turn."""
+    rounds, workloads = int(options["rounds"]), chosen(options["only"], WORKLOADS)
+    return [figure_of(name, *measure(words, rounds)) for name, words in workloads.items()]
 
 
 def measure(words: tuple[str, ...], rounds: int) -> tuple[list[float], list[float]]:
@@ -60,13 +59,7 @@ def figure_of(name: str, run: list[float], off: list[float]) -> Figure:
 
 def main(words: list[str]) -> int:
     """Measure, print, and append a row to results/determinism.jsonl; return the exit code."""
-    return run(
-        __doc__,
-        words,
-        DEFAULTS,
-        lambda given: figures(int(given["rounds"]), given["only"]),
-        RESULTS,
-    )
+    return run(__doc__, words, DEFAULTS, figures, RESULTS)
 
 
 if __name__ == "__main__":

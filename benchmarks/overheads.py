@@ -84,9 +84,10 @@ class _Writer(Callback):
         self.written.append(saved.seconds_written)
 
 
-def figures(only: str = DEFAULTS["only"]) -> list[Figure]:
-    """Run each workload once."""
-    return [figure_of(name, *measure(words)) for name, words in chosen(only, WORKLOADS).items()]
+def figures(options: dict[str, str] = DEFAULTS) -> list[Figure]:
+    """Run each chosen workload once."""
+    workloads = chosen(options["only"], WORKLOADS)
+    return [figure_of(name, *measure(words)) for name, words in workloads.items()]
 
 
 def measure(words: Sequence[str]) -> tuple[Spans, dict[str, int]]:
@@ -136,7 +137,7 @@ def share(step: float, costs: Mapping[str, float], intervals: Mapping[str, int])
 def main(words: list[str]) -> int:
     """Measure, print, and append a row to results/overheads.jsonl; return the exit code."""
     configure_logging(rank=0)
-    return commands.run(__doc__, words, DEFAULTS, lambda given: figures(given["only"]), RESULTS)
+    return commands.run(__doc__, words, DEFAULTS, figures, RESULTS)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ Times = dict[str, list[float]]
 """Seconds of each kind of start, round by round."""
 
 
-def figures(rounds: int = 3, only: str = DEFAULTS["only"]) -> list[Figure]:
-    """Measure all starts in turn."""
+def figures(options: dict[str, str] = DEFAULTS) -> list[Figure]:
+    """Measure all starts of the chosen workloads in turn."""
     found = []
-    for name, words in chosen(only, WORKLOADS).items():
-        found += figures_of(name, measure(words, rounds, is_whole=name == "demo"))
+    for name, words in chosen(options["only"], WORKLOADS).items():
+        times = measure(words, int(options["rounds"]), is_whole=name == "demo")
+        found += figures_of(name, times)
     return found
 
 
@@ -84,13 +85,7 @@ def _within(name: str, limit: float, seconds: Spread) -> Figure:
 
 def main(words: list[str]) -> int:
     """Measure, print, and append a row to results/start_up.jsonl; return the exit code."""
-    return run(
-        __doc__,
-        words,
-        DEFAULTS,
-        lambda given: figures(int(given["rounds"]), given["only"]),
-        RESULTS,
-    )
+    return run(__doc__, words, DEFAULTS, figures, RESULTS)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ def blocked_mixture(
     wide = torch.promote_types(query.dtype, torch.float32)
     queries = _by_group(query, key).to(wide) * scale
     keys, values = _turned(_by_head(key).to(wide)), _by_head(value)
-    mixed, log_sums = (
-        torch.empty_like(queries, dtype=query.dtype),
-        queries.new_empty(queries.shape[:3]),
-    )
+    mixed = torch.empty_like(queries, dtype=query.dtype)
+    log_sums = queries.new_empty(queries.shape[:3])
     for some, rows, seen in _blocks(queries, causal):
         block = queries[some, :, rows]
         scores = block.flatten(1, 2) @ keys[some, :, :seen]
@@ -60,7 +58,8 @@ def blocked_gradients(
     keys, values = _by_head(key), _by_head(value)
     turned_keys, turned_values = _turned(keys), _turned(values)
     shifts = log_sums.contiguous().view(queries.shape[:3]).neg()
-    grads = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    query_grads = torch.empty_like(queries)
+    key_grads, value_grads = torch.zeros_like(keys), torch.zeros_like(values)
     for some, rows, seen in _blocks(queries, causal):
         block = queries[some, :, rows]
         own, own_gradient = (x[some, :, rows].flatten(1, 2) for x in (queries, gradients))
@@ -69,16 +68,14 @@ def blocked_gradients(
         if causal:
             _hide(scores, block)
         weights = scores.baddbmm_(own, turned_keys[some, :, :seen], alpha=scale).softmax(-1)
-        query_grad, key_grad, value_grad = (
-            grads[0][some, :, rows],
-            *(x[some, :seen] for x in grads[1:]),
-        )
-        value_grad.baddbmm_(weights.transpose(1, 2), own_gradient)
+        value_grads[some, :seen].baddbmm_(weights.transpose(1, 2), own_gradient)
         weights_grad = own_gradient @ turned_values[some, :, :seen]
         scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
-        torch.mul((scores_grad @ keys[some, :seen]).view_as(block), scale, out=query_grad)
-        key_grad.baddbmm_(scores_grad.transpose(1, 2), own, alpha=scale)
-    return grads[0].view_as(query), grads[1].view(key.shape), grads[2].view(value.shape)
+        torch.mul(
+            (scores_grad @ keys[some, :seen]).view_as(block), scale, out=query_grads[some, :, rows]
+        )
+        key_grads[some, :seen].baddbmm_(scores_grad.transpose(1, 2), own, alpha=scale)
+    return query_grads.view_as(query), key_grads.view_as(key), value_grads.view_as(value)
 
 
 def _by_group(x_DNLH: Tensor, key_DKLH: Tensor) -> Tensor:

@@ -49,9 +49,10 @@ def _end_to_end(
     """
     if not has_values_here(segment_ids):
         return None
-    places, size = segment_ids.flatten().nonzero()[:, 0], num_computed(segment_ids)
+    size = num_computed(segment_ids)
     if size == segment_ids.numel():
         return None
+    places = segment_ids.flatten().nonzero()[:, 0]
     rows = torch.arange(len(segment_ids))[:, None]
     numbered = segment_ids + rows * (segment_ids.amax() + 1)
     padding = (0, size - len(places))
