@@ -23,15 +23,13 @@ def without_padding(
     They are computed as (1, S): the real tokens, and in halves some padding. As (B, T) where that
     is no less, or where no values are at hand.
     """
-    dtype = next(trunk.parameters()).dtype
-    found = _end_to_end(input_ids, position_ids, segment_ids, dtype)
+    found = _end_to_end(input_ids, position_ids, segment_ids, next(trunk.parameters()).dtype)
     if found is None:
         return trunk(input_ids, position_ids, segment_ids)
     places, text = found
     hidden_SD = trunk(*text)[0]
     whole_XD = hidden_SD.new_zeros(segment_ids.numel(), hidden_SD.shape[1])
-    whole_XD = whole_XD.index_copy(0, places, hidden_SD[: len(places)])
-    return whole_XD.view(*segment_ids.shape, -1)
+    return whole_XD.index_copy(0, places, hidden_SD[: len(places)]).view(*segment_ids.shape, -1)
 
 
 def num_computed(segment_ids: Tensor, dtype: torch.dtype) -> int:
@@ -55,6 +53,5 @@ def _end_to_end(
     places = segment_ids.flatten().nonzero()[:, 0]
     rows = torch.arange(len(segment_ids))[:, None]
     numbered = segment_ids + rows * (segment_ids.amax() + 1)
-    padding = (0, size - len(places))
     text = (input_ids, position_ids, numbered)
-    return places, [F.pad(x.flatten()[places], padding)[None] for x in text]
+    return places, [F.pad(x.flatten()[places], (0, size - len(places)))[None] for x in text]
