@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,40 @@ def test_a_device_that_is_too_small_is_a_failed_check(
     assert plan["tokens_per_second"] > 0
     assert [row["name"] for row in plan["layouts"]] == ["single"]
     assert plan["layouts"][0]["peak"] == plan["memory"]["peak"]
+
+
+LONG = (
+    *SMALL, "model.num_hidden_layers=4", "model.hidden_size=64", "data.row_tokens=512",
+    "data.global_rows=4", "data.micro_rows=4",
+)  # fmt: skip
+
+
+def test_a_run_that_does_not_fit_is_told_the_most_that_it_may_keep(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(memory: float, *words: str) -> tuple[int, dict[str, Any]]:
+        device = replace(DEVICES["l40s"], memory_gib=memory / 2**30)
+        monkeypatch.setitem(DEVICES, "l40s", device)
+        code = main([*LONG, *words, "device=l40s", "json=true"])
+        return code, json.loads(capsys.readouterr().out)
+
+    def budget(share: float) -> tuple[str, str]:
+        key = "engine.activation_checkpointing"
+        return f"{key}.mode=budget", f"{key}.budget={share}"
+
+    most = planned(1e12)[1]["memory"]["peak"]
+    least = planned(1e12, *budget(0))[1]["memory"]["peak"]
+    has = (most + least) / 2
+    code, plan = planned(has)
+    assert (code, plan["fits"]) == (1, False)
+    assert 0 < plan["budget"] < 1
+    # With these words it fits, as planned, and with one step more it does not.
+    code, again = planned(has, *budget(plan["budget"]))
+    assert (code, again["memory"]["peak"]) == (0, plan["budget_peak"])
+    assert planned(has, *budget(round(plan["budget"] + 0.05, 2)))[0] == 1
+    code, plan = planned(least - 1)
+    assert (code, plan["budget"], plan["budget_peak"]) == (1, None, least)
+    assert planned(least - 1, *budget(0))[1]["budget_peak"] is None  # nothing is left to try
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def _within(block: nn.Module, budget: float) -> Callable[..., Any]:
 def _recomputing(block: nn.Module, mode: str) -> Callable[..., Any]:
     body = _Body(block)
     # Under compile, torch's own default for context_fn must not be given.
-    options = {"context_fn": _keeping_matmuls} if mode == SELECTIVE else {}
+    options: dict[str, Any] = {"context_fn": _keeping_matmuls} if mode == SELECTIVE else {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         run: Callable[..., Any] = body
