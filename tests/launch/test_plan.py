@@ -10,6 +10,7 @@ import pytest
 
 from launch import probe
 from launch.plan import main
+from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.planning.devices import DEVICES
 
 SMALL = (
@@ -49,37 +50,35 @@ def test_a_device_that_is_too_small_is_a_failed_check(
 
 
 LONG = (
-    *SMALL, "model.num_hidden_layers=4", "model.hidden_size=64", "data.row_tokens=512",
-    "data.global_rows=4", "data.micro_rows=4",
+    *SMALL, "model.num_hidden_layers=2", "data.row_tokens=256", "data.global_rows=4",
+    "data.micro_rows=4",
 )  # fmt: skip
 
 
 def test_a_run_that_does_not_fit_is_told_the_most_that_it_may_keep(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planned(memory: float, *words: str) -> tuple[int, dict[str, Any]]:
-        device = replace(DEVICES["l40s"], memory_gib=memory / 2**30)
+    def planned(num_bytes: float) -> dict[str, Any]:
+        device = replace(DEVICES["l40s"], memory_gib=num_bytes / 2**30)
         monkeypatch.setitem(DEVICES, "l40s", device)
-        code = main([*LONG, *words, "device=l40s", "json=true"])
-        return code, json.loads(capsys.readouterr().out)
+        assert main([*LONG, "device=l40s", "json=true"]) == 1
+        plan = json.loads(capsys.readouterr().out)
+        assert isinstance(plan, dict)
+        return plan
 
-    def budget(share: float) -> tuple[str, str]:
-        key = "engine.activation_checkpointing"
-        return f"{key}.mode=budget", f"{key}.budget={share}"
-
-    most = planned(1e12)[1]["memory"]["peak"]
-    least = planned(1e12, *budget(0))[1]["memory"]["peak"]
+    plan = planned(1)  # no budget is small enough
+    most, least = plan["memory"]["peak"], plan["budget_peak"]
+    assert plan["budget"] is None
+    assert least < 0.9 * most
     has = (most + least) / 2
-    code, plan = planned(has)
-    assert (code, plan["fits"]) == (1, False)
-    assert 0 < plan["budget"] < 1
-    # With these words it fits, as planned, and with one step more it does not.
-    code, again = planned(has, *budget(plan["budget"]))
-    assert (code, again["memory"]["peak"]) == (0, plan["budget_peak"])
-    assert planned(has, *budget(round(plan["budget"] + 0.05, 2)))[0] == 1
-    code, plan = planned(least - 1)
-    assert (code, plan["budget"], plan["budget_peak"]) == (1, None, least)
-    assert planned(least - 1, *budget(0))[1]["budget_peak"] is None  # nothing is left to try
+    plan = planned(has)
+    # Blocks are two: the budget that a third one would take does not exist.
+    modes = [
+        ActivationCheckpointing(mode="budget", budget=budget).modes(2)
+        for budget in (plan["budget"], plan["budget"] + 0.05)
+    ]
+    assert modes[0] != modes[1]
+    assert plan["budget_peak"] <= has
 
 
 @pytest.mark.parametrize(
