@@ -18,6 +18,8 @@ _RECORDED = (
     "data.path", "data.sources.", "data.subset", "data.split", "data.max_documents",
     "data.eval_subset", "data.eval_split", "tokenizer",
 )  # fmt: skip
+# What the optimizer's state is: no other optimizer can go on from it.
+_FIXED = ("optim._target_", "optim.states")
 _EXPLICIT = ("data.global_rows", "data.global_documents")
 _SOURCES = ("data.path", "data.sources.")
 ALLOW_MIX = "data.mix"
@@ -50,7 +52,8 @@ def check_drift(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the changes that a resumed run may carry; ValueError names all that it may not."""
     changes = difference(old, new)
-    refused = [key for key in changes if not fits(key, (*_RECORDED, *_EXPLICIT))]
+    known = (*_RECORDED, *_EXPLICIT)
+    refused = [key for key in changes if key in _FIXED or not fits(key, known)]
     if refused:
         raise ValueError(
             f"{_listed(refused, changes)}, which would make another run of it; set "

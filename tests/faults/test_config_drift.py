@@ -9,6 +9,7 @@ from tests.ranks import run_ranks
 from tests.runs import train_words
 from tests.token_folders import write_folder
 from trainer.data.bpe import train_bpe
+from trainer.verify.forked import RankFailedError
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,28 @@ def test_what_would_make_another_run_of_it_is_refused(
     for allowed in ("", f"resume_allow=[{key}]"):
         with pytest.raises(ValueError, match=message):
             main([*words, word, *filter(None, [allowed]), "dry_run=true"])
+
+
+@pytest.mark.parametrize(
+    ("word", "key"), [("optim=muon", "optim._target_"), ("optim=adamw8bit", "optim.states")]
+)
+def test_an_optimizer_that_keeps_other_state_is_refused_before_any_process_starts(
+    run: tuple[Path, list[str]], word: str, key: str
+) -> None:
+    _, words = run
+    with pytest.raises(ValueError, match=f"{key} was .* now, which would make another run of it"):
+        main([*words, word, "dry_run=true"])
+
+
+def test_state_that_the_optimizer_does_not_keep_is_a_setting_to_change(
+    run: tuple[Path, list[str]],
+) -> None:
+    """Where no config of before is compared: a Python caller, or settings that the class keeps."""
+    folder, words = run
+    with pytest.raises(
+        RankFailedError, match="set model, optim and precision to those of the save"
+    ):
+        run_ranks(1, train_words, folder / "runs" / "drift", [*words, "optim=sgd"])
 
 
 @pytest.mark.parametrize("word", RECORDED)

@@ -579,9 +579,11 @@ def test_run_outlives_failed_saves_that_are_not_three_in_a_row(
 
 
 def test_masters_of_another_precision_are_refused(six_steps: Path, cache: Path) -> None:
-    (message,) = run_ranks(1, outcome, six_steps, tiny_run(cache, precision="fp64"))
-    assert "is torch.float32, the run keeps torch.float64" in message
-    assert "set precision" in message
+    with pytest.raises(RankFailedError) as found:
+        run_ranks(1, train, six_steps, tiny_run(cache, precision="fp64"))
+    assert "is torch.float32, the run keeps torch.float64" in str(found.value)
+    assert "ValueError" in str(found.value)
+    assert "set model, optim and precision" in str(found.value)
 
 
 def test_empty_shards_are_saved_and_loaded(tmp_path: Path, cache: Path) -> None:

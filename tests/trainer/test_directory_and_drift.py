@@ -148,7 +148,9 @@ SAVED: dict[str, Any] = {
     },
     "task": {"chunk_tokens": 24},
     "freeze": {"patterns": ["embed"]},
-    "optim": {"lr": 0.01, "betas": [0.9, 0.95]},
+    "optim": {
+        "_target_": "trainer.optim.AdamW", "states": "weights", "lr": 0.01, "betas": [0.9, 0.95],
+    },
     "schedule": {"warmup_steps": 5},
     "mesh": {"dp_replicate": 1, "dp_shard": 1},
     "engine": {"_target_": "trainer.engines.native.NativeEngine"},
@@ -190,6 +192,8 @@ def test_same_config_has_no_changes() -> None:
         ("seed", 1),
         ("precision", "bf16"),
         ("weights", "folder"),
+        ("optim._target_", "trainer.muon.Muon"),
+        ("optim.states", "8bit"),
     ],
 )
 def test_change_that_makes_another_run_is_refused_even_if_allowed(key: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from trainer.protocols import Engine
 log = logging.getLogger(__name__)
 EngineAt = Callable[[int], Engine]
 STATE = "state"
+REMEDY = "set model, optim and precision to those of the save"
 
 
 def steps_for_all(parent: Path, ranks: Ranks) -> list[int]:
@@ -94,7 +95,7 @@ def _verifies(folder: Path, ranks: Ranks, *, is_main: bool) -> bool:
 def load(engine: Engine, folder: Path, contents: Contents) -> dict[str, Any]:
     """Fill weights and optimizer state from a verified checkpoint; return its state.json.
 
-    ValueError where it was trained on another base.
+    ValueError where it was trained on another base, or holds other tensors than the run keeps.
     """
     contents.check_base(folder)
     fill(contents.of(engine.weights()), folder / contents.folder)
@@ -105,21 +106,24 @@ def load(engine: Engine, folder: Path, contents: Contents) -> dict[str, Any]:
 
 
 def fill(pieces: dict[str, Piece], folder: Path) -> None:
-    """Copy each piece's range out of the safetensors of `folder`; names and dtypes must match."""
+    """Copy each piece's range out of the safetensors of `folder`; names and dtypes must match.
+
+    ValueError where they do not: the files are those that were saved, so the settings differ.
+    """
     entries = read_entries(folder)
     if problems := list(missing_and_unexpected(entries, pieces)):
-        raise StorageError(f"{folder}: {problems[0]} ({len(problems)} such tensors)")
+        raise ValueError(f"{folder}: {problems[0]} ({len(problems)} such tensors); {REMEDY}")
     for name, piece in pieces.items():
         entry = entries[name]
         if entry.dtype != piece.local.dtype:
-            raise StorageError(
+            raise ValueError(
                 f"{folder / entry.file}: {name} is {entry.dtype}, "
-                f"the run keeps {piece.local.dtype}; set precision and optim to those of the save"
+                f"the run keeps {piece.local.dtype}; {REMEDY}"
             )
         if entry.shape != piece.shape:
-            raise StorageError(
+            raise ValueError(
                 f"{folder / entry.file}: {name} has shape {list(entry.shape)}, "
-                f"the model needs {list(piece.shape)}"
+                f"the run needs {list(piece.shape)}; {REMEDY}"
             )
         piece.local.copy_(piece.cut(partial(_read, folder, entry, name)))
 
