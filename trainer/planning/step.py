@@ -144,17 +144,17 @@ def _at_once(
 
 def _mark_gradients(update: Any, ledger: Ledger) -> None:
     """Note where the update begins, and which gradients it finds."""
-    norm, give = update.grad_norm, update._give
+    norm, give = update.grad_norm, update._given
 
-    def grad_norm() -> Tensor:
+    def grad_norm(gradients: dict[str, Tensor]) -> Tensor:
         ledger.enter(UPDATE)
-        found = [p.grad for p in update.parameters.values() if p.grad is not None]
-        _mark(ledger, [local_tensor(gradient) for gradient in found], GRADIENTS)
-        return cast(Tensor, norm())
+        _mark(ledger, list(gradients.values()), GRADIENTS)
+        return cast(Tensor, norm(gradients))
 
-    def given(gradients: dict[str, Tensor]) -> None:
-        give(gradients)
+    def given(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = give(gradients)
         if update.host:
             _mark(ledger, list(update.host.buffers.values()), HOST)
+        return found
 
-    update.grad_norm, update._give = grad_norm, given
+    update.grad_norm, update._given = grad_norm, given
