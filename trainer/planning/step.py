@@ -45,7 +45,7 @@ def pretend(
             for part in laid_out.parts:
                 _mark_parts(part, ledger)
             engine: Any = run.engine.build(laid_out, around)
-            _mark_engine(engine, ledger, HOST if _offloads(run) else OPTIMIZER)
+            _mark_engine(engine, ledger, HOST if run.engine.offload_optimizer else OPTIMIZER)
             _update_as_on_gpu(engine)
             num_tokens = sum(batch.input_ids.numel() for batch in batches)
             for step in range(1, _num_steps(engine) + 1):
@@ -97,10 +97,6 @@ def _mark_parts(part: nn.Module, ledger: Ledger) -> None:
         for tensor in tensors:
             ledger.note(local_tensor(tensor))
             ledger.mark(local_tensor(tensor), kind)
-
-
-def _offloads(run: Run) -> bool:
-    return bool(getattr(run.engine, "offload_optimizer", False))
 
 
 def _mark_engine(engine: Any, ledger: Ledger, kept: str) -> None:
