@@ -102,6 +102,8 @@ def _of_run(config: Path, words: list[str]) -> dict[str, Any]:
     from trainer.stored_config import read_stored
 
     tree: dict[str, Any] = {"validation": _NO_ANSWERS, **read_stored(config)}
+    if tree["precision"] == "fp8":  # which few machines have; its weights are those of bf16
+        tree["precision"] = "bf16"
     for word in words:
         key, value = parsed(word)
         *groups, name = key.split(".")

@@ -4,6 +4,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from trainer.planning.devices import DEVICES, TABLE
+from trainer.sizes import in_memory, on_disk
 
 if TYPE_CHECKING:  # memory imports torch's fake tensors: over a second, behind the first lines
     from launch.plan import Options
@@ -28,8 +29,8 @@ def show_facts(run: Any, facts: "Facts", options: "Options") -> None:
     _line("FLOPs", facts.flops.describe())
     _line(
         "checkpoint",
-        f"{_size(facts.checkpoint)}: weights {_size(facts.checkpoint_weights)}, optimizer "
-        f"{_size(facts.checkpoint_state)}; saved {facts.saves}",
+        f"{on_disk(facts.checkpoint)}: weights {on_disk(facts.checkpoint_weights)}, optimizer "
+        f"{on_disk(facts.checkpoint_state)}; saved {facts.saves}",
     )
     print(flush=True)
 
@@ -41,10 +42,10 @@ def show_memory(memory: "Memory") -> None:
         where = f"rank {memory.rank} holds most, in the update"
     print(f"memory of a rank: {where}")
     for name, held in memory.by_category.items():
-        print(f"  {name:<{WIDTH}}{_size(held):>11}  {held / memory.peak:>4.0%}")
-    print(f"  {'in all':<{WIDTH}}{_size(memory.peak):>11}")
+        print(f"  {name:<{WIDTH}}{in_memory(held, 2):>11}  {held / memory.peak:>4.0%}")
+    print(f"  {'in all':<{WIDTH}}{in_memory(memory.peak, 2):>11}")
     if memory.host:
-        print(f"  {'in host memory':<{WIDTH}}{_size(memory.host):>11}")
+        print(f"  {'in host memory':<{WIDTH}}{in_memory(memory.host, 2):>11}")
     print(flush=True)
 
 
@@ -128,7 +129,9 @@ def _end(facts: "Facts", rate: float) -> str:
 def _verdict(memory: "Memory", options: "Options") -> str:
     device = options.device
     if device is None:
-        return f"needs {_size(memory.peak)} per rank; device=h100 (or another) says if it fits"
+        return (
+            f"needs {in_memory(memory.peak, 2)} per rank; device=h100 (or another) says if it fits"
+        )
     held, has = memory.peak / GIB, device.memory_gib
     numbers = f"{held:.1f} of {has:.1f} GiB per rank, {held / has:.0%}"
     note = "; what CUDA and its allocator take comes on top" if device.name != "cpu" else ""
@@ -156,11 +159,3 @@ def _show_layouts(rows: "list[Row]", processes: int) -> None:
 
 def _cell(held: float, has: float) -> str:
     return f"{held:.1f} {'fits' if held <= has else '-'}"
-
-
-def _size(num_bytes: float) -> str:
-    """Return bytes in the unit that suits them."""
-    for unit, size in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes:.0f} B"

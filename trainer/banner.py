@@ -115,7 +115,7 @@ def describe(
 def counts(
     run: Run, trained: Trained, loader: StepLoader, eval_loader: EvalLoader | None
 ) -> dict[str, Any]:
-    """Return the numbers of the lines above, for who reads the run's folder later."""
+    """Return the numbers of the lines above and the like, for who reads the run's folder later."""
     store = loader.rows.store
     return {
         "parameters": trained.whole.parameters,
@@ -126,4 +126,5 @@ def counts(
         "max_steps": run.num_steps,
         "epochs": loader.epochs(run.num_steps),
         "fingerprint": store.fingerprint,
+        "asks": run.asks,
     }

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.heads import CAUSAL_LM
 from models.nn.decoupled import add_rows
 from models.nn.init import SkipInit
 from trainer.adapters.prompt import prompt_of
 from trainer.adapters.protocol import NoAdapter
 from trainer.checkpoint.contents import check_contents
+from trainer.data.chat import ChatEncoder
 from trainer.determinism import check_repeatable
 from trainer.engines.protocol import Surroundings
 from trainer.engines.topology_free import check_topology_free
@@ -188,6 +190,16 @@ class Run(Settings):
             Path(folder).expanduser(), model, trunk_name=self.model.trunk_name,
             head_name=str(model.head_name), ignored=self.model.ignored_weights,
         )  # fmt: skip
+
+    @property
+    def asks(self) -> str:
+        """How `tessera generate` asks its model something; empty: it writes no text."""
+        if self.task.head != CAUSAL_LM:
+            return ""
+        if self.data.image_size is not None:
+            return 'image=FILE prompt="..."'
+        is_chat = isinstance(getattr(self.data, "encoder", None), ChatEncoder)
+        return 'chat="..."' if is_chat else 'prompt="..."'
 
     @property
     def num_steps(self) -> int:

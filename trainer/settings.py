@@ -23,6 +23,13 @@ from trainer.trackers.protocol import TrackerSpec
 from trainer.validation.spec import ValidationSpec
 
 AUTO, RANDOM = "auto", "random"
+POSITIVE = {
+    "max_steps": "1 or more", "log_every": "1 or more", "eval_every": "1 or more, or null for none",
+    "save_every": "1 or more, or null for the last step only", "max_skipped_in_a_row": "1 or more",
+    "check_replicas_every": "1 or more, or null for none", "max_epochs": "a number above 0, as 0.5",
+    "eval_share": "0.01, or null for all", "timeout_seconds": "60 or more",
+}  # fmt: skip
+"""What a number above 0 is best set to where it is none."""
 DETERMINISTIC = OFF, RUN, TOPOLOGY_FREE = "off", "run", "topology_free"
 
 
@@ -101,12 +108,9 @@ class Settings:
     """How long a rank waits for the others in one collective."""
 
     def __post_init__(self) -> None:
-        counts = ("max_steps", "log_every", "eval_every", "save_every", "max_skipped_in_a_row")
-        others = ("check_replicas_every", "max_epochs", "eval_share", "timeout_seconds")
-        for name in (*counts, *others):
+        for name, better in POSITIVE.items():
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                better = "0.01, or null for all" if name == "eval_share" else "1 or more"
                 raise ValueError(f"{name}={value} is not positive; set it to {better}")
         check_length(self.max_steps, self.max_epochs)
         if self.stop_at is not None:

@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from trainer.sizes import in_memory
+
 GIB = 1 << 30
 NAME_WIDTH = 15
 RANKS = "ranks"
@@ -27,15 +29,9 @@ class Finding:
     @staticmethod
     def of_size(check: str, free: int, total: int, least: int, remedy: str) -> "Finding":
         return Finding(
-            check=check, found=f"{size(free)} of {size(total)} free", needed=f">= {size(least)}",
-            is_fine=free >= least, remedy=remedy,
+            check=check, found=f"{in_memory(free)} of {in_memory(total)} free",
+            needed=f">= {in_memory(least)}", is_fine=free >= least, remedy=remedy,
         )  # fmt: skip
-
-
-def size(num_bytes: int) -> str:
-    if num_bytes >= GIB:
-        return f"{num_bytes / GIB:.1f} GiB"
-    return f"{num_bytes >> 20} MiB" if num_bytes >> 20 else f"{num_bytes >> 10} KiB"
 
 
 def line(finding: Finding) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launch.examine import cgroup
-from launch.examine.finding import GIB, Finding, size
+from launch.examine.finding import GIB, Finding
 from launch.floors import FLOORS, PYTHON, is_below
+from trainer import cgroup
+from trainer.sizes import in_memory
 
 MIN_MEMORY, MIN_SHARED = 1 * GIB, 64 << 20
 MIN_FILES, MIN_PROCESSES = 1024, 1024
@@ -101,7 +102,7 @@ def _limit(check: str, kind: int, least: int, name: str, remedy: str) -> Finding
             f"as root: raise {name} in /etc/security/limits.conf and log in again, or start the "
             f"container with --ulimit {name}=.., then {remedy}"
         )
-    spelled = size if kind == resource.RLIMIT_MEMLOCK else str
+    spelled = in_memory if kind == resource.RLIMIT_MEMLOCK else str
     found, most, needed = (
         "unlimited" if limit == resource.RLIM_INFINITY else spelled(limit)
         for limit in (soft, hard, least)

@@ -6,8 +6,8 @@ from html import escape
 from typing import Any
 
 from launch.report.history import History, part
-from trainer.checkpoint.writer import size
 from trainer.page import table
+from trainer.sizes import in_memory
 
 _FLOPS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
 
@@ -33,7 +33,7 @@ def _pairs(plan: dict[str, Any], history: History) -> Iterator[tuple[str, float,
     whole = {"steps": float(history.last_step), "tokens": train.last("tokens")}
     if (peak := _known(plan, "peak_bytes")) is not None:
         held = measured_bytes(history)
-        yield "memory of a rank at its peak", peak, held, size(peak), _shown(held, size)
+        yield "memory of a rank at its peak", peak, held, in_memory(peak), _shown(held, in_memory)
     for name, found in whole.items():
         if (count := _known(plan, name)) is not None:
             yield name, count, found, f"{count:,.0f}", _shown(found, "{:,.0f}".format)
@@ -58,7 +58,7 @@ def _notes(plan: dict[str, Any], history: History) -> Iterator[str]:
     parts = {name: _known(part(plan, "bytes"), name) for name in part(plan, "bytes")}
     found = sorted(((n, b) for n, b in parts.items() if b), key=lambda each: -each[1])
     if found:
-        yield f"Predicted memory: {', '.join(f'{name} {size(held)}' for name, held in found)}."
+        yield f"Predicted memory: {', '.join(f'{name} {in_memory(held)}' for name, held in found)}."
     if "host_bytes_before" in history.about:
         yield (
             "Measured memory on a CPU is what the process of rank 0 grew by: it holds what glibc "

@@ -7,13 +7,7 @@ from collections.abc import Iterator
 from launch.exit_codes import FINISHED, MEANINGS, PREEMPTED
 from launch.report.history import History, part
 from trainer.best import BestSpec
-from trainer.callbacks.card import (
-    best_in_words,
-    loss_in_words,
-    next_commands,
-    question,
-    speed_in_words,
-)
+from trainer.callbacks.card import best_in_words, loss_in_words, next_commands, speed_in_words
 from trainer.columns import exact, number
 from trainer.points import TIME
 
@@ -164,9 +158,7 @@ def commands(history: History) -> dict[str, str]:
     if words and not history.is_finished:
         found[f"tessera train {words}"] = "goes on from the newest checkpoint"
     if history.checkpoints:
-        writes_text = "CausalLM" in str(history.config.get("task", {}))
-        asked = question(str(history.config.get("data", {}))) if writes_text else ""
-        found |= next_commands(history.folder, asked)
+        found |= next_commands(history.folder, history.about.get("asks", ""))
     if history.past.starts:
         found[f"tessera ledger run={run}"] = "proves that every sample was trained on exactly once"
     for each in history.past.skipped[:1]:

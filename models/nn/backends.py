@@ -73,11 +73,6 @@ def automatic(dropout: float = 0.0) -> str:
     return "flex" if torch.cuda.is_available() and not dropout else "sdpa"
 
 
-def has_flash() -> bool:
-    """Whether flash-attn (2.x or 4) is installed in a version that serves; nothing is imported."""
-    return flash_problem() is None
-
-
 def check_name(name: str) -> None:
     """Raise ValueError where there is no back-end called `name`."""
     if name not in NAMES:

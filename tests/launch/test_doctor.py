@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.examine import cgroup, folder, machine
-from launch.examine.finding import Finding, line, screen, size, verdict
+from launch.examine import folder, machine
+from launch.examine.finding import Finding, line, screen, verdict
 from launch.examine.hosts import compare_versions, first_ranks
 from launch.examine.ranks import default_processes
 from launch.examine.speed import rounds, slow_devices, slow_links
@@ -23,6 +23,7 @@ from launch.exit_codes import BAD_CONFIG
 from launch.floors import FLOORS, PYTHON, Floor, is_below
 from launch.slurm_step import first_host, ranks_of_step
 from tests.test_architecture import ROOT
+from trainer import cgroup
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -139,6 +140,7 @@ def test_limits_of_a_container_are_those_of_the_narrowest_level(tmp_path: Path) 
     })  # fmt: skip
     assert cgroup.memory_left(new) == (550, 1000)
     assert cgroup.cores(new) == 1.5
+    assert cgroup.free_memory(tree(new, {"proc/meminfo": "MemAvailable: 2 kB\n"})) == 550
     old = tree(tmp_path / "old", {
         "proc/self/cgroup": "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n",
         f"{GROUP}/memory/memory.limit_in_bytes": "2000", f"{GROUP}/cpu/cpu.cfs_quota_us": "50000",
@@ -156,6 +158,8 @@ def test_without_limits_nothing_is_limited(tmp_path: Path) -> None:
         f"{GROUP}/cpu/cpu.cfs_period_us": "100000",
     })  # fmt: skip
     assert cgroup.memory_left(free) is None
+    assert cgroup.free_memory(free) > 1 << 50  # not known
+    assert cgroup.free_memory(tree(free, {"proc/meminfo": "MemAvailable: 2 kB\n"})) == 2048
     assert cgroup.cores(free) is None
     assert cgroup.cores(tmp_path / "nowhere") is None
 
@@ -186,8 +190,11 @@ def test_a_limit_that_only_root_can_raise_is_said_with_where_it_is_set(
 
 def test_sizes_below_a_gibibyte_are_said_in_mebibytes() -> None:
     few = Finding.of_size("disk", free=23 << 20, total=3 << 30, least=64 << 20, remedy="make room")
-    assert (few.found, few.needed, few.is_fine) == ("23 MiB of 3.0 GiB free", ">= 64 MiB", False)
-    assert size(64 << 10) == "64 KiB"  # a usual limit of locked memory
+    assert (few.found, few.needed, few.is_fine) == (
+        "23.0 MiB of 3.0 GiB free",
+        ">= 64.0 MiB",
+        False,
+    )
 
 
 @pytest.mark.slow  # 90 s: rank 0 waits that long for another to come

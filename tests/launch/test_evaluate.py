@@ -75,6 +75,20 @@ def test_a_run_and_its_steps_are_evaluated_as_they_were_in_training(run: Path) -
     assert "confusion (columns are guesses):" in text
 
 
+def test_a_run_in_float8_is_evaluated_in_bf16_where_no_gpu_has_float8(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    made = [
+        "experiment=demo", "model.num_hidden_layers=1", "precision=fp8", "max_steps=1",
+        "engine.float8.emulate=true", "data.max_documents=20", f"data.cache={tmp_path}/cache",
+        "data.global_rows=2", "data.eval_fraction=0.2", "eval_every=1", "callbacks={}",
+    ]  # fmt: skip
+    run_ranks(1, train_words, tmp_path / "run", made)
+    *_, last = read_lines(tmp_path / "run" / "metrics.jsonl")
+    found = evaluated(f"checkpoint={tmp_path}/run")
+    assert found["num_targets"] == last["num_targets"]
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-2)  # of rounding to 8 bits
+
+
 def test_other_data_is_read_by_the_tokenizer_that_was_trained_with(
     run: Path, folder: Path, tmp_path: Path
 ) -> None:

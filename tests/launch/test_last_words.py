@@ -19,7 +19,6 @@ from launch.verdict import Witness
 from launch.worker import _leave
 from trainer.callbacks.console import ConsoleCallback
 from trainer.checkpoint.commit import step_folder
-from trainer.checkpoint.writer import size
 from trainer.directory import CHECKPOINTS
 from trainer.distributed import Placement
 from trainer.errors import NumericError, StorageError
@@ -217,11 +216,6 @@ def test_run_says_that_it_was_saved_only_where_it_was(
     with caplog.at_level(logging.INFO):
         console.on_end(progress, finished=False)
     assert caplog.messages[0].endswith(said)
-
-
-def test_sizes_are_given_in_a_unit_that_shows_them() -> None:
-    found = [size(number) for number in (0, 40e3, 99e6, 140e9)]
-    assert found == ["0.0 kB", "40.0 kB", "99.0 MB", "140.0 GB"]
 
 
 LOOP = """

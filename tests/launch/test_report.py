@@ -205,12 +205,12 @@ def test_a_plan_stands_beside_what_was_measured(tmp_path: Path) -> None:
     write_json(folder / "notes/about.json", about | {"host_bytes_before": 2**28})
     page = text_of(report_page(read_history(folder)))
     for row in (
-        "memory of a rank at its peak 400.0 MB 268.4 MB -32.9%",
+        "memory of a rank at its peak 381.5 MiB 256.0 MiB -32.9%",
         "steps 40 40 none",
         "tokens 4,000 4,000 none",
         "tokens/s 800 1,000 +25.0%",
         "work 4 MFLOPs per token 4 GFLOPs/s, all ranks",
-        "Predicted memory: weights 300.0 MB, activations 100.0 MB.",
+        "Predicted memory: weights 286.1 MiB, activations 95.4 MiB.",
         "what the process of rank 0 grew by",
     ):
         assert row in page, row
@@ -219,7 +219,7 @@ def test_a_plan_stands_beside_what_was_measured(tmp_path: Path) -> None:
         (folder / "metrics.jsonl").read_text().replace('"mfu": null', '"mfu": 0.4')
     )
     page = text_of(report_page(read_history(folder)))
-    assert "400.0 MB 536.9 MB +34.2%" in page
+    assert "381.5 MiB 512.0 MiB +34.2%" in page
     assert "GFLOPs/s, all ranks, MFU 40.0%" in page
     assert "the most that the GPU's allocator gave" in page.replace("&#x27;", "'")
 

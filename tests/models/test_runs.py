@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from models.nn import backends
-from models.nn.backends import backend, has_flash
+from models.nn.backends import backend
 from models.nn.dense import Eager, repeat_heads
 from models.nn.flash import Flash, flash_problem
 from models.nn.runs import TILE, Runs, pack, runs_of, unpack
@@ -294,7 +294,7 @@ def test_flash_is_refused_where_it_is_missing_or_old(install: Install) -> None:
     with pytest.raises(ValueError, match=r"not installed; run pip install 'tessera-train\[flash\]"):
         backend("flash")
     install("flash-attn", "2.7.4.post1")
-    assert not has_flash()
+    assert flash_problem() is not None
     with pytest.raises(ValueError, match=r"needs flash-attn >= 2\.8, and 2\.7\.4\.post1 is inst"):
         backend("flash")
 

@@ -18,6 +18,8 @@ from trainer.optimizers.rounding import Noise, rounded
 from trainer.optimizers.rules import Rules
 from trainer.optimizers.states import state_piece
 from trainer.pieces import Piece, Rows
+from trainer.planning.live import Ledger
+from trainer.planning.pretend import Pretend
 
 CPU = torch.device("cpu")
 RATE, DECAY, EPS = 0.01, 0.1, 1e-8
@@ -103,6 +105,14 @@ def test_the_table_is_that_of_the_paper_but_for_zero_among_squares() -> None:
         else:
             assert expected[different].tolist() == [0.0]
             assert float(found[different]) == pytest.approx(1e-7)
+
+
+def test_a_table_that_a_plan_asked_for_first_is_the_same() -> None:
+    expected = table(CPU, is_signed=True).clone()
+    table.cache_clear()
+    with Pretend(Ledger()):
+        table(CPU, is_signed=True)
+    assert torch.equal(table(CPU, is_signed=True), expected)
 
 
 @pytest.mark.parametrize("is_signed", [True, False])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trainer.data import row_groups
 from trainer.data.chat import ChatEncoder
 from trainer.data.document_data import DocumentData
 from trainer.data.named_sources import Source
@@ -133,6 +134,17 @@ def test_what_cannot_be_read_is_named(
     with pytest.raises(DataError, match=message) as error:
         texts(written(tmp_path / "in", files))
     assert "\n" not in str(error.value)
+
+
+def test_a_row_group_that_memory_cannot_hold_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = (file_of("parquet", "text", ["x" * count]) for count in (1, 5000))
+    path = written(tmp_path / "in", {"a.parquet": small, "b.parquet": large, "c.parquet": small})
+    assert len(texts(path)) == 3
+    monkeypatch.setattr(row_groups, "free_memory", lambda: 4096)  # a machine's
+    with pytest.raises(DataError, match=r"b\.parquet has a row group of .* 4\.0 KiB of memory are"):
+        texts(path)
 
 
 def test_settings_of_the_hub_are_refused_for_what_is_not_on_it(tmp_path: Path) -> None:

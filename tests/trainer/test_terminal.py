@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console as RichConsole
 from torch import _dynamo  # noqa: F401  once for all children, which would each take seconds for it
 
+from launch.binding import bind_run
 from launch.compose import compose
 from launch.terminal import configure_logging
 from tests.runs import start_in, tiny_run, train
 from tests.terminals import Seen, seen
 from trainer.best import BestSpec
-from trainer.callbacks.card import card, next_commands, question
+from trainer.callbacks.card import card, next_commands
 from trainer.callbacks.closing import Closing
 from trainer.callbacks.console import Console
 from trainer.callbacks.protocol import Callback
@@ -200,9 +201,9 @@ POINTS = [
     [("chat", 'chat="..."'), ("vision_text", 'image=FILE prompt="..."'), ("text", 'prompt="..."')],
 )
 def test_the_next_command_asks_as_the_data_does(data: str, words: str) -> None:
-    tree = compose([f"data={data}"]).tree["data"]
-    assert question(str(tree)) == words
-    [generate, *_] = next_commands(Path("runs/a"), question(str(tree)))
+    asks = bind_run(compose([f"data={data}", "data.path=none", "name=x"]).tree).asks
+    assert asks == words
+    [generate, *_] = next_commands(Path("runs/a"), asks)
     assert generate == f"tessera generate checkpoint=runs/a {words}"
     assert not any("generate" in command for command in next_commands(Path("runs/a"), ""))
 

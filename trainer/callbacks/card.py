@@ -96,21 +96,14 @@ def is_lower_better(spec: BestSpec) -> bool:
     return spec.metric is None or spec.lower_is_better
 
 
-def question(data: str) -> str:
-    """Return the words that ask a model something, by the names of its data's classes."""
-    if "VisionText" in data:
-        return 'image=FILE prompt="..."'
-    return 'chat="..."' if "ChatEncoder" in data else 'prompt="..."'
-
-
-def next_commands(folder: Path, asked: str) -> dict[str, str]:
+def next_commands(folder: Path, asks: str) -> dict[str, str]:
     """Return what can be done with a run that has a checkpoint, and what each command gives.
 
-    `asked`: its `question`; nothing where it writes no text.
+    `asks`: as Run.asks.
     """
     run = shlex.quote(str(folder))
     return {
-        **({f"tessera generate checkpoint={run} {asked}": "writes text"} if asked else {}),
+        **({f"tessera generate checkpoint={run} {asks}": "writes text"} if asks else {}),
         f"tessera evaluate checkpoint={run}": "loss and metrics; of a file: data.eval_path=FILE",
         f"tessera export checkpoint={run} output=DIR": "a checked Hugging Face folder",
     }

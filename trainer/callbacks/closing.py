@@ -5,8 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.heads import CAUSAL_LM
-from trainer.callbacks.card import card, next_commands, question
+from trainer.callbacks.card import card, next_commands
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.generation import sample
 from trainer.notes import REPORT, SAMPLE, write_note
@@ -90,9 +89,7 @@ class ClosingCallback(Callback):
         if not finished:
             commands = ["the same command again goes on from here"]
         elif not commands:
-            names = f"{type(run.data).__name__} {type(getattr(run.data, 'encoder', None)).__name__}"
-            known = next_commands(folder, question(names) if run.task.head == CAUSAL_LM else "")
-            commands = [*known, f"tessera report run={folder}"]
+            commands = [*next_commands(folder, run.asks), f"tessera report run={folder}"]
         log.info("\nnext:")
         for command in commands:
             log.info("  %s", command)

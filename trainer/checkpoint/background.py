@@ -15,6 +15,7 @@ import xxhash
 from trainer.checkpoint import writer
 from trainer.checkpoint.writer import Job, Result
 from trainer.errors import StorageError
+from trainer.sizes import in_memory
 
 _PATHS = [str(Path(writer.__file__).parents[2]), str(Path(xxhash.__file__).parents[1])]
 _START = (
@@ -55,7 +56,7 @@ class Writer:
                 self._map = mmap.mmap(self._descriptor, num_bytes)
             except OSError as error:
                 raise StorageError(
-                    f"no shared memory of {writer.size(num_bytes)} for a copy of what is saved: "
+                    f"no shared memory of {in_memory(num_bytes)} for a copy of what is saved: "
                     f"{error.strerror}; free memory, or raise the limit (ulimit -f)"
                 ) from error
         return self._map

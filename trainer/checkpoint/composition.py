@@ -11,10 +11,11 @@ from trainer.checkpoint.loading import STATE
 from trainer.checkpoint.spec import CheckpointSpec
 from trainer.checkpoint.staging import Group
 from trainer.checkpoint.tensor_file import index_of
-from trainer.checkpoint.writer import explain, size
+from trainer.checkpoint.writer import explain
 from trainer.errors import StorageError
 from trainer.files import json_text
 from trainer.protocols import Engine
+from trainer.sizes import on_disk
 
 SPARE = 1.2  # free space that a save must find, in sizes of a checkpoint
 SPARE_FILES = 16
@@ -87,8 +88,8 @@ def check_space(folder: Path, sizes: dict[str, int]) -> None:
     free = found.f_bavail * found.f_frsize
     if free < needed:
         raise StorageError(
-            f"{folder} has {size(free)} free, a checkpoint needs {size(needed)}; free space or "
-            "lower checkpoint.keep"
+            f"{folder} has {on_disk(free)} free, a checkpoint needs {on_disk(needed)}; free space "
+            "or lower checkpoint.keep"
         )
     # Some file systems have no such limit and say 0.
     if found.f_files and found.f_favail < len(sizes) + SPARE_FILES:

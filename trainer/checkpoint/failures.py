@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoint.writer import free_bytes, size
+from trainer.checkpoint.writer import free_bytes
+from trainer.sizes import on_disk
 
 MAX_IN_A_ROW = 3
 
@@ -43,6 +44,6 @@ class Failures:
         """Say why the run ends: `needed` are the bytes of a checkpoint in `folder`."""
         return (
             f"{self.in_a_row} saves in a row failed within {self.minutes:.0f} minutes, the last "
-            f"one: {reason}; a checkpoint needs {size(needed)}, {folder} has "
-            f"{size(free_bytes(folder))} free"
+            f"one: {reason}; a checkpoint needs {on_disk(needed)}, {folder} has "
+            f"{on_disk(free_bytes(folder))} free"
         )

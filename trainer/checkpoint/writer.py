@@ -28,8 +28,8 @@ from trainer.checkpoint.writing import (
 from trainer.errors import StorageError
 from trainer.files import fsync_file
 from trainer.parent_death import die_with
+from trainer.sizes import on_disk
 
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 NICENESS = 10  # training comes first where cores are few
 
 
@@ -119,13 +119,7 @@ def explain(error: OSError | StorageError, parent: Path) -> str:
     """Return what failed, where, and how much space there is."""
     if isinstance(error, StorageError):
         return str(error)
-    return f"{error.filename or parent}: {error.strerror} ({size(free_bytes(parent))} free)"
-
-
-def size(num_bytes: float) -> str:
-    """Return a number of bytes in the largest unit of which there is one."""
-    unit, name = next((u, n) for u, n in _UNITS if num_bytes >= u or u == _UNITS[-1][0])
-    return f"{num_bytes / unit:.1f} {name}"
+    return f"{error.filename or parent}: {error.strerror} ({on_disk(free_bytes(parent))} free)"
 
 
 def free_bytes(folder: Path) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from trainer.data.named_sources import Source
+from trainer.data.row_groups import check_row_groups
 from trainer.data.streams import (
     OPTIONS,
     class_names,
@@ -121,6 +122,8 @@ class LocalFiles:
     def _rows(self, files: list[Path]) -> Iterator[dict[str, Any]]:
         datasets = quiet_datasets()
         try:
+            if self.format == "parquet":  # the largest file: of many, all would take a while
+                check_row_groups(max(files, key=lambda file: file.stat().st_size))
             stream = with_encoded_media(self._load(files))
             for row in islice(stream, self.limit):
                 self._check_separator(row)

@@ -42,8 +42,11 @@ def table(device: torch.device, *, is_signed: bool) -> Tensor:
     values = [1.0] if is_signed else [1.0, 10.0**-_EXPONENTS]
     for exponent in range(_EXPONENTS):
         count = 2 ** (exponent + (not is_signed))
-        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
-        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - _EXPONENTS + 1)).tolist()
+        # Of Python's numbers: where a plan is made, tensors have no values, and this stays.
+        half = 0.45 / count
+        middles = [
+            (0.1 + (2 * n + 1) * half) * 10.0 ** (exponent - _EXPONENTS + 1) for n in range(count)
+        ]
         values += middles + [-value for value in middles if is_signed]
     if is_signed:
         values.append(0.0)

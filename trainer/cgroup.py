@@ -1,10 +1,21 @@
-"""What the container or the scheduler grants this process, by its cgroups. Needs no torch."""
+"""What machine, container or scheduler grant this process. Standard library only."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
 _UNLIMITED = 1 << 60  # version 1 writes 2^63 less a page
+
+
+def free_memory(root: Path = ROOT) -> int:
+    """Return the bytes that may still be taken: of the machine, and within our cgroups' limit.
+
+    Where neither is known, more than there can be.
+    """
+    lines = _lines(root / "proc/meminfo")  # Linux alone has it, and counts KiB
+    free = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    limit = memory_left(root)
+    return min([*free, *(limit[:1] if limit else ())], default=_UNLIMITED)
 
 
 def memory_left(root: Path = ROOT) -> tuple[int, int] | None:
