@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from trainer.planning.facts import Facts
     from trainer.planning.layouts import Row
     from trainer.planning.memory import Memory
+    from trainer.planning.recomputing import Recomputing
 
 USAGE = """usage: tessera plan [experiment=NAME] [group=choice] [key=value] ...
 
 Says what `tessera train` with the same words would need: parameters, batch, FLOPs, checkpoints,
 and the memory of the rank that holds most, counted by taking its step on tensors without memory.
-Reads no weights, and of the data what labels come from. Exit code 1: the device does not hold it.
+Reads no weights, and of the data what labels come from. Exit code 1: the device does not hold it;
+then the most activations that may be kept for it to fit are searched for.
 
   tessera plan experiment=demo
   tessera plan experiment=sft model.path=FOLDER device=h100 processes=8 mesh=fsdp
@@ -82,11 +84,14 @@ def main(arguments: list[str]) -> int:
         note_plan(folder, facts, memory, device, _rate(run, facts, options))
     rows = _rows(run, options) if options.layouts else []
     probe = _probe(words, options) if options.probe else None
-    if options.json:
-        print(json.dumps(_numbers(run, facts, memory, rows, probe, options)))
-    else:
-        plan_text.show_end(run, facts, memory, rows, probe, options)
     is_too_large = device is not None and memory.peak > device.memory_gib * 2**30
+    if not options.json:
+        plan_text.show_end(run, facts, memory, rows, probe, options)
+    less = _less(run, memory, options) if is_too_large else None
+    if options.json:
+        print(json.dumps(_numbers(run, facts, memory, rows, probe, options) | _fitting(less)))
+    elif less is not None:
+        plan_text.show_recomputing(less)
     return CHECK_FAILED if is_too_large else FINISHED
 
 
@@ -168,6 +173,21 @@ def _probe(words: list[str], options: Options) -> "Probe":
     from launch.probe import probe
 
     return probe(words, options.processes)
+
+
+def _less(run: Any, memory: "Memory", options: Options) -> "Recomputing | None":
+    from trainer.planning.recomputing import least_recomputing
+
+    device = options.device
+    assert device is not None
+    return least_recomputing(
+        run, options.processes, memory, device.memory_gib * 2**30, is_gpu=device.name != "cpu"
+    )
+
+
+def _fitting(less: "Recomputing | None") -> dict[str, Any]:
+    """Return the budget that fits, and its peak; without one, the peak when all is recomputed."""
+    return {"budget": less and less.budget, "budget_peak": less and less.memory.peak}
 
 
 def _numbers(

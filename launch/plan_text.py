@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # memory imports torch's fake tensors: over a second, behind 
     from trainer.planning.facts import Facts
     from trainer.planning.layouts import Row
     from trainer.planning.memory import Memory
+    from trainer.planning.recomputing import Recomputing
 
 GIB = 1 << 30
 WIDTH = 19
@@ -69,7 +70,16 @@ def show_end(
         )
     if rate:
         print(f"speed: {rate:,.0f} tokens/s, {origin}{_end(facts, rate)}")
-    print(_verdict(memory, options))
+    print(_verdict(memory, options), flush=True)
+
+
+def show_recomputing(less: "Recomputing") -> None:
+    """Print with how much computed again it fits, or that it does not."""
+    key, held = "engine.activation_checkpointing", f"{less.memory.peak / GIB:.1f} GiB"
+    if less.budget is None:
+        print(f"nor with all blocks computed again ({key}.mode=full): {held}")
+    else:
+        print(f"fits with {key}.mode=budget {key}.budget={less.budget:g}: {held}")
 
 
 def _line(name: str, text: str) -> None:

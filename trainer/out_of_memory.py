@@ -59,8 +59,11 @@ def _advice(run: Run, world_size: int) -> str:
         found.append("set data.micro_rows=1 or a little more")
     elif rows > 1:
         found.append(f"lower data.micro_rows from {rows} to {max(1, rows // 2)}")
-    if run.engine.activation_checkpointing.mode == NONE:
-        found.append("set engine.activation_checkpointing.mode=full")
+    key, recompute = "engine.activation_checkpointing", run.engine.activation_checkpointing
+    if recompute.mode == NONE:
+        found.append(f"set {key}.mode=budget with {key}.budget=0.5, or {key}.mode=full")
+    elif recompute.budget:
+        found.append(f"lower {key}.budget from {recompute.budget:g} to {recompute.budget / 2:g}")
     fsdp = getattr(run.engine, "fsdp", FullySharded())
     if fsdp.reshard_after != FORWARD:
         found.append(f"set engine.fsdp.reshard_after={FORWARD}")

@@ -81,6 +81,8 @@ def _case(name: str, *words: str, processes: int = 1, layers: int | None = None)
 SINGLE = "mesh=single"
 FULL = "engine.activation_checkpointing.mode=full"
 SELECTIVE = "engine.activation_checkpointing.mode=selective"
+SHARE = "engine.activation_checkpointing.budget"
+BUDGET = "engine.activation_checkpointing.mode=budget"
 CASES = {
     case.name: case
     for case in (
@@ -88,8 +90,13 @@ CASES = {
         _case("llama two rows", "data.micro_rows=2"),
         _case("llama full", FULL, "data.micro_rows=2"),
         _case("llama selective", SELECTIVE, "data.micro_rows=2"),
+        *(
+            _case(f"llama budget {share}", BUDGET, f"{SHARE}={share}", "data.micro_rows=2")
+            for share in (0.3, 0.8)
+        ),
         _case("llama bf16", "precision=bf16"),
         _case("llama bf16 full", "precision=bf16", FULL),
+        _case("llama bf16 budget 0.5", "precision=bf16", BUDGET, f"{SHARE}=0.5"),
         _case("llama pure_bf16", "precision=pure_bf16", layers=16),
         _case("llama sgd", "optim=sgd", "optim.lr=0.01", layers=14),
         _case("llama offload", "engine.offload_optimizer=true"),

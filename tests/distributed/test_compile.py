@@ -1,12 +1,14 @@
 """Compiled blocks: the numbers of plain ones on every layout, and no graph made twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.parity.oracle import built, inputs, specs
 from tests.distributed.test_layouts import DDP, FSDP, curve
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
@@ -14,6 +16,7 @@ from trainer.distributed import Placement
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.parallel.data_parallel import named_blocks
 from trainer.run import Run
 
 # torch imports a deprecated part of its own, and looks at gradients while it traces.
@@ -21,6 +24,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
+TENSORS = MeshSpec(tp=2)
+BUDGET = ActivationCheckpointing(mode="budget", budget=0.3)
+PARTITIONED = "aot_eager_decomp_partition"  # chooses what is kept as Inductor does, fuses nothing
 REST = (
     (1, MeshSpec(), "none"),
     (1, MeshSpec(), "selective"),
@@ -50,6 +56,7 @@ def train_compiled(placement: Placement, folder: Path, run: Run, backend: str) -
     ("world_size", "mesh", "mode"),
     [
         (1, MeshSpec(), "full"),
+        (1, MeshSpec(), "budget"),
         (2, DDP, "none"),
         (2, FSDP, "selective"),
         *(pytest.param(*rest, marks=pytest.mark.slow) for rest in REST),
@@ -58,7 +65,7 @@ def train_compiled(placement: Placement, folder: Path, run: Run, backend: str) -
 def test_traced_blocks_give_the_same_bits(
     tmp_path: Path, cache: Path, world_size: int, mesh: MeshSpec, mode: str
 ) -> None:
-    recompute = ActivationCheckpointing(mode=mode)
+    recompute = BUDGET if mode == "budget" else ActivationCheckpointing(mode=mode)
     settings: dict[str, Any] = {"precision": "bf16", "max_steps": 4, "mesh": mesh}
     plain, compiled = (
         tiny_run(
@@ -90,6 +97,65 @@ def test_no_number_of_documents_in_a_row_makes_another_graph(tmp_path: Path, cac
     assert len({int(row.max()) for row in rows}) > 4  # else nothing would vary
     (stats,) = run_ranks(1, train_compiled, tmp_path / "run", run, "aot_eager")
     assert stats["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("world_size", "mesh"), [(1, MeshSpec()), (2, DDP), (2, FSDP), (2, TENSORS)]
+)
+def test_a_budget_changes_no_bit_of_traced_blocks(
+    tmp_path: Path, cache: Path, world_size: int, mesh: MeshSpec
+) -> None:
+    """Beside the same blocks with nothing chosen: decompositions round as they do."""
+    settings: dict[str, Any] = {"precision": "bf16", "max_steps": 4, "mesh": mesh}
+    for name, recompute in (("none", ActivationCheckpointing()), ("budget", BUDGET)):
+        engine = NativeEngine(activation_checkpointing=recompute, compile=True)
+        run = tiny_run(cache, engine=engine, **settings)
+        (stats, *_) = run_ranks(world_size, train_compiled, tmp_path / name, run, PARTITIONED)
+        assert stats["unique_graphs"] == 1
+    for key in ("loss", "grad_norm"):
+        assert curve(tmp_path / "budget", key) == curve(tmp_path / "none", key)
+
+
+def test_a_traced_block_keeps_no_more_than_its_budget() -> None:
+    """Gradients are those of a block that keeps all, bit for bit."""
+    spec = replace(specs()["Llama"], hidden_size=256, intermediate_size=704)
+    kept: dict[float | None, int] = {}
+    gradients: dict[float | None, list[Any]] = {}
+    for budget in (None, 0.0, 0.4):
+        recompute = ActivationCheckpointing()
+        if budget is not None:
+            recompute = ActivationCheckpointing(mode="budget", budget=budget)
+        model = built(spec)
+        blocks = [block for _, block in named_blocks(model, spec.layout)]
+        recompute.apply(blocks, is_compiled=True)
+        for block in blocks:
+            block.compile(dynamic=False, backend=PARTITIONED)
+        with torch.autograd.graph.saved_tensors_hooks(sizes := Sizes(model), lambda kept: kept):
+            loss = model(**inputs(spec)).square().sum()
+        loss.backward()
+        kept[budget] = sum(sizes.found.values())
+        gradients[budget] = [p.grad for p in model.parameters()]
+    least, most = kept[0.0], kept[None]
+    # The partitioner counts what it forbids to compute again, and may keep a little else.
+    assert least < kept[0.4] <= least + (0.4 + 0.05) * (most - least)
+    for budget in (0.0, 0.4):
+        assert all(map(torch.equal, gradients[budget], gradients[None]))
+
+
+class Sizes:
+    """Bytes of each storage that autograd keeps, but for those of weights."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.found: dict[int, int] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.found[storage._cdata] = storage.nbytes()
+        return tensor
 
 
 @pytest.mark.slow

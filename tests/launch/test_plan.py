@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launch import probe
 from launch.plan import main
+from trainer.parallel.activation_checkpointing import ActivationCheckpointing
 from trainer.planning.devices import DEVICES
 
 SMALL = (
@@ -45,6 +47,38 @@ def test_a_device_that_is_too_small_is_a_failed_check(
     assert plan["tokens_per_second"] > 0
     assert [row["name"] for row in plan["layouts"]] == ["single"]
     assert plan["layouts"][0]["peak"] == plan["memory"]["peak"]
+
+
+LONG = (
+    *SMALL, "model.num_hidden_layers=2", "data.row_tokens=256", "data.global_rows=4",
+    "data.micro_rows=4",
+)  # fmt: skip
+
+
+def test_a_run_that_does_not_fit_is_told_the_most_that_it_may_keep(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(num_bytes: float) -> dict[str, Any]:
+        device = replace(DEVICES["l40s"], memory_gib=num_bytes / 2**30)
+        monkeypatch.setitem(DEVICES, "l40s", device)
+        assert main([*LONG, "device=l40s", "json=true"]) == 1
+        plan = json.loads(capsys.readouterr().out)
+        assert isinstance(plan, dict)
+        return plan
+
+    plan = planned(1)  # no budget is small enough
+    most, least = plan["memory"]["peak"], plan["budget_peak"]
+    assert plan["budget"] is None
+    assert least < 0.9 * most
+    has = (most + least) / 2
+    plan = planned(has)
+    # Blocks are two: the budget that a third one would take does not exist.
+    modes = [
+        ActivationCheckpointing(mode="budget", budget=budget).modes(2)
+        for budget in (plan["budget"], plan["budget"] + 0.05)
+    ]
+    assert modes[0] != modes[1]
+    assert plan["budget_peak"] <= has
 
 
 @pytest.mark.parametrize(

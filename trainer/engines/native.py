@@ -89,6 +89,7 @@ class NativeEngine:
             model, layout, axes,
             row_tokens=row_tokens, precision=precision, is_compiled=self.compile,
         )  # fmt: skip
+        self.activation_checkpointing.check(is_compiled=self.compile)
         self.check_machine()
 
     def check_machine(self) -> None:
@@ -121,7 +122,7 @@ class NativeEngine:
         ]
         if around.precision.is_float8:
             self.float8.convert(part, layout)
-        self.activation_checkpointing.apply(blocks)
+        self.activation_checkpointing.apply(blocks, is_compiled=self.compile)
         if self.compile:
             for block in blocks:
                 block.compile(dynamic=False)
