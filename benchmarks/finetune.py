@@ -143,6 +143,8 @@ def main(words: list[str]) -> int:
     try:
         options = read_options(words, fields(Settings))
         chosen = [options.pop("precision")] if "precision" in options else PRECISIONS
+        if "trl" not in CONTENDERS:
+            print("without TRL, which is not installed (pip install trl)", file=sys.stderr)
         for precision in chosen:
             row = measure(Settings(**options, precision=precision))
             print(report(row), flush=True)

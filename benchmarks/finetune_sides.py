@@ -24,6 +24,7 @@ from benchmarks.train_step_sides import ours as train_ours
 from models.nn.head import IGNORED
 from models.nn.unpadded import num_computed
 from trainer.optim import AdamW
+from trainer.precision import PRECISIONS
 from trainer.run import Run
 
 
@@ -48,10 +49,13 @@ def ours(run: Run, inputs: Path, output: Path, epoch: Epoch) -> None:
     train_ours(run, inputs, output, epoch)
     tokenizer = run.data.tokenizer(run.tokenizer, run.model.vocab_size)
     loader, _ = run.data.build(tokenizer=tokenizer, seed=run.seed, rank=0, num_ranks=1)
+    dtype = PRECISIONS[run.precision].compute
     for number in range(run.num_steps):  # what was trained on, read again
         step = loader.step(number)
         epoch.tokens.append(step.num_tokens)
-        epoch.positions.append(sum(num_computed(batch.segment_ids) for batch in step.micro_batches))
+        epoch.positions.append(
+            sum(num_computed(batch.segment_ids, dtype) for batch in step.micro_batches)
+        )
         epoch.targets.append(sum(int((b.labels != IGNORED).sum()) for b in step.micro_batches))
 
 

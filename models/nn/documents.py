@@ -117,7 +117,7 @@ class Layout:
         laid_out = x_BTNH.flatten(0, 1).flatten(1).index_select(0, self.tokens)
         if is_gradient:
             is_padding = self.places[self.tokens] != torch.arange(len(self.tokens))
-            laid_out.masked_fill_(is_padding[:, None], 0.0)
+            laid_out.index_fill_(0, is_padding.nonzero()[:, 0], 0.0)
         parts = laid_out.split([count * length for count, length in self.groups])
         return [
             part.view(*group, *heads).transpose(1, 2)
@@ -133,5 +133,5 @@ class Layout:
         if not self.is_in_order:
             flat = flat.index_select(0, self.places.clamp(min=0))
             if self.num_tokens < len(self.places):
-                flat.masked_fill_((self.places < 0)[:, None], 0.0)
+                flat.index_fill_(0, (self.places < 0).nonzero()[:, 0], 0.0)
         return flat.view(batch, length, heads, *sizes).transpose(1, 2)

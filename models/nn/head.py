@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.nn.chunked import ChunkedCrossEntropy, TokenLoss, Vocabulary, project
+from models.nn.kernel_counts import counted
 from models.nn.segments import has_values_here
 from models.nn.sliced import colwise
 
 IGNORED = -100
-COUNTED_BY = 64  # tokens with a target, and some without
 CACHED_LOGITS = 2**19  # in fp32 and in bf16 these are 3 MiB: they stay in a CPU's cache
 
 
@@ -71,8 +71,10 @@ def _to_gradient(logits_XV: Tensor, labels_X: Tensor, scale_X1: Tensor | None) -
     nll_X1 = top_X1 - logits_XV.gather(1, index_X1) - p_XV.amax(-1, keepdim=True).log()
     p_XV.scatter_add_(1, index_X1, p_XV.new_full(index_X1.shape, -1.0))
     logits_XV.copy_(p_XV if scale_X1 is None else p_XV.mul_(scale_X1))
-    # where and masked_fill, not multiplication: 0 * inf of an ignored row would be NaN.
-    if not (has_values_here(labels_X) and is_target_X1.all()):
+    # where and fills, not multiplication: 0 * inf of an ignored row would be NaN.
+    if has_values_here(labels_X):  # few rows, if any: a mask is looked at for every number
+        logits_XV.index_fill_(0, (labels_X == IGNORED).nonzero()[:, 0], 0.0)
+    else:
         logits_XV.masked_fill_(~is_target_X1, 0.0)
     return torch.where(is_target_X1, nll_X1, 0.0)[:, 0]
 
@@ -149,8 +151,7 @@ def _with_targets(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor
         return hidden_XD, labels_X, None
     is_target_X = labels_X != IGNORED
     places = is_target_X.nonzero()[:, 0]
-    # Filled up with some that have none: oneDNN keeps a kernel of a megabyte for each other count.
-    others = (~is_target_X).nonzero()[: -len(places) % COUNTED_BY, 0]
+    others = (~is_target_X).nonzero()[: counted(len(places), hidden_XD.dtype) - len(places), 0]
     places = torch.cat((places, others))
     if len(places) == len(labels_X):
         return hidden_XD, labels_X, None

@@ -28,6 +28,11 @@ from trainer.verify.compare import first_step
 import_deepspeed("cpu")  # once, not in every rank
 
 
+def count_by(by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trunks compute a multiple of `by` tokens."""
+    monkeypatch.setattr(unpadded, "counted", lambda number, _: -(-number // by) * by)
+
+
 def is_skipped(placement: Placement, run: Run) -> bool:
     """Build an engine; return whether its model leaves padding out."""
     ranks = Ranks(placement, COLLECTIVE_SECONDS)
@@ -68,9 +73,9 @@ def test_layouts_without_padding_compute_what_one_process_computes_with_it(
 ) -> None:
     head = heads.SEQUENCE if family == "Llama" else heads.CAUSAL_LM
     case = Case(layout, family, head, False, option)
-    monkeypatch.setattr(unpadded, "COUNTED_BY", 2 * 32)  # never less than the rows of a batch
+    count_by(2 * 32, monkeypatch)  # never less than the rows of a batch
     expected = ask(case.reference, cache)
-    monkeypatch.setattr(unpadded, "COUNTED_BY", 8)
+    count_by(8, monkeypatch)
     found = ask(case, cache)
     assert not found.complaints
     for check in first_step(found, expected, case.standard):
@@ -86,9 +91,9 @@ def test_fine_tuning_evaluates_and_resumes_as_with_padding(
         row_tokens=64, global_documents=12, micro_rows=4, packing=packing, cache=str(cache),
     )  # fmt: skip
     run = tiny_run(cache, data=data, precision="fp64", max_steps=6, eval_every=2)
-    monkeypatch.setattr(unpadded, "COUNTED_BY", 4 * 64)  # never less than whole rows
+    count_by(4 * 64, monkeypatch)  # never less than whole rows
     run_ranks(1, train, tmp_path / "padded", run)
-    monkeypatch.setattr(unpadded, "COUNTED_BY", 8)
+    count_by(8, monkeypatch)
     run_ranks(1, train, tmp_path / "found", run)
     run_ranks(1, train, tmp_path / "resumed", replace(run, max_steps=4))
     run_ranks(1, train, tmp_path / "resumed", run)

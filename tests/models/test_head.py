@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.nn import head as head_module
 from models.nn.head import IGNORED, LMHead, WholeVocabulary
+from models.nn.kernel_counts import counted
 
 HIDDEN, VOCAB, TOKENS = 12, 37, 20
 
@@ -131,9 +133,15 @@ def test_a_few_rows_of_logits_at_a_time_give_the_same(dtype: torch.dtype, rows: 
     torch.testing.assert_close(grad_XV, wanted.to(dtype), rtol=0, atol=torch.finfo(dtype).eps / 2)
 
 
-@pytest.mark.parametrize(("count", "computed"), [(1, 64), (64, 64), (100, 128), (290, 300)])
-def test_tokens_without_a_target_cost_no_product(count: int, computed: int) -> None:
+@pytest.mark.parametrize(
+    ("by", "count", "computed"),
+    [(1, 1, 1), (1, 290, 290), (64, 1, 64), (64, 64, 64), (64, 100, 128), (64, 290, 300)],
+)
+def test_tokens_without_a_target_cost_no_product(
+    by: int, count: int, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for some that fill the others up: a number of tokens that was seen before."""
+    monkeypatch.setattr(head_module, "counted", lambda number, _: -(-number // by) * by)
     torch.manual_seed(0)
     head = LMHead(HIDDEN, VOCAB, chunk_tokens=1000)
     hidden = torch.randn(2, 150, HIDDEN, requires_grad=True)
@@ -150,6 +158,13 @@ def test_tokens_without_a_target_cost_no_product(count: int, computed: int) -> N
     torch.testing.assert_close(hidden.grad, gradient, rtol=1e-5, atol=1e-6)
     assert loss.each is not None
     assert not loss.each.flatten()[targets == IGNORED].any()
+
+
+def test_tokens_are_counted_by_many_where_kernels_are_compiled_for_each_number() -> None:
+    has_mkl = torch.backends.mkl.is_available()
+    for dtype in (torch.float32, torch.float64):
+        assert [counted(n, dtype) for n in (0, 1, 130)] == [0, 1, 130] if has_mkl else [0, 128, 256]
+    assert [counted(n, torch.bfloat16) for n in (0, 1, 128, 130)] == [0, 128, 128, 256]
 
 
 def test_no_target_at_all_leaves_gradients_of_zero() -> None:

@@ -21,13 +21,14 @@ from tests.models.test_documents import rows
 # the same, and sums over tokens are rounded once (0.4 %).
 TOLERANCES = {torch.float64: 1e-12, torch.bfloat16: 4e-3}
 HEADS = ("causal_lm", "classes", "labels", "tokens", "reward", "dpo")
-COUNTED_BY = 8
 LABELS = 3
 
 
-@pytest.fixture(autouse=True)
-def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpadded, "COUNTED_BY", COUNTED_BY)
+@pytest.fixture(autouse=True, params=[1, 8])
+def _counted_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with MKL, and as with kernels for each number of tokens: few of them."""
+    by = request.param
+    monkeypatch.setattr(unpadded, "counted", lambda number, _: -(-number // by) * by)
 
 
 def model_of(spec: Any, head: str) -> Any:
@@ -96,7 +97,7 @@ def assert_same(model: Any, text: list[Tensor], labels: Tensor, tolerance: float
     expected, gradients, _ = computed(model, text, labels, skips_padding=False)
     found, ours, shapes = computed(model, text, labels, skips_padding=True)
     count = int((text[2] > 0).sum())
-    size = max(1, -(-count // COUNTED_BY)) * COUNTED_BY
+    size = unpadded.counted(max(1, count), torch.float64)
     one_row = (1, size) if size < text[0].numel() else tuple(text[0].shape)
     assert set(shapes) == {one_row}
     assert int(found.num_targets) == int(expected.num_targets)
