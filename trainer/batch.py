@@ -74,12 +74,13 @@ class Batch:
 
     def _is_target(self) -> Tensor:
         targets = self.targets
-        is_none = targets.isnan() if targets.is_floating_point() else targets == IGNORED
-        return ~is_none
+        return ~targets.isnan() if targets.is_floating_point() else targets != IGNORED
 
-    def targets_by_source(self) -> Tensor:
-        """Return how many targets each source has, as `by_source`."""
-        return self.by_source(self._is_target())
+    def counts(self) -> Tensor:
+        """Return (3 + num_sources,) int64: its targets, its `looks`, and each source's targets."""
+        is_target = self._is_target()
+        of_sources = [] if self.sources is None else [self.by_source(is_target).long()]
+        return torch.cat([is_target.sum().view(1), self.looks(), *of_sources])
 
     def by_source(self, values: Tensor) -> Tensor:
         """Return (num_sources,) fp64: the sum of `values` over the targets of each source.

@@ -77,7 +77,7 @@ def fit(run: Run, start: Start) -> bool:
     # Before any thread is started, which inherits it: denormal numbers made a CPU step 1.5x slower.
     torch.set_flush_denormal(True)
     fix_bits(run)
-    import_the_rest(is_compiled=getattr(run.engine, "compile", False))
+    import_the_rest(is_compiled=run.engine.is_compiled)
     wake_collector()
     start.whereabouts.enter("connect")
     ranks = Ranks(start.placement, run.timeout_seconds)
@@ -195,7 +195,7 @@ def build_engine(
     """
     values = values or _initial_values(run, model)
     around = run.surroundings(model, mesh, ranks.device, guard)
-    skip_padding(model, around, is_compiled=getattr(run.engine, "compile", False))
+    skip_padding(model, around, is_compiled=run.engine.is_compiled)
     laid_out = run.engine.lay_out(model, around)
     laid_out.fill(ranks.device, values)
     return run.engine.build(laid_out, around)

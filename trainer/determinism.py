@@ -44,7 +44,7 @@ def fix_bits(settings: Settings) -> None:
         # An operation without a deterministic way raises an error that names it.
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        if getattr(settings.engine, "compile", False):
+        if settings.engine.is_compiled:
             from torch._inductor import config
 
             config.deterministic = True  # no choice between kernels by a stopwatch

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from models.layout import Layout
 from trainer.optimizers.eight_bit import check_blocks
 from trainer.optimizers.lean_adamw import (
     EIGHT_BIT,
@@ -16,7 +14,7 @@ from trainer.optimizers.lean_adamw import (
     LeanAdamW,
     bytes_per_element,
 )
-from trainer.optimizers.place import ALONE, Place
+from trainer.optimizers.place import ALONE, Place, Work
 from trainer.optimizers.rules import Rules, groups_of
 from trainer.pieces import Piece
 
@@ -49,20 +47,8 @@ class OptimSpec(Protocol):
         """Gradients are scaled down to this global norm; None: no clipping."""
         ...
 
-    def check(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        axes: dict[str, int],
-        rules: Rules,
-        *,
-        owns_update: bool,
-        is_offloaded: bool,
-    ) -> None:
-        """Raise ValueError for what cannot work with the planned model on a mesh of these `axes`.
-
-        `owns_update`: the engine leaves the update to us. `is_offloaded`: it is done on the host.
-        """
+    def check(self, work: Work) -> None:
+        """Raise ValueError for what cannot work."""
         ...
 
     def state_bytes(
@@ -77,8 +63,8 @@ class OptimSpec(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019, algorithm 2."""
+class AdamSettings:
+    """What every AdamW can be told."""
 
     lr: float
     """Learning rate where the schedule's factor is 1."""
@@ -93,37 +79,32 @@ class AdamW:
     states: str = WEIGHTS
     """How the running means are kept: `weights` (in the dtype of the weights), `bf16`, or `8bit`
     (blocks of 256 with a scale; norms and biases in the dtype of the weights)."""
-    rounding: str = STOCHASTIC
-    """How weights and means that are kept in bf16 are rounded: `stochastic` or `nearest`."""
 
     def __post_init__(self) -> None:
         check_rates(self.lr, self.weight_decay, self.max_grad_norm)
         check_betas("optim.betas", self.betas)
-        for key, value, known in (
-            ("states", self.states, STATES), ("rounding", self.rounding, ROUNDINGS),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(
-                    f"optim.{key}={value} is unknown; set it to one of {', '.join(known)}"
-                )
+        _check_known("optim.states", self.states, STATES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(AdamSettings):
+    """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019, algorithm 2."""
+
+    rounding: str = STOCHASTIC
+    """How weights and means that are kept in bf16 are rounded: `stochastic` or `nearest`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_known("optim.rounding", self.rounding, ROUNDINGS)
         if self.rounding == NEAREST and self.states != WEIGHTS:
             raise ValueError(
                 f"optim.rounding={NEAREST} has no effect with optim.states={self.states}, which is "
                 "computed with stochastic rounding; set optim.rounding=stochastic"
             )
 
-    def check(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        axes: dict[str, int],
-        rules: Rules,
-        *,
-        owns_update: bool,
-        is_offloaded: bool,
-    ) -> None:
+    def check(self, work: Work) -> None:
         if self.rounding == NEAREST and not any(
-            p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
+            p.requires_grad and p.dtype == torch.bfloat16 for p in work.model.parameters()
         ):
             raise ValueError(
                 "optim.rounding=nearest has no effect where no weight that trains is bf16; set it "
@@ -131,13 +112,13 @@ class AdamW:
             )
         if self.states == WEIGHTS:
             return
-        if not owns_update:
+        if not work.owns_update:
             raise ValueError(
                 f"optim.states={self.states}: DeepSpeed keeps its optimizer's state itself; set "
                 f"optim=adamw, or use engine=native"
             )
         if self.states == EIGHT_BIT:
-            check_blocks(model, layout, axes["tp"])
+            check_blocks(work.model, work.layout, work.axes["tp"])
 
     def state_bytes(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rules: Rules
@@ -168,16 +149,7 @@ class SGD:
     def __post_init__(self) -> None:
         check_rates(self.lr, self.weight_decay, self.max_grad_norm)
 
-    def check(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        axes: dict[str, int],
-        rules: Rules,
-        *,
-        owns_update: bool,
-        is_offloaded: bool,
-    ) -> None:
+    def check(self, work: Work) -> None:
         """It works everywhere."""
 
     def state_bytes(
@@ -201,6 +173,11 @@ def check_rates(lr: float, weight_decay: float, max_grad_norm: float | None) -> 
             f"optim.max_grad_norm={max_grad_norm} is not positive; "
             "set it above 0, or to null for off"
         )
+
+
+def _check_known(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{key}={value} is unknown; set it to one of {', '.join(known)}")
 
 
 def check_betas(key: str, betas: tuple[float, ...]) -> None:

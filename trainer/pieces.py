@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -80,16 +81,17 @@ class Piece:
                 yield flat[max(first, 0) : last]
             first = last
 
-    def split_own(self, local: Tensor) -> Iterator[Tensor]:
-        """Yield those rows of `local`, which lies as this piece, that this rank answers for."""
+    @cached_property
+    def is_shared(self) -> bool:
+        """Whether gradients of some of its rows add up over ranks."""
+        return any(rows.sum_over for rows in self.rows)
+
+    def split_own(self, local: Tensor) -> list[Tensor]:
+        """Return those rows of `local`, which lies as this piece, that this rank answers for."""
         if len(self.rows) == 1:
-            yield from [local] if self.rows[0].is_own else []
-            return
-        first = 0
-        for rows in self.rows:
-            if rows.is_own:
-                yield local[first : first + len(rows)]
-            first += len(rows)
+            return [local] if self.rows[0].is_own else []
+        parts = local.split([len(rows) for rows in self.rows])
+        return [part for part, rows in zip(parts, self.rows, strict=True) if rows.is_own]
 
     def cut(self, read: Callable[[int, int], Tensor]) -> Tensor:
         """Return this piece's values; `read(start, stop)` gives elements of the flat tensor."""

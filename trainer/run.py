@@ -20,6 +20,7 @@ from trainer.length import check_epochs
 from trainer.mesh import Mesh, MeshSpec
 from trainer.numerics.guard import Guard
 from trainer.optimizers.matrices import block_matrices
+from trainer.optimizers.place import Work
 from trainer.optimizers.rules import Rules
 from trainer.plan import Plan
 from trainer.precision import PRECISIONS
@@ -96,10 +97,11 @@ class Run(Settings):
 
     def check_optimizer(self, model: nn.Module, axes: dict[str, int]) -> None:
         """Raise ValueError where the optimizer cannot update the planned model."""
-        self.optim.check(
-            model, self.model.layout, axes, self.rules(model), owns_update=self.engine.owns_update,
-            is_offloaded=bool(getattr(self.engine, "offload_optimizer", False)),
+        work = Work(
+            model=model, layout=self.model.layout, axes=axes, rules=self.rules(model),
+            owns_update=self.engine.owns_update, is_offloaded=self.engine.offload_optimizer,
         )  # fmt: skip
+        self.optim.check(work)
 
     def chosen_mesh(self, world_size: int) -> tuple[MeshSpec, str]:
         """Return the mesh for `world_size` processes, and why; all of them come to the same."""

@@ -49,8 +49,9 @@ class TimeLimit:
 
     def took(self, *, step: float | None = None, save: float | None = None) -> None:
         """Learn how long a step or a save took, in seconds."""
+        has_end = math.isfinite(self._end)  # else nobody asks, and each step would sort a hundred
         for value, known in ((step, self._steps), (save, self._saves)):
-            if value is not None:
+            if value is not None and has_end:
                 known.append(value)
 
     @property

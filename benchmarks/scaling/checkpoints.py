@@ -20,6 +20,7 @@ from launch.compose import compose
 from trainer.checkpoint.composition import Composition
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.staging import Group, parts_of, ranges_of
+from trainer.checkpoint.writing import PART_BYTES
 from trainer.pieces import Piece
 from trainer.planning.apart import apart
 from trainer.preview import lay_out
@@ -40,7 +41,7 @@ class Plan:
     seconds: list[float]
     """Of the processor, each time that it was planned."""
     num_ranges: int
-    """Byte ranges that the rank writes, each with a hash of its own."""
+    """Byte ranges that the rank writes."""
     header_bytes: int
     """Names, shapes and offsets of all tensors, and the index: written once."""
     manifest_bytes: int
@@ -95,13 +96,9 @@ def measure(world_size: int, rank: int) -> Plan:
 
 
 def _manifest_bytes(ranges: dict[str, list[tuple[int, int, int]]]) -> int:
-    """Return how many bytes these ranges take in a manifest."""
-    # As `commit.manifest` has them.
-    rows = {
-        name: {"pieces": [[offset, offset + stop - start, "0" * 32] for offset, start, stop in own]}
-        for name, own in ranges.items()
-    }
-    return len(json.dumps({"files": rows}, indent=1))
+    """Return how many bytes these ranges add to a manifest: a hash for each part of a file."""
+    sizes = [sum(stop - start for _, start, stop in own) for own in ranges.values()]
+    return len(json.dumps(["0" * 32] * sum(-(-size // PART_BYTES) for size in sizes)))
 
 
 def figures() -> list[Figure]:

@@ -81,9 +81,9 @@ def test_a_checkpoint_is_verified_at_two_gib_a_second(tmp_path: Path, figure: Fi
     name = "model/model.safetensors"
     staging = writing.stage(tmp_path, "step_00000001.tmp-1-1", {name: GIB})
     ranges = [(start, data) for start in range(0, GIB, len(data))]
-    pieces = writing.write_pieces(staging / name, name, ranges)
+    parts = writing.write_parts(staging / name, name, ranges)
     final = commit.step_folder(tmp_path, 1)
-    commit.commit(staging, final, {"step": 1}, pieces, lambda: None)
+    commit.commit(staging, final, {"step": 1}, parts, lambda: None)
     body = commit.read_manifest(final)
     rates = []
     for _ in range(5):  # from the page cache: the disk is not what is measured

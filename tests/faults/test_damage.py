@@ -76,7 +76,7 @@ def name_an_absolute_path(step: Path, outside: Path) -> None:
 def restate(step: Path, name: str) -> None:
     """Let the manifest list one more file, with hashes that are right."""
     body = json.loads((step / MANIFEST).read_text())
-    digest = commit.hash_range(step / name, 0, 6)
+    digest = commit.hash_ranges(step / name, [(0, 6)])
     body["files"][name] = {"bytes": 6, "pieces": [[0, 6, digest]]}
     write(step, body)
 
@@ -130,6 +130,11 @@ def test_nothing_is_saved_where_a_link_stands_for_the_folder_of_checkpoints(
         {"step": "2"}, {"step": None}, {"files": []}, {"files": {"model": {}}},
         {"files": {"model": {"bytes": 1, "pieces": [[-1, 2, ""]]}}},
         {"files": {"model": {"bytes": 1, "pieces": [7]}}},
+        {"files": {"model": {"bytes": 4, "runs": [[0, 1, 1, 3]], "xxh3": [""]}}},
+        {"files": {"model": {"bytes": 4, "runs": [[0, 1, 2, 2]], "xxh3": [""]}}},
+        {"files": {"model": {"bytes": 4, "runs": [[0, 0, 1, 4]], "xxh3": [""]}}},
+        {"files": {"model": {"bytes": 4, "runs": [[-1, 1, 1, 4]], "xxh3": [""]}}},
+        {"files": {"model": {"bytes": 4, "runs": [[0, 1, 1]], "xxh3": [""]}}},
     ],
 )  # fmt: skip
 def test_manifest_that_makes_no_sense_is_refused_though_its_hash_is_right(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.runs import start_in, tiny_run, train
 from trainer.callbacks.protocol import Callback, RunView
+from trainer.checkpoint import writer
 from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder, verify
 from trainer.checkpoint.lock import RunLock, read_lease
 from trainer.checkpoint.spec import CheckpointSpec
@@ -20,6 +22,7 @@ from trainer.distributed import Placement
 from trainer.errors import StorageError
 from trainer.files import read_lines
 from trainer.mesh import MeshSpec
+from trainer.planning.apart import apart
 from trainer.points import METRICS
 from trainer.progress import Progress
 from trainer.protocols import Saved
@@ -203,3 +206,26 @@ def test_error_in_training_frees_the_lock_while_a_save_goes_on(tmp_path: Path, c
         run_ranks(1, train, tmp_path, run)
     RunLock(tmp_path).release()
     assert committed_steps(tmp_path / "checkpoints") == [3]
+
+
+def answer_within_a_limit(folder: Path) -> writer.Result:
+    """Answer a job of 8 kB where files may have 1 kB."""
+    memory = os.memfd_create("part")
+    os.truncate(memory, 8000)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    lead = writer.Commit(
+        sizes={"model/weights": 0}, facts={}, num_others=0, run=str(folder), generation=1, keep=1,
+        best_step=None,
+    )  # fmt: skip
+    job = writer.Job(
+        parent=str(folder), staging="step_00000001.tmp-1-1", step=1, rank=0, num_bytes=8000,
+        ranges={"model/weights": [(0, 0, 900), (900, 900, 8000)]}, appended=[], commit=lead,
+    )  # fmt: skip
+    return writer.answer(job, memory)
+
+
+def test_a_write_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
+    """The memory that is read is not closed while the error holds slices of it."""
+    found = apart(answer_within_a_limit, tmp_path)
+    assert "step_00000001.tmp-1-1/model/weights: File too large" in found.error

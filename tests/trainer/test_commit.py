@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from trainer.checkpoint import commit, writing
-from trainer.checkpoint.commit import MANIFEST, FilePiece
+from trainer.checkpoint.commit import MANIFEST
 from trainer.checkpoint.lock import RunLock, check_generation
+from trainer.checkpoint.parts import FilePart, hashed
 from trainer.checkpoint.retention import retain, set_aside
 from trainer.errors import StorageError
 
@@ -34,17 +35,15 @@ def staged(parent: Path, step: int, number: int, files: dict[str, bytes]) -> Pat
     return writing.stage(parent, f"step_{step:08d}.tmp-1-{number}", sizes)
 
 
-def write_files(staging: Path, files: dict[str, bytes]) -> list[FilePiece]:
-    """Write each file in three pieces of unequal length; return them in shuffled order."""
-    pieces = []
+def write_files(staging: Path, files: dict[str, bytes]) -> list[FilePart]:
+    """Write each file in three parts of unequal length; return them in shuffled order."""
+    parts = []
     for name, data in files.items():
         borders = sorted({0, len(data) // 3, len(data) // 2, len(data)})
-        ranges = [(a, memoryview(data[a:b])) for a, b in pairwise(borders)] or [
-            (0, memoryview(b""))
-        ]
-        pieces += writing.write_pieces(staging / name, name, ranges)
-    random.Random(0).shuffle(pieces)
-    return pieces + writing.collect_pieces(staging, 0)
+        for a, b in [*pairwise(borders)] or [(0, 0)]:
+            parts += writing.write_parts(staging / name, name, [(a, memoryview(data[a:b]))])
+    random.Random(0).shuffle(parts)
+    return parts + writing.collect_parts(staging, 0)
 
 
 def nothing() -> None:
@@ -126,7 +125,7 @@ def test_gap_overlap_and_missing_tail_are_refused_and_leave_no_step(
     tmp_path: Path, ranges: list[tuple[int, int]], complaint: str
 ) -> None:
     staging = staged(tmp_path, 1, 1, {"weights": bytes(10)})
-    pieces = [FilePiece(file="weights", start=a, stop=b, xxh3="") for a, b in ranges]
+    pieces = [FilePart("weights", [(a, b)], "") for a, b in ranges]
     with pytest.raises(StorageError, match=f"^weights: {complaint}"):
         commit.commit(staging, commit.step_folder(tmp_path, 1), {"step": 1}, pieces, nothing)
     assert commit.committed_steps(tmp_path) == []
@@ -154,12 +153,12 @@ def test_every_flipped_bit_is_found_and_its_file_named(tmp_path: Path) -> None:
 
 
 def test_ranks_together_find_what_each_finds_alone(tmp_path: Path) -> None:
-    """Every piece is hashed by exactly one of the ranks that share the work."""
+    """Every part is hashed by exactly one of the ranks that share the work."""
     final = save(tmp_path, 1)
     body = commit.read_manifest(final)
     path = final / "model/model.safetensors"
     intact = path.read_bytes()
-    for start, _, _ in body["files"]["model/model.safetensors"]["pieces"]:
+    for ((start, _),), _ in hashed(body["files"]["model/model.safetensors"]):
         damaged = bytearray(intact)
         damaged[start] ^= 1
         path.write_bytes(damaged)
@@ -286,7 +285,7 @@ def test_existing_file_is_not_written_through_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(outside)
     ranges = [(0, memoryview(b"overwritten"))]
     with pytest.raises(OSError, match="symbolic links"):
-        writing.write_pieces(tmp_path / "weights", "weights", ranges)
+        writing.write_parts(tmp_path / "weights", "weights", ranges)
     assert outside.read_bytes() == b"untouched"
 
 

@@ -8,7 +8,7 @@ import xxhash
 from torch import nn
 
 from models.nn.prompt import prompt_rows
-from trainer.checkpoint.commit import hash_range
+from trainer.checkpoint.commit import hash_ranges
 from trainer.distributed import Ranks
 from trainer.weights import WeightSource
 
@@ -35,7 +35,7 @@ def hash_of_files(source: WeightSource, ranks: Ranks | None = None) -> str:
     rank, count = (ranks.placement.rank, ranks.placement.world_size) if ranks else (0, 1)
     parts = [0, 0, 0]
     for name, entry in sorted(source.entries.items())[rank::count]:
-        content = hash_range(source.folder / entry.file, entry.start, entry.stop)
+        content = hash_ranges(source.folder / entry.file, [(entry.start, entry.stop)])
         text = f"{name} {entry.dtype} {entry.shape} {content}"
         number = xxhash.xxh3_128_intdigest(text.encode())
         for place in range(len(parts)):

@@ -13,26 +13,18 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
+from trainer.checkpoint.parts import FilePart, Range, check_entry, entry_of, hashed
 from trainer.errors import StorageError
 from trainer.files import fsync_folder, write_text
 
 MANIFEST = "MANIFEST.json"
-VERSION = 1
+VERSION = 2  # 1 had a hash for every range
 STEP = re.compile(r"^step_(\d{8})\Z", re.ASCII)
 CHUNK = 1 << 22  # bytes per read or write
-
-
-class FilePiece(NamedTuple):
-    """Bytes [start, stop) of one file of a checkpoint, with their hash."""
-
-    file: str
-    start: int
-    stop: int
-    xxh3: str
 
 
 def step_folder(parent: Path, step: int) -> Path:
@@ -57,14 +49,14 @@ def commit(
     staging: Path,
     final: Path,
     facts: dict[str, Any],
-    pieces: list[FilePiece],
+    parts: list[FilePart],
     fence: Callable[[], None],
 ) -> None:
     """Write the manifest last, make all durable, and rename `staging` to `final`.
 
     `fence` raises when this process is no longer the writer.
     """
-    write_text(staging / MANIFEST, json.dumps(manifest(staging, facts, pieces), indent=1))
+    write_text(staging / MANIFEST, _text(manifest(staging, facts, parts)))
     for folder, _, _ in os.walk(staging):
         fsync_folder(Path(folder))
     fence()
@@ -72,26 +64,23 @@ def commit(
     fsync_folder(final.parent)
 
 
-def manifest(folder: Path, facts: dict[str, Any], pieces: list[FilePiece]) -> dict[str, Any]:
-    """Return the manifest: facts, and for each file its size and the hash of every piece."""
-    files: dict[str, Any] = {}
-    for piece in sorted(pieces, key=lambda p: (p.file, p.start)):
-        entry = files.setdefault(
-            piece.file, {"bytes": (folder / piece.file).stat().st_size, "pieces": []}
-        )
-        covered = entry["pieces"][-1][1] if entry["pieces"] else 0
-        if piece.start != covered:
-            raise StorageError(
-                f"{piece.file}: bytes {covered} to {piece.start} were written "
-                f"{'never' if piece.start > covered else 'twice'}; "
-                "this is a defect, please report it"
-            )
-        entry["pieces"].append([piece.start, piece.stop, piece.xxh3])
-    for name, entry in files.items():
-        if entry["pieces"][-1][1] != entry["bytes"]:
-            raise StorageError(f"{name}: its end was never written; please report this defect")
+def manifest(folder: Path, facts: dict[str, Any], parts: list[FilePart]) -> dict[str, Any]:
+    """Return the manifest: facts, and for each file its size and the hash of every part."""
+    of_files: dict[str, list[FilePart]] = {}
+    for part in sorted(parts, key=lambda part: part.file):
+        of_files.setdefault(part.file, []).append(part)
+    files = {
+        name: entry_of(name, (folder / name).stat().st_size, own) for name, own in of_files.items()
+    }
     body = {"version": VERSION, **facts, "files": files}
     return {**body, "xxh3_of_the_above": _body_hash(body)}
+
+
+def _text(body: dict[str, Any]) -> str:
+    """Return a manifest as JSON with a line for each file."""
+    rest = json.dumps({name: value for name, value in body.items() if name != "files"}, indent=1)
+    files = ",\n".join(f"  {json.dumps(n)}: {json.dumps(e)}" for n, e in body["files"].items())
+    return f'{{\n "files": {{\n{files}\n }},{rest.removeprefix("{")}\n'
 
 
 def _body_hash(body: dict[str, Any]) -> str:
@@ -105,9 +94,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         body = json.loads(path.read_text())
         stated = body.pop("xxh3_of_the_above")
         step, files = body["step"], body["files"]
-        numbers = [n for entry in files.values() for piece in entry["pieces"] for n in piece[:2]]
-        if not all(type(n) is int and n >= 0 for n in (step, *numbers)):
-            raise ValueError("a step or a size is no count")
+        for number in (step, *(entry["bytes"] for entry in files.values())):
+            if type(number) is not int or number < 0:
+                raise ValueError("a step or a size is no count")
+        for entry in files.values():
+            check_entry(entry)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error!r}") from error
     if stated != _body_hash(body):
@@ -118,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, body: dict[str, Any], part: int, parts: int) -> None:
-    """Check every size and this part's share of the piece hashes; StorageError names the file."""
+    """Check every size and this part's share of the hashes; StorageError names the file."""
     listed = {folder / name for name in body["files"]}
     for path in sorted(folder.rglob("*.safetensors")):
         if path not in listed:
@@ -129,9 +120,11 @@ def verify(folder: Path, body: dict[str, Any], part: int, parts: int) -> None:
         size = _size_inside(folder, name)
         if size != entry["bytes"]:
             raise StorageError(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
-        for start, stop, stated in entry["pieces"]:
-            if number % parts == part and hash_range(path, start, stop) != stated:
-                raise StorageError(f"{path} is damaged between bytes {start} and {stop}")
+        for ranges, stated in hashed(entry):
+            if number % parts == part and hash_ranges(path, found := list(ranges)) != stated:
+                raise StorageError(
+                    f"{path} is damaged between bytes {found[0][0]} and {found[-1][1]}"
+                )
             number += 1
 
 
@@ -155,13 +148,15 @@ def _size_inside(folder: Path, name: str) -> int:
     return found.st_size
 
 
-def hash_range(path: Path, start: int, stop: int) -> str:
-    """Return the hash of bytes [start, stop) of a file."""
+def hash_ranges(path: Path, ranges: list[Range]) -> str:
+    """Return the hash of byte ranges [start, stop) of a file, one behind the other."""
     hasher = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(CHUNK, stop - start)))
+    longest = max((stop - start for start, stop in ranges), default=0)
+    buffer = memoryview(bytearray(min(CHUNK, longest)))
     with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while start < stop and (count := file.readinto(buffer[: stop - start])):
-            hasher.update(buffer[:count])
-            start += count
+        for start, stop in ranges:
+            file.seek(start)
+            while start < stop and (count := file.readinto(buffer[: stop - start])):
+                hasher.update(buffer[:count])
+                start += count
     return hasher.hexdigest()

@@ -18,12 +18,12 @@ from trainer.checkpoint.lock import check_generation
 from trainer.checkpoint.retention import tidy
 from trainer.checkpoint.writing import (
     READY,
-    collect_pieces,
-    publish_pieces,
+    collect_parts,
+    publish_parts,
     refuse_link,
     stage,
     wait_until,
-    write_pieces,
+    write_parts,
 )
 from trainer.errors import StorageError
 from trainer.files import fsync_file
@@ -92,20 +92,20 @@ def perform(job: Job, memory: memoryview) -> str:
         wait_until((staging / READY).exists)
     for path in job.appended:
         fsync_file(Path(path))
-    pieces = []
+    parts = []
     for name, ranges in job.ranges.items():
-        parts = ((offset, memory[start:stop]) for offset, start, stop in ranges)
-        pieces += write_pieces(staging / name, name, parts)
+        own = ((offset, memory[start:stop]) for offset, start, stop in ranges)
+        parts += write_parts(staging / name, name, own)
     if job.commit is None:
-        publish_pieces(staging, job.rank, pieces)
+        publish_parts(staging, job.rank, parts)
         return ""
     lead = job.commit
-    pieces += collect_pieces(staging, lead.num_others)
+    parts += collect_parts(staging, lead.num_others)
     commit(
         staging,
         step_folder(parent, job.step),
         {"step": job.step, "generation": lead.generation, **lead.facts},
-        pieces,
+        parts,
         lambda: check_generation(Path(lead.run), lead.generation),
     )
     try:
@@ -130,13 +130,22 @@ def free_bytes(folder: Path) -> int:
 
 def answer(job: Job, descriptor: int) -> Result:
     """Perform a job whose bytes lie in the shared memory of `descriptor`."""
-    started = time.monotonic()
     try:
         with (
             mmap.mmap(descriptor, job.num_bytes, access=mmap.ACCESS_READ) as memory,
             memoryview(memory) as view,
         ):
-            warning = perform(job, view)
+            return _result(job, view)
+    except OSError as error:
+        return Result(error=explain(error, Path(job.parent)))
+
+
+def _result(job: Job, memory: memoryview) -> Result:
+    """Perform a job. An error ends here: the calls that it names hold slices of the memory, which
+    cannot be closed as long as there is one."""
+    started = time.monotonic()
+    try:
+        warning = perform(job, memory)
         return Result(seconds=time.monotonic() - started, warning=warning)
     except (OSError, StorageError) as error:
         return Result(error=explain(error, Path(job.parent)))

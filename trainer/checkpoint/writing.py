@@ -12,12 +12,14 @@ from pathlib import Path
 
 import xxhash
 
-from trainer.checkpoint.commit import CHUNK, FilePiece
+from trainer.checkpoint.commit import CHUNK
+from trainer.checkpoint.parts import FilePart
 from trainer.errors import StorageError
 from trainer.files import naming
 
 READY = "ready"  # in a staging folder: every file has been made
-_PIECES = ".pieces"
+_PARTS = ".parts"
+PART_BYTES = 1 << 28  # that one hash covers, or one range: fewer ranks' parts are checked by more
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
@@ -56,51 +58,65 @@ def refuse_link(folder: Path) -> None:
         )
 
 
-def write_pieces(
-    path: Path, name: str, ranges: Iterable[tuple[int, memoryview]]
-) -> list[FilePiece]:
+def write_parts(path: Path, name: str, ranges: Iterable[tuple[int, memoryview]]) -> list[FilePart]:
     """Write (offset, bytes) ranges of a file that `stage` made; return them with their hashes.
 
     `name` is the file's name within the checkpoint. One fsync at the end covers all ranges.
     """
-    pieces = []
+    parts = []
     with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
-        for start, data in ranges:
-            digest = _write_range(descriptor, start, data)
-            pieces.append(FilePiece(file=name, start=start, stop=start + len(data), xxh3=digest))
+        for some in _portions(ranges):
+            hasher = xxhash.xxh3_128()
+            for start, data in some:
+                _write_range(descriptor, start, data, hasher)
+            places = [(start, start + len(data)) for start, data in some]
+            parts.append(FilePart(name, places, hasher.hexdigest()))
         os.fsync(descriptor)
-    return pieces
+    return parts
 
 
-def _write_range(descriptor: int, start: int, data: memoryview) -> str:
-    hasher = xxhash.xxh3_128()
+def _portions(
+    ranges: Iterable[tuple[int, memoryview]],
+) -> Iterator[list[tuple[int, memoryview]]]:
+    """Yield ranges in their order, as many together as have one hash."""
+    some: list[tuple[int, memoryview]] = []
+    for start, data in sorted(ranges, key=lambda one: one[0]):
+        if some and sum(len(each) for _, each in some) + len(data) > PART_BYTES:
+            yield some
+            some = []
+        some.append((start, data))
+    if some:
+        yield some
+
+
+def _write_range(descriptor: int, start: int, data: memoryview, hasher: xxhash.xxh3_128) -> None:
     done = 0
     while done < len(data):
         chunk = data[done : done + CHUNK]
         written = os.pwrite(descriptor, chunk, start + done)  # may be short
         hasher.update(chunk[:written])
         done += written
-    return hasher.hexdigest()
 
 
-def publish_pieces(staging: Path, rank: int, pieces: list[FilePiece]) -> None:
+def publish_parts(staging: Path, rank: int, parts: list[FilePart]) -> None:
     """Leave the hashes of what was written for rank 0: by file, for no object is ever pickled."""
-    path = staging / f"rank{rank:05d}{_PIECES}"
-    text = json.dumps([piece._asdict() for piece in pieces]).encode()
+    path = staging / f"rank{rank:05d}{_PARTS}"
+    text = json.dumps(parts).encode()
     with _opened(path.with_suffix(".part"), _NEW_FILE) as descriptor:
-        _write_range(descriptor, 0, memoryview(text))
+        _write_range(descriptor, 0, memoryview(text), xxhash.xxh3_128())
     path.with_suffix(".part").rename(path)  # rank 0 looks at any moment: whole or absent
 
 
-def collect_pieces(staging: Path, num_ranks: int) -> list[FilePiece]:
+def collect_parts(staging: Path, num_ranks: int) -> list[FilePart]:
     """Take what that many ranks publish, and leave only what belongs to the checkpoint."""
-    wait_until(lambda: len(list(staging.glob(f"*{_PIECES}"))) >= num_ranks)
-    pieces = []
-    for path in sorted(staging.glob(f"*{_PIECES}")):
-        pieces += [FilePiece(**fields) for fields in json.loads(path.read_text())]
+    wait_until(lambda: len(list(staging.glob(f"*{_PARTS}"))) >= num_ranks)
+    parts = []
+    for path in sorted(staging.glob(f"*{_PARTS}")):
+        for file, ranges, xxh3 in json.loads(path.read_text()):
+            parts.append(FilePart(file, [(start, stop) for start, stop in ranges], xxh3))
         path.unlink()
     (staging / READY).unlink()
-    return pieces
+    return parts
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

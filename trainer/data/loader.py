@@ -100,7 +100,9 @@ class StepLoader:
         return replace(self, rank=0, num_ranks=1).step(number).provenance
 
     def _num_tokens(self, batch: Batch) -> int:
-        is_text = (batch.segment_ids > 0) & (batch.position_ids >= self.rows.num_virtual)
+        is_text = batch.segment_ids > 0
+        if self.rows.num_virtual:
+            is_text &= batch.position_ids >= self.rows.num_virtual
         return int(is_text.sum())
 
     def first_sample(self, step: int) -> int:

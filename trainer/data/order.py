@@ -6,6 +6,7 @@ import numpy as np
 
 ROUNDS = 6
 _MASK_64 = (1 << 64) - 1
+_FEW = 40  # below, one by one is faster
 
 
 def round_keys(*parts: object) -> tuple[int, ...]:
@@ -33,7 +34,9 @@ def permute(index: int, count: int, keys: tuple[int, ...]) -> int:
 
 
 def permute_all(indices: np.ndarray, count: int, keys: tuple[int, ...]) -> np.ndarray:
-    """Return `permute` of every index: 10 times as fast for a thousand, equal from about 40 on."""
+    """Return `permute` of every index: of a thousand 10 times as fast as one by one."""
+    if len(indices) < _FEW:
+        return np.array([permute(index, count, keys) for index in indices.tolist()], np.int64)
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     found = indices.astype(np.uint64)

@@ -80,7 +80,9 @@ class PackedRows:
         length = stop - start
         tokens = shard.tokens(start, stop + 1)  # the one behind is the last target
         document, starts = shard.documents(start, stop)
-        edges = np.unique(np.clip(starts - start, 0, length))  # an empty document has no segment
+        edges = starts - start
+        edges[0], edges[-1] = 0, length
+        edges = np.unique(edges)  # an empty document has no segment
         sizes = np.diff(edges)
         columns["input_ids"][:length] = tokens[:length]
         columns["labels"][: len(tokens) - 1] = tokens[1:]

@@ -32,6 +32,8 @@ class AccelerateEngine:
     can_shard: ClassVar[bool] = False
     owns_sums: ClassVar[bool] = False
     owns_update: ClassVar[bool] = True
+    is_compiled: ClassVar[bool] = False
+    offload_optimizer: ClassVar[bool] = False
 
     ddp: dict[str, Any] = field(default_factory=dict)
     """Settings of accelerate's DistributedDataParallelKwargs. Unknown ones are errors."""

@@ -16,15 +16,13 @@ def count_step(
 
     `num_tokens` are those of this rank's rows, padding left out.
     """
-    targets = torch.stack([batch.num_targets() for batch in micro_batches]).sum()
     # full, not tensor: a fill on the device, where a copy from the host would wait.
-    tokens = torch.full((), num_tokens, dtype=torch.int64, device=device)
-    looks = torch.stack([batch.looks() for batch in micro_batches]).sum(0)
-    of_sources = torch.stack([batch.targets_by_source() for batch in micro_batches]).sum(0)
-    counts = torch.cat([torch.stack([targets, tokens]), looks, of_sources.long()])
+    tokens = torch.full((1,), num_tokens, dtype=torch.int64, device=device)
+    found = [batch.counts() for batch in micro_batches]
+    counts = torch.cat([tokens, found[0] if len(found) == 1 else torch.stack(found).sum(0)])
     if mesh.rank("cp") > 0:
         counts.zero_()  # the same rows as the first rank's: counted there
-    targets, tokens, onlookers, images = mesh.sum_over_tokens(counts)[:4]
+    tokens, targets, onlookers, images = mesh.sum_over_tokens(counts)[:4].unbind()
     return (targets, tokens, onlookers, images), counts[4:].double()
 
 

@@ -32,6 +32,7 @@ class DeepSpeedEngine:
     can_shard: ClassVar[bool] = False
     owns_sums: ClassVar[bool] = False
     owns_update: ClassVar[bool] = False
+    is_compiled: ClassVar[bool] = False
 
     stage: int = 2
     """ZeRO: 0 copies all, 1 shards the optimizer, 2 gradients too, 3 weights too."""

@@ -33,7 +33,7 @@ class Gradients:
             (parameter, state.pieces[name]) for name, parameter in state.trained.items()
         ]
         for parameter, piece in self.trained:
-            if any(rows.sum_over for rows in piece.rows):
+            if piece.is_shared:
                 # Ahead of the hooks that reduce over data ranks, once for each backward pass.
                 parameter.register_hook(partial(_summed, piece))
         if self.stage > 0:

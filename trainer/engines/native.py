@@ -62,6 +62,10 @@ class NativeEngine:
                 f"engine.pipeline_chunks={self.pipeline_chunks} is not positive; set it to 1"
             )
 
+    @property
+    def is_compiled(self) -> bool:
+        return self.compile
+
     def check(
         self,
         model: nn.Module,

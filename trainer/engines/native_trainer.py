@@ -53,9 +53,10 @@ class NativeTrainer:
         self._set_training(True)
         sums = self.passes.train(step, micro_batches, scale)
         loss_sum, by_source = sums[0], torch.stack((sums[1:], of_sources))
-        grad_norm = self.update.grad_norm()
+        gradients = self.update.gradients()
+        grad_norm = self.update.grad_norm(gradients)
         verdict = self.update.guard.judge(loss_sum, counts[0], grad_norm)
-        lr = self.update.apply(step, grad_norm, verdict)
+        lr = self.update.apply(step, gradients, grad_norm, verdict)
         return StepResult(
             loss_sum, *counts, grad_norm, verdict.skipped, lr, verdict.flags, by_source
         )

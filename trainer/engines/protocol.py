@@ -77,6 +77,16 @@ class EngineSpec(Protocol):
         ...
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        ...
+
+    @property
+    def offload_optimizer(self) -> bool:
+        """Whether the update is done on the host."""
+        ...
+
+    @property
     def activation_checkpointing(self) -> ActivationCheckpointing: ...
 
     def check(

@@ -12,6 +12,7 @@ from trainer.engines.host_copies import HostCopies
 from trainer.mesh import Mesh
 from trainer.numerics.guard import Guard, Verdict
 from trainer.optim import Optimizer, OptimSpec
+from trainer.optimizers.fused_step import FusedStep
 from trainer.optimizers.place import Place
 from trainer.optimizers.rules import Rules
 from trainer.optimizers.states import make_state, state_piece
@@ -77,6 +78,7 @@ class Update:
         self.optim, self.schedule, self.max_steps = optim, schedule, max_steps
         here = trained & parameters.keys()
         self.trained = {name: piece for name, piece in pieces.items() if name in here}
+        self.trained_here = [(name, p) for name, p in parameters.items() if name in here]
         self.elsewhere = {name: p for name, p in pieces.items() if name in trained - here}
         self.host = HostCopies(self.trained) if is_offloaded else None
         self.updated = self.host.pieces if self.host else self.trained
@@ -88,44 +90,42 @@ class Update:
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
         # Before the first save or load.
         make_state(self.optimizer)
+        self.fused: FusedStep | None = None
         if not sums.is_fused:
             _without_fused_kernels(self.optimizer)
+        elif isinstance(self.optimizer, torch.optim.AdamW):
+            self.fused = FusedStep(self.optimizer, self.updated or nothing)
 
-    def grad_norm(self) -> Tensor:
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the local parts of the gradients that there are."""
+        found = {n: p.grad for n, p in self.trained_here if p.grad is not None}
+        return dict(zip(found, local_tensors(found.values()), strict=True))
+
+    def grad_norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """Return the norm of the whole gradient, before clipping. Collective."""
-        gradients = [
-            (self.pieces[name], parameter.grad)
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None
-        ]
-        self.sum_shared(gradients)
-        return self.sums.square_sum(gradients, self.group, self.device).sqrt()
+        found = [(self.pieces[name], gradient) for name, gradient in gradients.items()]
+        self.sum_shared(found)
+        return self.sums.square_sum(found, self.group, self.device).sqrt()
 
     def sum_shared(self, gradients: list[tuple[Piece, Tensor]]) -> None:
         """Add up gradients of what several ranks hold and each saw a part of. Collective."""
         sum_shared(gradients)
 
-    def apply(self, step: int, grad_norm: Tensor, verdict: Verdict) -> float:
+    def apply(
+        self, step: int, gradients: dict[str, Tensor], grad_norm: Tensor, verdict: Verdict
+    ) -> float:
         """Clip and update on the device; a skipped step changes no weight and no state.
 
         Return the learning rate.
         """
-        found = {
-            name: parameter.grad
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None and name in self.trained
-        }
-        gradients = dict(zip(found, local_tensors(found.values()), strict=True))
         self._clip(list(gradients.values()), grad_norm, verdict.limit)
-        self._give(gradients)
+        given = self._given(gradients)
         factor = self.schedule.factor(step, self.max_steps)
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             group["lr"] = lr * factor
-        self._step(verdict.skipped)
-        for name, parameter in self.parameters.items():
+        self._step(given, verdict.skipped)
+        for _, parameter in self.trained_here:
             parameter.grad = None
-            if name in self.updated:
-                self.updated[name].local.grad = None
         return self.optim.lr * factor
 
     def _clip(self, gradients: list[Tensor], grad_norm: Tensor, limit: Tensor | None) -> None:
@@ -138,25 +138,36 @@ class Update:
             coefficient = (most / (grad_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, coefficient)
 
-    def _give(self, gradients: dict[str, Tensor]) -> None:
-        """Hand the gradients to the optimizer."""
-        for name, gradient in gradients.items():
-            given = self.host.gradient(name, gradient) if self.host else gradient
-            self.updated[name].local.grad = given
-        if self.host:
-            self.host.wait()
+    def _given(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients where the optimizer is."""
+        if self.host is None:
+            return gradients
+        found = {name: self.host.gradient(name, one) for name, one in gradients.items()}
+        self.host.wait()
+        return found
 
-    def _step(self, skipped: Tensor) -> None:
+    def _step(self, gradients: dict[str, Tensor], skipped: Tensor) -> None:
         """Update the weights, unless `skipped` says that nothing may change."""
-        if self.sums.is_fused:
-            # These kernels leave weights and state as they are where found_inf is 1: no host sync.
-            found = skipped.float()
-            cast(Any, self.optimizer).found_inf = found.cpu() if self.host else found
-            self.optimizer.step()
-        elif not bool(skipped):  # sync: the plain kernels cannot skip by themselves
-            self.optimizer.step()
+        # Fused kernels leave weights and state as they are where found_inf is 1: no host sync.
+        found_inf = skipped.float().cpu() if self.host else skipped.float()
+        if self.fused:
+            self.fused.step(gradients, found_inf)
+        else:
+            self._step_by_itself(gradients, found_inf)
         if self.host:
             self.host.push()
+
+    def _step_by_itself(self, gradients: dict[str, Tensor], found_inf: Tensor) -> None:
+        weights = [self.updated[name].local for name in gradients]
+        for weight, gradient in zip(weights, gradients.values(), strict=True):
+            weight.grad = gradient
+        if self.sums.is_fused:
+            cast(Any, self.optimizer).found_inf = found_inf
+            self.optimizer.step()
+        elif not bool(found_inf):  # sync: the plain kernels cannot skip by themselves
+            self.optimizer.step()
+        for weight in weights:
+            weight.grad = None
 
     def loaded(self) -> None:
         """Take over weights that were written into the pieces."""

@@ -71,20 +71,21 @@ def named_pieces(
 
 @torch.no_grad()
 def sum_shared(gradients: Iterable[tuple[Piece, Tensor]]) -> None:
-    """Add up, in place, gradients of rows that several ranks hold and each saw a part of.
+    """Add up, in place, gradients of rows that several ranks hold and each saw a part of: local
+    tensors, each with the piece that it lies as.
 
     Collective over every axis of the pieces' `sum_over`, in alphabetic order: one message for each.
     """
     groups: dict[str, dist.ProcessGroup] = {}
     parts: dict[str, list[Tensor]] = {}
     for piece, gradient in gradients:
-        if not any(rows.sum_over for rows in piece.rows):
+        if not piece.is_shared:
             continue
-        local, first = local_tensor(gradient), 0
+        first = 0
         for rows in piece.rows:
             for axis, group in rows.sum_over:
                 groups[axis] = group
-                part = local[first : first + len(rows)] if local.ndim else local
+                part = gradient[first : first + len(rows)] if gradient.ndim else gradient
                 parts.setdefault(axis, []).append(part)
             first += len(rows)
     for axis, group in sorted(groups.items()):
@@ -103,12 +104,10 @@ def global_square_sum(
 ) -> Tensor:
     """Return the sum of squares over the whole tensors, each element once, in at least fp32.
 
-    Gradients come with the piece that they lie as. `group` holds the ranks of one copy of the
-    model; None: this rank alone. Collective over it.
+    Gradients are local tensors, each with the piece that it lies as. `group` holds the ranks of one
+    copy of the model; None: this rank alone. Collective over it.
     """
-    found = list(gradients)
-    parts = zip(found, local_tensors(gradient for _, gradient in found), strict=True)
-    own = [tensor for (piece, _), local in parts for tensor in piece.split_own(local)]
+    own = [tensor for piece, gradient in gradients for tensor in piece.split_own(gradient)]
     wide = reduce(torch.promote_types, {tensor.dtype for tensor in own}, torch.float32)
     # One call for all: one by one, the norms of 291 weights cost two milliseconds of the host.
     norms = torch._foreach_norm(own, 2, wide) if own else ()

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.parallel.pieces import local_tensor
 from trainer.pieces import Piece
 
 
@@ -104,7 +103,7 @@ def row_square_sum(
     rows = []
     for piece, gradient in gradients:
         whole = torch.zeros(piece.num_rows, dtype=torch.float64, device=device)
-        matrix = local_tensor(gradient).reshape(-1, piece.width)
+        matrix = gradient.reshape(-1, piece.width)
         squares = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).square()
         first = 0
         for run in piece.rows:

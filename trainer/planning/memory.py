@@ -52,7 +52,7 @@ def _plannable(run: Run, *, is_gpu: bool) -> Run:
     """Return the run as its step can be taken here."""
     run = without_float8(run)
     engine: Any = run.engine
-    if getattr(engine, "compile", False):
+    if engine.is_compiled:
         engine = replace(engine, compile=False)
     model: Any = run.model
     if is_gpu and getattr(model, "attn_implementation", "auto") in ("flex", "varlen", "flash"):

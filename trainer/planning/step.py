@@ -45,7 +45,7 @@ def pretend(
             for part in laid_out.parts:
                 _mark_parts(part, ledger)
             engine: Any = run.engine.build(laid_out, around)
-            _mark_engine(engine, ledger, HOST if _offloads(run) else OPTIMIZER)
+            _mark_engine(engine, ledger, HOST if run.engine.offload_optimizer else OPTIMIZER)
             _update_as_on_gpu(engine)
             num_tokens = sum(batch.input_ids.numel() for batch in batches)
             for step in range(1, _num_steps(engine) + 1):
@@ -99,10 +99,6 @@ def _mark_parts(part: nn.Module, ledger: Ledger) -> None:
             ledger.mark(local_tensor(tensor), kind)
 
 
-def _offloads(run: Run) -> bool:
-    return bool(getattr(run.engine, "offload_optimizer", False))
-
-
 def _mark_engine(engine: Any, ledger: Ledger, kept: str) -> None:
     """Say that the optimizer's tensors are `kept`, and let gradients be marked once they are there.
 
@@ -144,17 +140,17 @@ def _at_once(
 
 def _mark_gradients(update: Any, ledger: Ledger) -> None:
     """Note where the update begins, and which gradients it finds."""
-    norm, give = update.grad_norm, update._give
+    norm, give = update.grad_norm, update._given
 
-    def grad_norm() -> Tensor:
+    def grad_norm(gradients: dict[str, Tensor]) -> Tensor:
         ledger.enter(UPDATE)
-        found = [p.grad for p in update.parameters.values() if p.grad is not None]
-        _mark(ledger, [local_tensor(gradient) for gradient in found], GRADIENTS)
-        return cast(Tensor, norm())
+        _mark(ledger, list(gradients.values()), GRADIENTS)
+        return cast(Tensor, norm(gradients))
 
-    def given(gradients: dict[str, Tensor]) -> None:
-        give(gradients)
+    def given(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = give(gradients)
         if update.host:
             _mark(ledger, list(update.host.buffers.values()), HOST)
+        return found
 
-    update.grad_norm, update._give = grad_norm, given
+    update.grad_norm, update._given = grad_norm, given

@@ -50,12 +50,11 @@ def doubled_gradient(engine: Engine) -> None:
     update: Update = engine.update
     compute = update.grad_norm
 
-    def grad_norm() -> Tensor:
+    def grad_norm(gradients: dict[str, Tensor]) -> Tensor:
         first = next(name for name in update.pieces if name in update.trained)
-        parameter = update.parameters.get(first)
-        if parameter is not None and parameter.grad is not None:
-            parameter.grad.mul_(2.0)
-        return compute()
+        if first in gradients:
+            gradients[first].mul_(2.0)
+        return compute(gradients)
 
     update.grad_norm = grad_norm  # type: ignore[method-assign]
 

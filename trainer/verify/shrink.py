@@ -47,7 +47,7 @@ def shrink(run: Run) -> Small:
     if lost := [p for p in run.freeze.patterns if p not in freeze.patterns]:
         notes.append(f"freeze patterns of layers that the small model lacks: {', '.join(lost)}")
     engine: Any = run.engine
-    if getattr(engine, "compile", False):
+    if engine.is_compiled:
         notes.append("engine.compile=false")
         engine = replace(engine, compile=False)
     optim: Any = run.optim
