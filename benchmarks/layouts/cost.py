@@ -10,6 +10,7 @@ import torch
 
 from launch.binding import bind
 from launch.compose import compose
+from launch.host_memory import keep_freed_memory
 from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
 from trainer.engines.native import NativeEngine
@@ -93,6 +94,7 @@ def _cost(placement: Placement, run: Run) -> Cost:
     cores = os.cpu_count() or 1
     torch.set_num_threads(1 if run.is_topology_free else max(1, cores // placement.world_size))
     torch.set_flush_denormal(True)
+    keep_freed_memory("cpu", os.environ)  # as a rank of a run does
     ranks = Ranks(placement, 60.0)
     mesh = run.mesh.build(ranks=ranks)
     held = _start_counting()
