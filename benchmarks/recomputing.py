@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.in_turn import append_row, machine, read_texts
+from benchmarks.plan_memory.measure import peak_of
 from benchmarks.roofline.cases import CASES
 from launch.exit_codes import BAD_CONFIG, FINISHED
 from launch.host_memory import keep_few_kernels, keep_freed_memory
@@ -70,7 +71,7 @@ def measure(
         losses = [step()]
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             losses.append(step())
-        found[name] = {"losses": losses, "peak": _peak(profiled), "seconds": []}
+        found[name] = {"losses": losses, "peak": peak_of(profiled), "seconds": []}
         print(name, found[name], file=sys.stderr, flush=True)
     for _ in range(int(options["rounds"])):
         for name, step in steps.items():
@@ -100,16 +101,6 @@ class _Steps:
         num_tokens = sum(batch.input_ids.numel() for batch in self.batches)
         result = self.engine.train_step(self.step, self.batches, num_tokens)
         return float(result.loss_sum / result.num_targets)
-
-
-def _peak(profiled: Any) -> int:
-    """Return the most bytes that were allocated beyond those at the start."""
-    held = peak = 0
-    events = profiled.profiler.kineto_results.events()
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """What the ranks of a real run held at most: tensor bytes by torch's profiler, RSS by Linux."""
 
+import math
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -70,19 +71,20 @@ def _held(placement: Placement, folder: Path, run: Any) -> Held:
         with suppress(_Over):
             fit(run, start_in(folder, placement))
         rss = peak_memory_gib(torch.device("cpu")) * 2**30
-    return Held(tensor_bytes=_peak(profiled), rss_bytes=int(rss - before))
+    return Held(tensor_bytes=peak_of(profiled, (FIRST, LAST)), rss_bytes=int(rss - before))
 
 
-def _peak(profiled: Any) -> int:
-    """Return the most that was allocated at once between the marks."""
+def peak_of(profiled: Any, between: tuple[str, str] | None = None) -> int:
+    """Return the most bytes that were allocated at once beyond those at the start of a profile.
+
+    `between`: only what was held between these two marks counts.
+    """
     events = profiled.profiler.kineto_results.events()
-    first = next(event.start_ns() for event in events if event.name() == FIRST)
-    last = next(event.start_ns() for event in events if event.name() == LAST)
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
+    first, last = -math.inf, math.inf
+    if between is not None:
+        first, last = (next(e.start_ns() for e in events if e.name() == mark) for mark in between)
     held = peak = 0
-    for at, change in changes:
+    for at, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         held += change
         if first <= at <= last:
             peak = max(peak, held)

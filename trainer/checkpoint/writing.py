@@ -19,7 +19,7 @@ from trainer.files import naming
 
 READY = "ready"  # in a staging folder: every file has been made
 _PARTS = ".parts"
-PART_BYTES = 1 << 28  # that one hash covers, or one range: fewer ranks' parts are checked by more
+PART_BYTES = 1 << 28  # that have one hash, or one range of more: what few wrote many can check
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
@@ -80,11 +80,13 @@ def _portions(
 ) -> Iterator[list[tuple[int, memoryview]]]:
     """Yield ranges in their order, as many together as have one hash."""
     some: list[tuple[int, memoryview]] = []
+    size = 0
     for start, data in sorted(ranges, key=lambda one: one[0]):
-        if some and sum(len(each) for _, each in some) + len(data) > PART_BYTES:
+        if some and size + len(data) > PART_BYTES:
             yield some
-            some = []
+            some, size = [], 0
         some.append((start, data))
+        size += len(data)
     if some:
         yield some
 

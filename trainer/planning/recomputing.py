@@ -1,6 +1,7 @@
 """The least recomputation with which a run fits a device: the largest budget of activations."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from trainer.parallel.activation_checkpointing import (
@@ -40,21 +41,19 @@ def least_recomputing(
     if not share:
         return None
 
+    @cache  # seconds each, and the search comes by some of them twice
     def planned(step: int) -> Memory:
         recompute = ActivationCheckpointing(mode=BUDGET, budget=step / STEPS)
         engine: Any = replace(run.engine, activation_checkpointing=recompute)  # type: ignore[type-var]
         return memory_of(replace(run, engine=engine), processes, is_gpu=is_gpu)
 
-    least = planned(0)
-    if least.peak > has_bytes:
-        return Recomputing(budget=None, memory=least)
-    part = (has_bytes - least.peak) / max(1, held.peak - least.peak)
+    if (least := planned(0).peak) > has_bytes:
+        return Recomputing(budget=None, memory=planned(0))
+    part = (has_bytes - least) / max(1, held.peak - least)
     step = min(STEPS - 1, int(STEPS * share * part))
-    found = least if step == 0 else planned(step)
-    while found.peak > has_bytes:
+    while planned(step).peak > has_bytes:
         step -= 1
-        found = least if step == 0 else planned(step)
     # The peak of a step is a maximum, so the line lies above it: more may be kept.
-    while step + 1 < STEPS and (more := planned(step + 1)).peak <= has_bytes:
-        step, found = step + 1, more
-    return Recomputing(budget=step / STEPS, memory=found)
+    while step + 1 < STEPS and planned(step + 1).peak <= has_bytes:
+        step += 1
+    return Recomputing(budget=step / STEPS, memory=planned(step))
