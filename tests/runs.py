@@ -10,6 +10,7 @@ import yaml
 from launch.binding import bind_run
 from launch.compose import compose
 from tests.conftest import tiny_spec
+from tests.texts import texts_in
 from trainer.adapters.protocol import NoAdapter
 from trainer.best import BestSpec
 from trainer.callbacks.protocol import Callback
@@ -30,13 +31,13 @@ from trainer.tasks.causal_lm import CausalLMTask
 
 
 def tiny_run(cache: Path, **changes: Any) -> Run:
-    """Ten steps of a two-layer Llama on ten files of the standard library, logged at every step.
+    """Ten steps of a two-layer Llama on ten short programs, logged at every step.
 
     Keys with a `data_` prefix change the data spec; all others are fields of Run. It waits for its
     checkpoints: whoever kills it then knows what is on disk.
     """
     data = PretrainingData(
-        path="stdlib", row_tokens=32, global_rows=8, micro_rows=2, max_documents=10,
+        path=str(texts_in(cache)), row_tokens=32, global_rows=8, micro_rows=2, max_documents=10,
         cache=str(cache),
     )  # fmt: skip
     data_changes = {k.removeprefix("data_"): v for k, v in changes.items() if k.startswith("data_")}

@@ -29,7 +29,7 @@ from trainer.schedule import Cosine
 from trainer.verify.forked import RankFailedError
 
 NAN = ["gradient_not_finite"]
-FOUND: dict[str, Any] = {"z": 3.0, "alpha": 0.9, "warmup_steps": 10}
+FOUND: dict[str, Any] = {"z": 3.5, "alpha": 0.9, "warmup_steps": 10}
 
 
 def execute(placement: Placement, folder: Path, run: Run) -> int:

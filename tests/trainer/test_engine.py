@@ -14,6 +14,7 @@ from models.nn.head import IGNORED
 from models.nn.init import initial_values, initializers
 from tests.conftest import tiny_spec
 from tests.ranks import COLLECTIVE_SECONDS, run_ranks
+from tests.texts import texts_in
 from trainer.batch import Batch
 from trainer.data.pretraining import PretrainingData
 from trainer.distributed import Placement, Ranks
@@ -94,8 +95,8 @@ def whole(parameter: Tensor) -> Tensor:
 
 def data_spec(cache: Path, micro_rows: int) -> PretrainingData:
     return PretrainingData(
-        path="stdlib", row_tokens=32, global_rows=ROWS, micro_rows=micro_rows, max_documents=10,
-        cache=str(cache),
+        path=str(texts_in(cache)), row_tokens=32, global_rows=ROWS, micro_rows=micro_rows,
+        max_documents=10, cache=str(cache),
     )  # fmt: skip
 
 

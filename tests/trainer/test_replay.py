@@ -14,6 +14,7 @@ from tests.faults.test_wrong_numbers import REWIND
 from tests.faults.wrong_numbers import nonsense_run
 from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from tests.runs import tiny_run, train, train_words
+from tests.texts import texts_in
 from tests.trainer.test_ledger_proof import lived, write
 from trainer.construct import build_engine
 from trainer.distributed import Placement, Ranks
@@ -109,8 +110,15 @@ def losses_of(placement: Placement, run: Run) -> tuple[list[float], list[float]]
     return found, alone
 
 
-def test_told_apart_each_document_has_the_loss_that_it_has_alone(cache: Path) -> None:
-    run = tiny_run(cache, precision="fp64", data_row_tokens=256)
+def test_told_apart_each_document_has_the_loss_that_it_has_alone(
+    tmp_path: Path, cache: Path
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    lengths = range(40, 400, 3)
+    texts.write_text("".join(json.dumps({"text": f"{n:x} " * (n // 4)}) + "\n" for n in lengths))
+    run = tiny_run(
+        cache, precision="fp64", data_row_tokens=256, data_path=str(texts), data_max_documents=None
+    )
     found, alone = run_ranks(1, losses_of, run)[0]
     assert len(found) > run.data.global_rows  # rows of several documents, too
     assert found == pytest.approx(alone, rel=1e-9)
@@ -126,7 +134,8 @@ def test_the_command_shows_documents_and_compares_with_the_ledger(
     words = [
         "model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=2",
         "model.num_attention_heads=2", "model.num_key_value_heads=1", "data.row_tokens=32",
-        "data.path=stdlib", "data.max_documents=10", "data.global_rows=4", f"data.cache={cache}",
+        f"data.path={texts_in(cache)}", "data.max_documents=10", "data.global_rows=4",
+        f"data.cache={cache}",
         "data.micro_rows=null", "tokenizer=byte", "precision=fp32", "max_steps=4",
         "eval_every=null", "callbacks.console=null", "callbacks.closing=null",
     ]  # fmt: skip
