@@ -1,11 +1,13 @@
 """The best evaluation of a run by one number: kept on disk, and the end when none is better."""
 
+import logging
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+log = logging.getLogger(__name__)
 MAX_RECENT = 16
 _LOWER = ("loss", "perplexity", "bits_per_byte", "error")  # part of the names of such numbers
 
@@ -55,8 +57,9 @@ class BestSpec:
 class Best:
     """The best evaluation so far. Every rank has the same numbers, so all come to the same."""
 
-    def __init__(self, spec: BestSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: BestSpec, sample: str = "nothing") -> None:
+        """`sample` says what evaluations read, in words that fit nothing else."""
+        self.spec, self.sample = spec, sample
         self.step: int | None = None
         self.value = math.nan
         self.num_worse = 0
@@ -100,14 +103,24 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         return {
-            "metric": self.spec.metric, "step": self.step, "num_worse": self.num_worse,
+            "metric": self.spec.metric, "sample": self.sample,
+            "step": self.step, "num_worse": self.num_worse,
             "value": None if math.isnan(self.value) else self.value,
             "recent": list(self.recent.items()),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; one that was made for another metric says nothing about ours."""
-        if state["metric"] == self.spec.metric:
+        """Go on from a checkpoint; numbers of another metric or sample say nothing about ours.
+
+        Those of an older checkpoint, which does not say what was read, neither.
+        """
+        if (state["metric"], state.get("sample")) == (self.spec.metric, self.sample):
             self.step, self.num_worse = state["step"], state["num_worse"]
             self.value = math.nan if state["value"] is None else state["value"]
             self.recent = dict(state.get("recent", ()))  # version 0.1 had none
+        elif state["step"] is not None:
+            log.info(
+                "best and patience begin anew: step %d was best by %s on %s, now it is %s on %s",
+                state["step"], state["metric"], state.get("sample", "rows that it does not say"),
+                self.spec.metric, self.sample,
+            )  # fmt: skip

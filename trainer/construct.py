@@ -17,7 +17,7 @@ from trainer.determinism import bits_of, fix_bits
 from trainer.distributed import Placement, Ranks
 from trainer.engines.padding import skip_padding
 from trainer.evaluations import Evaluations
-from trainer.judges import answer_judge, evaluator_of
+from trainer.judges import answer_judge, evaluator_of, sample_of
 from trainer.loop import Loop
 from trainer.mesh import Mesh
 from trainer.meter import Meter, held_before
@@ -114,7 +114,8 @@ def _train(run: Run, start: Start, ranks: Ranks, attempt: Path, lock: RunLock | 
     tokenizer, loader, eval_loader = build_data(run, ranks, mesh)
     checkpoints = checkpoints_of(run, attempt, ranks, mesh, lock, tokenizer, contents, loader)
     start.whereabouts.enter("resume")
-    best = Best(run.best)
+    # Rank 0's word: on ranks that read other files there must not be another best.
+    best = Best(run.best, ranks.broadcast_text(sample_of(run, eval_loader)))
     bits = bits_of(ranks, mesh)
     place = Place(progress=progress, best=best, guard=guard, loader=loader, bits=bits)
     place = resume(run, checkpoints, ranks, engine, place)

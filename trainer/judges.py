@@ -24,6 +24,15 @@ def evaluator_of(
     return Evaluator(loader=loader, task=run.task, labels=run.data.labels, mesh=mesh, device=device)
 
 
+def sample_of(run: Run, loader: EvalLoader | None) -> str:
+    """Return in words that fit nothing else which held-out data `best.metric` is a number of."""
+    if loader is None:
+        return "nothing"
+    asks = run.best.metric in run.validation.metric_names
+    count = run.validation.max_documents if asks else loader.num_read
+    return f"{count or 'all'} {loader.rows.unit} of {loader.rows.store.fingerprint}"
+
+
 def answer_judge(
     run: Run,
     loader: EvalLoader | None,

@@ -65,6 +65,27 @@ def test_the_state_goes_on_and_is_forgotten_for_another_metric() -> None:
     assert other.step is None
 
 
+def test_the_state_is_forgotten_for_another_sample(caplog: pytest.LogCaptureFixture) -> None:
+    spec = BestSpec(metric="loss", patience=3)
+    best = Best(spec, "3840 of a")
+    for step, value in enumerate([1.0, 2.0, 2.0, 2.0], start=1):
+        best.judge(step, {"loss": value})
+    state = json.loads(json.dumps(best.state()))
+    again = Best(spec, "3840 of a")
+    again.load(state)
+    assert (again.step, again.is_over, caplog.text) == (1, True, "")
+    old = {name: value for name, value in state.items() if name != "sample"}
+    for known, sample in ((state, "768 of a"), (state, "3840 of b"), (old, "3840 of a")):
+        other = Best(spec, sample)
+        with caplog.at_level("INFO"):
+            other.load(known)
+        assert "begin anew: step 1 was best by loss on " in caplog.text
+        assert f", now it is loss on {sample}" in caplog.text
+        caplog.clear()
+        assert (other.step, other.num_worse, other.recent) == (None, 0, {})
+        assert other.judge(5, {"loss": 9.0})
+
+
 def test_the_best_is_one_of_the_steps_that_have_a_checkpoint() -> None:
     for goal, values in (("min", [3.0, 1.0, 2.0, 2.5]), ("max", [1.0, 4.0, 3.0, 2.0])):
         _, best = judged(BestSpec(metric="loss", goal=goal), values)

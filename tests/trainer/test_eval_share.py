@@ -25,11 +25,13 @@ from trainer.data.rows import PackedRows
 from trainer.data.tokenizers import ByteTokenizer
 from trainer.data.tokens import Part, TokenStore
 from trainer.distributed import Placement
+from trainer.judges import sample_of
 from trainer.mesh import MeshSpec
 from trainer.progress import Progress
 from trainer.record import read_lines
 from trainer.run import Run
 from trainer.run_data import data_of, eval_data_of
+from trainer.validation.spec import ValidationSpec
 
 __all__ = ["folder"]  # a fixture
 
@@ -198,6 +200,33 @@ def test_a_run_evaluates_the_same_rows_each_time_on_every_layout_and_after_a_res
     run_ranks(1, train, tmp_path / "again", replace(run, max_steps=2))
     run_ranks(1, train, tmp_path / "again", run)
     assert evals(tmp_path / "again") == one
+
+
+def test_after_a_resume_with_another_sample_the_best_is_one_of_it(
+    tmp_path: Path, cache: Path
+) -> None:
+    """Losses fall and more is better: the first evaluation stays the best while it counts."""
+    run = sampled(cache, tmp_path, best=BestSpec(metric="loss", goal="max", patience=3))
+    pointer = tmp_path / "run/checkpoints/best"
+    run_ranks(1, train, tmp_path / "run", run)
+    assert pointer.read_text() == "step_00000002\n"
+    run_ranks(1, train, tmp_path / "run", replace(run, max_steps=6))
+    assert pointer.read_text() == "step_00000002\n"
+    run_ranks(1, train, tmp_path / "run", replace(run, max_steps=10, eval_share=None))
+    assert [line["step"] for line in evals(tmp_path / "run")] == [2, 4, 6, 8, 10]
+    assert pointer.read_text() == "step_00000008\n"
+
+
+def test_answers_are_of_other_rows_than_losses(tmp_path: Path, cache: Path) -> None:
+    spec = BestSpec(metric="exact_match")
+    asked = sampled(cache, tmp_path, validation=ValidationSpec(every=1, max_documents=5), best=spec)
+    by_loss = replace(asked, best=BestSpec(metric="loss"))
+    _, _, loader = data_of(asked)
+    assert loader is not None
+    whole = replace(loader, most=None)
+    found = [sample_of(run, each) for run in (asked, by_loss) for each in (loader, whole)]
+    assert [str(sample).split()[0] for sample in found] == ["5", "5", "64", "115"]
+    assert sample_of(asked, None) == "nothing"
 
 
 def test_what_is_evaluated_alone_is_all(tmp_path: Path, cache: Path) -> None:
