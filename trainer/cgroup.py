@@ -21,14 +21,15 @@ def free_memory(root: Path = ROOT) -> int:
 def memory_left(root: Path = ROOT) -> tuple[int, int] | None:
     """Return the bytes that may still be taken, and the limit; None: there is no limit.
 
-    The narrowest level counts. What files of the disk take can be had back.
+    The narrowest level counts. What the disk has as well can be had back: files, however often they
+    were read, and names of files, as in MemAvailable of the machine.
     """
     found = []
     for folder, is_new in _levels("memory", root):
         limit = _number(folder / ("memory.max" if is_new else "memory.limit_in_bytes"))
         used = _number(folder / ("memory.current" if is_new else "memory.usage_in_bytes"))
         if limit is not None and used is not None and limit < _UNLIMITED:
-            found.append((max(0, limit - used + _files(folder, is_new)), limit))
+            found.append((max(0, limit - used + _kept_of_disk(folder, is_new)), limit))
     return min(found, default=None)
 
 
@@ -65,10 +66,10 @@ def _is_in(folder: Path, mount: Path) -> bool:
     return folder.is_relative_to(mount) and folder.is_dir()
 
 
-def _files(folder: Path, is_new: bool) -> int:
-    key = "inactive_file" if is_new else "total_inactive_file"
+def _kept_of_disk(folder: Path, is_new: bool) -> int:
+    keys = ("inactive_file", "active_file", "slab_reclaimable")
     values = dict(text.split() for text in _lines(folder / "memory.stat"))
-    return int(values.get(key, 0))
+    return sum(int(values.get(key if is_new else f"total_{key}", 0)) for key in keys)
 
 
 def _number(file: Path) -> int | None:

@@ -135,7 +135,8 @@ def test_limits_of_a_container_are_those_of_the_narrowest_level(tmp_path: Path) 
         "proc/self/cgroup": "0::/pod/one\n",
         f"{GROUP}/pod/one/memory.max": "max\n", f"{GROUP}/pod/one/memory.current": "7\n",
         f"{GROUP}/pod/memory.max": "1000\n", f"{GROUP}/pod/memory.current": "600\n",
-        f"{GROUP}/pod/memory.stat": "anon 450\ninactive_file 150\n",
+        f"{GROUP}/pod/memory.stat":
+            "anon 450\ninactive_file 50\nactive_file 90\nslab_reclaimable 10\nslab 30\n",
         f"{GROUP}/pod/one/cpu.max": "max 100000\n", f"{GROUP}/pod/cpu.max": "150000 100000\n",
     })  # fmt: skip
     assert cgroup.memory_left(new) == (550, 1000)
@@ -145,8 +146,14 @@ def test_limits_of_a_container_are_those_of_the_narrowest_level(tmp_path: Path) 
         "proc/self/cgroup": "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n",
         f"{GROUP}/memory/memory.limit_in_bytes": "2000", f"{GROUP}/cpu/cpu.cfs_quota_us": "50000",
         f"{GROUP}/memory/memory.usage_in_bytes": "2500", f"{GROUP}/cpu/cpu.cfs_period_us": "100000",
+        f"{GROUP}/memory/docker/abc/memory.limit_in_bytes": "900",
+        f"{GROUP}/memory/docker/abc/memory.usage_in_bytes": "800",
+        f"{GROUP}/memory/docker/abc/memory.stat":
+            "active_file 1\ntotal_inactive_file 20\ntotal_active_file 300\n",
     })  # fmt: skip
     assert cgroup.memory_left(old) == (0, 2000)
+    tree(old, {f"{GROUP}/memory/memory.usage_in_bytes": "1000"})
+    assert cgroup.memory_left(old) == (420, 900)
     assert cgroup.cores(old) == 0.5
 
 

@@ -147,6 +147,23 @@ def test_a_row_group_that_memory_cannot_hold_is_refused_before_it_is_read(
         texts(path)
 
 
+def test_a_row_group_of_a_file_that_is_small_on_disk_is_refused_when_its_turn_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow import parquet, table
+
+    path = Path(written(tmp_path / "in", {"b.parquet": file_of("parquet", "text", ["x" * 90_000])}))
+    lines = [f"{n * 7919:x}" for n in range(200)]
+    parquet.write_table(table({"text": lines}), path / "a.parquet", row_group_size=10)
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert sizes["b.parquet"] < sizes["a.parquet"]
+    monkeypatch.setattr(row_groups, "free_memory", lambda: 4096)  # a machine's
+    rows, found = open_rows(Source(path=str(path))).rows(), []
+    with pytest.raises(DataError, match=r"b\.parquet has a row group of .* 4\.0 KiB of memory are"):
+        found.extend(row["text"] for row in rows)
+    assert found == lines
+
+
 def test_settings_of_the_hub_are_refused_for_what_is_not_on_it(tmp_path: Path) -> None:
     path = written(tmp_path / "in", {"a.jsonl": b'{"text": "x"}\n'})
     text = PretrainingData(path=path, row_tokens=16, global_rows=2)

@@ -122,9 +122,9 @@ class LocalFiles:
     def _rows(self, files: list[Path]) -> Iterator[dict[str, Any]]:
         datasets = quiet_datasets()
         try:
-            if self.format == "parquet":  # the largest file: of many, all would take a while
-                check_row_groups(max(files, key=lambda file: file.stat().st_size))
-            stream = with_encoded_media(self._load(files))
+            stream = iter(with_encoded_media(self._load(files)))
+            if self.format == "parquet":
+                stream = _checked(stream, files)
             for row in islice(stream, self.limit):
                 self._check_separator(row)
                 yield row
@@ -168,6 +168,16 @@ class LocalFiles:
                 f"{self.name}={self.path} has one column, {column!r}; csv needs commas between "
                 f"columns, not {found[0]!r}; convert it"
             )
+
+
+def _checked(stream: Iterator[Any], files: list[Path]) -> Iterator[Any]:
+    """Yield the rows of parquet files, each of which is checked before its first row is read.
+
+    A file that takes few bytes on disk may need as much memory as any: it may be packed better.
+    """
+    for file in files:
+        yield from islice(stream, check_row_groups(file))
+    yield from stream  # none, where its files are read in their order
 
 
 def _not_utf8(file: Path) -> int | None:

@@ -7,8 +7,9 @@ from trainer.errors import DataError
 from trainer.sizes import in_memory
 
 
-def check_row_groups(path: Path) -> None:
-    """Raise DataError where a row group states more bytes than there is memory left."""
+def check_row_groups(path: Path) -> int:
+    """Return how many rows a file has; DataError where a row group states more bytes than there is
+    memory left."""
     from pyarrow import parquet
 
     metadata = parquet.read_metadata(path)
@@ -20,3 +21,4 @@ def check_row_groups(path: Path) -> None:
             f"{in_memory(free)} of memory are left; write it anew with fewer rows in each "
             "(row_group_size), or take a machine with more"
         )
+    return int(metadata.num_rows)
