@@ -20,6 +20,7 @@ _RECORDED = (
 )  # fmt: skip
 # What the optimizer's state is: no other optimizer can go on from it.
 _FIXED = ("optim._target_", "optim.states")
+_STATES = {"states": "weights"}  # of an optimizer whose config does not say
 _EXPLICIT = ("data.global_rows", "data.global_documents")
 _SOURCES = ("data.path", "data.sources.")
 ALLOW_MIX = "data.mix"
@@ -51,6 +52,7 @@ def check_drift(
     old: dict[str, Any], new: dict[str, Any], allowed: list[str]
 ) -> dict[str, tuple[Any, Any]]:
     """Return the changes that a resumed run may carry; ValueError names all that it may not."""
+    old, new = (tree | {"optim": _STATES | tree.get("optim", {})} for tree in (old, new))
     changes = difference(old, new)
     known = (*_RECORDED, *_EXPLICIT)
     refused = [key for key in changes if key in _FIXED or not fits(key, known)]

@@ -9,6 +9,7 @@ import pytest
 
 from trainer.directory import choose_run, is_unfinished, new_attempt
 from trainer.drift import check_drift, difference
+from trainer.optim import AdamW
 
 
 def commit_steps(folder: Path, *steps: int) -> None:
@@ -283,6 +284,15 @@ def test_group_of_free_settings_may_become_empty_and_full_again() -> None:
 def test_run_saved_before_answers_could_be_asked_for_goes_on() -> None:
     new = copy.deepcopy(SAVED) | {"validation": {"every": 1}}
     assert check_drift(SAVED, new, []) == {"validation.every": ("(absent)", 1)}
+
+
+def test_states_that_are_not_said_are_the_default() -> None:
+    assert AdamW(lr=1.0).states == SAVED["optim"]["states"]
+    silent = copy.deepcopy(SAVED)
+    del silent["optim"]["states"]
+    assert check_drift(SAVED, silent, []) == check_drift(silent, SAVED, []) == {}
+    with pytest.raises(ValueError, match=r"^optim\.states was weights .* and is 8bit now"):
+        check_drift(silent, changed("optim.states", "8bit"), [])
 
 
 def test_allowed_changes_do_not_hide_a_forbidden_one() -> None:
