@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ def refuse(folder: Path, tree: dict[str, Any], *, may_join: bool = False) -> Non
 
     `may_join`: others may be at work on it already.
     """
-    from trainer.checkpoint.commit import committed_steps
+    from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder
     from trainer.checkpoint.lock import refuse_if_locked
     from trainer.directory import CHECKPOINTS, CONFIG, read_rewind
     from trainer.drift import check_drift
+    from trainer.errors import StorageError
     from trainer.stored_config import read_stored
 
     if not may_join:
@@ -54,6 +56,10 @@ def refuse(folder: Path, tree: dict[str, Any], *, may_join: bool = False) -> Non
             f"resume_step={tree['resume_step']} has no checkpoint in {folder / CHECKPOINTS}; "
             f"set it to {f'one of {steps}' if steps else 'null'}"
         )
+    asked = None if has_rewound else tree["resume_step"]
+    for step in steps[:1] if asked is None else [asked]:
+        with suppress(StorageError):  # damage is the ranks' to set aside
+            read_manifest(step_folder(folder / CHECKPOINTS, step))
     if steps and (folder / CONFIG).exists():
         try:
             changes = check_drift(read_stored(folder / CONFIG), tree, tree["resume_allow"])

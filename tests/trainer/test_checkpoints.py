@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.request import refuse
 from tests.conftest import Figure, tiny_spec
 from tests.ranks import run_ranks
 from tests.runs import DieAt, start_in, tiny_run, train
 from trainer.callbacks.protocol import Callback, RunView
+from trainer.checkpoint import commit
 from trainer.checkpoint.commit import committed_steps, read_manifest, step_folder
 from trainer.checkpoint.parts import hashed
 from trainer.checkpoint.spec import CheckpointSpec
@@ -336,6 +338,24 @@ def test_strict_run_stops_at_a_damaged_newest_step_and_leaves_it(
     (message,) = run_ranks(1, outcome, six_steps, tiny_run(cache, resume_strict=True))
     assert "step_00000006 is damaged, and resume_strict=true uses no older step" in message
     assert names(six_steps) == ["latest", "step_00000003", "step_00000006"]
+
+
+def test_step_of_a_newer_version_is_refused_before_anything_is_renamed(
+    six_steps: Path, cache: Path
+) -> None:
+    """Before a process starts, and by ranks that found it later; an older step may be asked for."""
+    path = step_folder(six_steps / "checkpoints", 6) / "MANIFEST.json"
+    body = json.loads(path.read_text()) | {"version": commit.VERSION + 1}
+    del body["xxh3_of_the_above"]
+    path.write_text(json.dumps(body | {"xxh3_of_the_above": commit._body_hash(body)}))
+    with pytest.raises(ValueError, match="written by a newer Tessera"):
+        refuse(six_steps, {"resume_step": None})
+    run = tiny_run(cache, save_every=3, max_steps=6)
+    with pytest.raises(RankFailedError, match="written by a newer Tessera"):
+        run_ranks(2, train, six_steps, run)
+    assert names(six_steps) == ["latest", "step_00000003", "step_00000006"]
+    assert run_ranks(1, train, six_steps, replace(run, resume_step=3)) == [True]
+    assert {"step_00000006", "step_00000006.rewound-1"} <= set(names(six_steps))
 
 
 @pytest.mark.parametrize("finder", [0, 1])

@@ -242,6 +242,21 @@ def test_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         commit.read_manifest(final)
 
 
+def test_manifest_of_a_newer_version_is_refused_and_is_no_damage(tmp_path: Path) -> None:
+    """Whatever else it holds; but a number that was damaged is damage."""
+    path = save(tmp_path, 7) / MANIFEST
+    damaged = json.loads(path.read_text()) | {"version": commit.VERSION + 1}
+    body = {"version": commit.VERSION + 1, "files": "otherwise"}
+    path.write_text(json.dumps(body | {"xxh3_of_the_above": commit._body_hash(body)}))
+    with pytest.raises(
+        ValueError, match=r"written by a newer Tessera \(version 3 .* reads 2\); use"
+    ):
+        commit.read_manifest(path.parent)
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(StorageError, match="is damaged: its hash"):
+        commit.read_manifest(path.parent)
+
+
 def test_staging_folder_is_never_a_step_and_never_used_twice(tmp_path: Path) -> None:
     staging = staged(tmp_path, 4, 2, contents(4))
     write_files(staging, contents(4))

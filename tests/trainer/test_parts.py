@@ -52,6 +52,15 @@ def test_every_hash_has_the_bytes_that_its_rank_wrote(seed: int) -> None:
         assert ranges == sorted(ranges)
 
 
+@pytest.mark.parametrize(
+    ("runs", "hashes"), [([], 1), ([[0, 1, 1, 8]], 2), ([[0, 2, 2, 4]], 3), ([[1, 1, 1, 8]], 2)]
+)
+def test_a_hash_of_no_bytes_is_refused(runs: list[list[int]], hashes: int) -> None:
+    size = sum(count * each for _, _, count, each in runs)
+    with pytest.raises(ValueError, match="a hash has no piece"):
+        check_entry({"bytes": size, "runs": runs, "xxh3": ["00"] * hashes})
+
+
 def test_more_ranks_add_a_hash_each_and_nothing_else() -> None:
     sizes = [4 * 512 * n for n in (3, 1, 7, 7, 2)] * 20
     few, many = (entry_of("model", sum(sizes), sharded(sizes, ranks)) for ranks in (8, 512))

@@ -88,24 +88,38 @@ def _body_hash(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest; StorageError where it is damaged or belongs to another step."""
+    """Return the manifest; StorageError where it is damaged or belongs to another step, ValueError
+    where a newer version of this code wrote it."""
     path = folder / MANIFEST
     try:
         body = json.loads(path.read_text())
-        stated = body.pop("xxh3_of_the_above")
-        step, files = body["step"], body["files"]
-        for number in (step, *(entry["bytes"] for entry in files.values())):
-            if type(number) is not int or number < 0:
-                raise ValueError("a step or a size is no count")
-        for entry in files.values():
-            check_entry(entry)
+        # Every version has both, so that damage to the number is not taken for a newer one.
+        is_whole = body.pop("xxh3_of_the_above") == _body_hash(body)
+        is_newer = is_whole and body["version"] > VERSION
+        if not is_newer:
+            _check(body["step"], body["files"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error!r}") from error
-    if stated != _body_hash(body):
+    if is_newer:
+        raise ValueError(
+            f"{path} was written by a newer Tessera (version {body['version']} of it, this one "
+            f"reads {VERSION}); use that one, or go back to a step that this one saved: "
+            "resume_step=N"
+        )
+    if not is_whole:
         raise StorageError(f"{path} is damaged: its hash does not match its content")
-    if folder.name != f"step_{step:08d}":
-        raise StorageError(f"{path} belongs to step {step}")
+    if folder.name != f"step_{body['step']:08d}":
+        raise StorageError(f"{path} belongs to step {body['step']}")
     return body
+
+
+def _check(step: Any, files: Any) -> None:
+    """Raise an error of some kind for what no manifest of a version that is read would say."""
+    for number in (step, *(entry["bytes"] for entry in files.values())):
+        if type(number) is not int or number < 0:
+            raise ValueError("a step or a size is no count")
+    for entry in files.values():
+        check_entry(entry)
 
 
 def verify(folder: Path, body: dict[str, Any], part: int, parts: int) -> None:

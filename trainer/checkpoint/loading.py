@@ -52,7 +52,8 @@ def restore(
     """Load the first of `steps` that verifies into its engine; return its state, or None.
 
     A damaged step is set aside with a loud line, on the way to the next older one; `strict`: it is
-    left as it is. StorageError where no step is used. Collective.
+    left as it is. StorageError where no step is used, ValueError at one of a newer version.
+    Collective.
     """
     for number, step in enumerate(steps, start=1):
         folder, older = commit.step_folder(parent, step), steps[number:]

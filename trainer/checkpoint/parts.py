@@ -77,6 +77,10 @@ def check_entry(entry: dict[str, Any]) -> None:
             raise ValueError("pieces are not all of a file")
     if not all(type(n) is int and n >= lowest for n in numbers):
         raise ValueError("a size is no count")
+    if "pieces" not in entry:
+        parts = (range(first, first + stride * count, stride) for first, stride, count, _ in runs)
+        if len(set().union(*parts)) != num_parts:
+            raise ValueError("a hash has no piece")
 
 
 def hashed(entry: dict[str, Any]) -> Iterator[tuple[Iterable[Range], str]]:
