@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from models.nn.cache import Cache
@@ -35,6 +36,8 @@ class DecoderModel(nn.Module):
         self.trunk_name, self.head_name = trunk_name, head_name
         self.skips_padding = False
         """Whether the trunk computes no padding of batches that are text alone."""
+        self.compute_dtype = torch.float32
+        """What it is computed in where padding is skipped: weights that are sharded do not say."""
         self.add_module(trunk_name, trunk)
         self.add_module(head_name, head)
 
@@ -79,6 +82,7 @@ class DecoderModel(nn.Module):
     ) -> Tensor:
         """Return the trunk's (B, T, D) hidden states of (B, T) ids."""
         if self.skips_padding and not inputs:
-            return without_padding(self.trunk, input_ids, position_ids, segment_ids)
+            text = (input_ids, position_ids, segment_ids)
+            return without_padding(self.trunk, *text, dtype=self.compute_dtype)
         result: Tensor = self.trunk(input_ids, position_ids, segment_ids, **inputs)
         return result

@@ -16,14 +16,20 @@ def goes_by_document(trunk: nn.Module) -> bool:
 
 
 def without_padding(
-    trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor
+    trunk: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    segment_ids: Tensor,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return the trunk's (B, T, D) hidden states of (B, T) ids, 0 where padding stands.
+    """Return the (B, T, D) hidden states of (B, T) ids by a trunk that computes in `dtype`, 0 where
+    padding stands.
 
     They are computed as (1, S): the real tokens, and in halves some padding. As (B, T) where that
     is no less, or where no values are at hand.
     """
-    found = _end_to_end(input_ids, position_ids, segment_ids, next(trunk.parameters()).dtype)
+    found = _end_to_end(input_ids, position_ids, segment_ids, dtype)
     if found is None:
         return trunk(input_ids, position_ids, segment_ids)
     places, text = found

@@ -23,6 +23,7 @@ from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.engines.native import NativeEngine
 from trainer.run import Run
+from trainer.run_data import data_of
 from trainer.verify.compare import first_step
 
 import_deepspeed("cpu")  # once, not in every rank
@@ -63,6 +64,44 @@ def test_one_process_skips_padding_unless_shapes_or_bits_have_to_stay(cache: Pat
 def test_ranks_that_share_a_row_keep_its_shape(layout: str, cache: Path) -> None:
     run = tiny_run(cache, mesh=LAYOUTS[layout])
     assert run_ranks(2, is_skipped, run) == [layout in ("ddp", "fsdp")] * 2
+
+
+def sizes_computed(placement: Placement, run: Run) -> list[tuple[int, int]]:
+    """Train two steps; return how many tokens each micro-batch has, and for how many the trunk
+    computed."""
+    ranks = Ranks(placement, COLLECTIVE_SECONDS)
+    mesh = run.mesh.build(ranks=ranks)
+    model: Any = run.plan_model()
+    engine = build_engine(run, model, ranks, mesh)
+    computed: list[int] = []
+    model.trunk.register_forward_pre_hook(lambda _, text: computed.append(text[0].numel()))
+    _, loader, _ = data_of(run, rank=mesh.dp_rank, num_ranks=mesh.dp_size)
+    steps = [loader.step(number) for number in range(2)]
+    for number, step in enumerate(steps, start=1):
+        engine.train_step(number, step.micro_batches, step.num_tokens)
+    ranks.close()
+    real = [int(b.segment_ids.count_nonzero()) for step in steps for b in step.micro_batches]
+    return list(zip(real, computed, strict=True))
+
+
+def test_in_bf16_shards_compute_tokens_by_the_hundred_and_twenty_eight(
+    tmp_path: Path, cache: Path
+) -> None:
+    """Weights are fp32, and shards until they are used: so is an embedding that is no head."""
+    rows, full = 7, 7 * 64
+    data = DocumentData(
+        path=written(tmp_path / "rows.jsonl", ROWS), encoder=ChatEncoder(), eval_fraction=0.1,
+        row_tokens=64, global_documents=4 * rows, micro_rows=rows, packing="off", cache=str(cache),
+    )  # fmt: skip
+    run = tiny_run(
+        cache, data=data, model=tiny_spec(tie_word_embeddings=False), mesh=LAYOUTS["fsdp"],
+        precision="bf16",
+    )  # fmt: skip
+    found = [pair for of_rank in run_ranks(2, sizes_computed, run) for pair in of_rank]
+    assert len(found) == 8
+    assert all(real % 128 for real, _ in found)  # else nothing would be seen
+    assert [size for _, size in found] == [min(-(-real // 128) * 128, full) for real, _ in found]
+    assert min(size for _, size in found) < full
 
 
 @pytest.mark.parametrize("option", ["plain", "checkpointing", "frozen"])

@@ -25,3 +25,4 @@ def skip_padding(model: nn.Module, around: Surroundings, *, is_compiled: bool) -
     )
     if isinstance(model, DecoderModel):
         model.skips_padding = not keeps_shapes and goes_by_document(model.trunk)
+        model.compute_dtype = around.precision.compute
