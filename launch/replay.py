@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ def _options(arguments: list[str]) -> tuple[Path, int, bool]:
 
 def _replay(folder: Path, step: int) -> "Replayed":
     from launch.binding import bind_run
+    from launch.determinism import hold
     from launch.terminal import configure_logging
     from trainer.replay import recorded_step, replay
     from trainer.stored_config import read_stored
@@ -80,6 +82,7 @@ def _replay(folder: Path, step: int) -> "Replayed":
     # Of the start that trained it: a later one may have had other settings.
     config = folder / "attempts" / f"{recorded.attempt:03d}" / "config.yaml"
     tree: dict[str, Any] = read_stored(config) | _ALONE
+    hold(tree.get("deterministic"), os.environ)  # as in training, which needs it on a GPU
     engine = tree["engine"]
     tree["engine"] = {"_target_": _NATIVE, **{k: engine[k] for k in _KEPT if k in engine}}
     data = tree["data"]

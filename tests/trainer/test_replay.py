@@ -1,6 +1,7 @@
 """`tessera replay`: the step comes out again, and each document has its own loss."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from launch.cli import main
+from launch.determinism import VARIABLES
 from models.nn.head import IGNORED
 from tests.faults.test_wrong_numbers import REWIND
 from tests.faults.wrong_numbers import nonsense_run
@@ -128,19 +130,40 @@ def command(_: Placement, words: list[str]) -> int:
     return main(words)
 
 
-def test_the_command_shows_documents_and_compares_with_the_ledger(
-    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    words = [
+def words_of(cache: Path, *more: str) -> list[str]:
+    return [
         "model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=2",
         "model.num_attention_heads=2", "model.num_key_value_heads=1", "data.row_tokens=32",
         f"data.path={texts_in(cache)}", "data.max_documents=10", "data.global_rows=4",
         f"data.cache={cache}",
         "data.micro_rows=null", "tokenizer=byte", "precision=fp32", "max_steps=4",
-        "eval_every=null", "callbacks.console=null", "callbacks.closing=null",
+        "eval_every=null", "callbacks.console=null", "callbacks.closing=null", *more,
     ]  # fmt: skip
+
+
+def environment_of(_: Placement, words: list[str]) -> dict[str, str]:
+    """Return what the command leaves in the environment of a process without it."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    assert main(words) == 0
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def test_the_command_sets_what_the_same_bits_need_of_the_environment(
+    tmp_path: Path, cache: Path
+) -> None:
+    for deterministic, expected in (("off", set()), ("run", set(VARIABLES))):
+        folder = tmp_path / deterministic
+        run_ranks(1, train_words, folder, words_of(cache, f"deterministic={deterministic}"))
+        found = run_ranks(1, environment_of, ["replay", f"run={folder}", "step=2"])[0]
+        assert set(found) == expected
+
+
+def test_the_command_shows_documents_and_compares_with_the_ledger(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
-    run_ranks(2, train_words, folder, words)
+    run_ranks(2, train_words, folder, words_of(cache))
     assert run_ranks(1, command, ["replay", f"run={folder}", "step=3"]) == [0]
     shown = capfd.readouterr().out
     assert f"step 3 of {folder}, from the beginning, 2 steps trained again first" in shown
