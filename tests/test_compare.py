@@ -1,5 +1,9 @@
 """The table of benchmarks.compare, and how figures are read off the rows of benchmarks."""
 
+import os
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from benchmarks import compare
@@ -64,15 +68,26 @@ def test_a_line_names_both_sides_target_and_verdict() -> None:
     )
 
 
-def test_parts_are_known_before_anything_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_are_known_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["only=step,produts"]) == BAD_CONFIG
     assert capsys.readouterr().err.startswith("compare: only=produts is unknown; set it to some of")
-    rows: list[object] = []
+
+
+def one_process() -> list[Figure]:
+    """Return a figure whose value is the process that measured it."""
+    found = figure_of({"product_seconds": 1.0, "seconds": 2.0, "step_seconds": [2.0]}, "eager")
+    return [replace(found, value=os.getpid())]
+
+
+def test_each_part_has_a_process_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forked behind another's threads, the part `host` waited for ever."""
+    rows: list[Any] = []
     monkeypatch.setattr(compare, "append_row", lambda _, row: rows.append(row))
-    monkeypatch.setitem(compare.PARTS, "step", lambda: [figure_of(
-        {"product_seconds": 1.0, "seconds": 2.0, "step_seconds": [2.0]}, "eager")])  # fmt: skip
-    assert compare.main(["only=step"]) == FINISHED
-    assert capsys.readouterr().out.splitlines()[-1].endswith("| >= 0.6 | 0.500 | no |")
-    assert len(rows) == 1
+    for name in ("step", "host"):
+        monkeypatch.setitem(compare.PARTS, name, one_process)
+    assert compare.main(["only=step,host"]) == FINISHED
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" | yes |")
+    values = [row["figures"][0]["value"] for row in rows]
+    assert len({os.getpid(), *values}) == 3
