@@ -21,7 +21,7 @@ from launch.handover import Handover, note_outcome, read_handover
 from launch.meeting import Link, LostError, Meeting, come, ports_of
 from launch.request import LEASE_SECONDS, new_start, once_free, refuse
 from launch.restarts import standing
-from launch.signals import STOP_SIGNALS
+from launch.signals import on_stop
 from launch.supervisor import WORKER, Supervisor
 from launch.terminal import redact_tracebacks, say
 from launch.watchdog import WatchdogSpec
@@ -65,8 +65,7 @@ class Launcher:
 
     def run(self) -> int:
         """Return the exit code of the run, the same on all nodes."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        on_stop(self._receive)
         hold(self.handover.deterministic, os.environ)
         note_end(end_time(self.handover.stop_at, os.environ))
         os.environ |= safe_paths(os.environ)

@@ -33,7 +33,7 @@ from launch.restarts import (
     way_on,
     with_hang,
 )
-from launch.signals import PATIENTLY_STOPPING, STOP_SIGNALS, STOPPING
+from launch.signals import PATIENTLY_STOPPING, STOP_SIGNALS, STOPPING, on_stop
 from launch.stragglers import Stragglers
 from launch.terminal import say, show_cursor
 from launch.verdict import Witness
@@ -80,8 +80,7 @@ class Supervisor:
     def run(self) -> int:
         """Start the workers, wait for all of them, and return the exit code of the run."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        on_stop(self._receive)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited, until workers can write stacks
         while True:
             outcome = self._start_once()
