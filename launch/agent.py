@@ -17,7 +17,7 @@ from types import FrameType
 from launch.exit_codes import FINISHED, INTERNAL, PREEMPTED, in_words
 from launch.node_watch import AGENT, NodeWatch
 from launch.restarts import failure_of, how_it_stopped
-from launch.signals import STOP_SIGNALS
+from launch.signals import STOP_SIGNALS, on_stop
 from launch.terminal import say
 from launch.traces import read_places, read_records
 from launch.verdict import Witness
@@ -43,8 +43,7 @@ class Agent:
 
     def run(self) -> int:
         """Return the exit code of the run."""
-        for each in STOP_SIGNALS:
-            signal.signal(each, self._receive)
+        on_stop(self._receive)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # torchrun inherits the mask
         from trainer.parent_death import die_with
 

@@ -1,5 +1,6 @@
 """The `tessera` command: find the subcommand, run it, turn a refusal into one line and a code."""
 
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,11 @@ from launch.exit_codes import (
     in_words,
 )
 
+# With a path, before anything trains: a setting names what is not there, or not the user's.
+_WRONG_PATHS = (
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 # One line each; the module is imported only when its command runs.
 COMMANDS = {
     "train": ("launch.train", "train a model: tessera train experiment=demo"),
@@ -124,6 +130,9 @@ def _refused(error: Exception) -> int:
     code, text = code_of(error), str(error)
     if code == STORAGE and isinstance(error, OSError):
         text = f"{error.filename or 'disk'}: {error.strerror}; make room there, or set runs=DIR"
+    if isinstance(error, OSError) and error.errno in _WRONG_PATHS and error.filename is not None:
+        code = BAD_CONFIG
+        text = f"{error.filename}: {error.strerror}; make that path usable, or give another one"
     if code == INTERNAL and type(error).__module__ != "trainer.errors":
         write_traceback(error)
         text = f"{type(error).__name__}: {text}; a defect: please report it with the lines above"

@@ -12,6 +12,7 @@ from launch.words import unknown_key
 
 ROOT = "train"
 LENGTHS = ("max_steps", "max_epochs")
+_NO_CHOICE = re.compile(r"null|true|false|[-+.\d]+", re.IGNORECASE)  # what Hydra takes for no text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +170,11 @@ def _is_hydras(key: str) -> bool:
 
 def _check_key(override: str, command: str, options: Iterable[str]) -> None:
     """Check the first part of a key; the rest is the specs' business, and binding checks it."""
-    key, separator, _ = override.partition("=")
+    key, separator, value = override.partition("=")
     if override.startswith("-") or not separator:
         raise ValueError(f"{override!r} is no option; write key=value, for example max_steps=100")
+    if key in groups() and _NO_CHOICE.fullmatch(value):
+        raise ValueError(_unknown_choice(key, value))
     if _is_hydras(key):
         return
     known = [*groups(), *_root_keys()]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launch.menu import groups
 from launch.model_folders import model_folder
 from launch.truth import truth
 from launch.words import split_off
@@ -16,6 +17,8 @@ rows are packed or dealt.
   checkpoint=runs/NAME                       the newest step of a run, with its own settings;
   checkpoint=runs/NAME/checkpoints/best      or the best one
   data.eval_path=FILE                        other data than what the run held out
+  key=value                                  another setting; with experiment=NAME or group=choice
+                                             none is the run's own
   checkpoint=FOLDER experiment=NAME data.eval_path=FILE
                                              a Hugging Face model or peft adapter, and its task
   validation.every=1                         write answers, too, and judge them (chat, images):
@@ -64,7 +67,8 @@ def main(arguments: list[str]) -> int:
 def _tree(folder: Path, words: list[str]) -> dict[str, Any]:
     """Return the config that evaluates the weights in `folder`."""
     is_adapter = (folder / "adapter_config.json").is_file()
-    is_named = any("." not in word.partition("=")[0] for word in words)  # experiment=, data=, ..
+    keys = {word.partition("=")[0].lstrip("+~") for word in words}
+    is_named = not keys.isdisjoint(groups())  # experiment=, data=, ..
     in_run = folder.resolve().parent.parent.name == "checkpoints"
     config = folder.resolve().parents[2] / "config.yaml" if in_run else folder
     if config.is_file() and not is_named:
@@ -106,10 +110,15 @@ def _of_run(config: Path, words: list[str]) -> dict[str, Any]:
         tree["precision"] = "bf16"
     for word in words:
         key, value = parsed(word)
-        *groups, name = key.split(".")
-        place = tree
-        for group in groups:
-            place = place.setdefault(group, {})
+        *parts, name = key.split(".")
+        place: Any = tree
+        for part in parts:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(
+                    f"{word} sets a key of {part}, which is {place!r} and has none; leave it out, "
+                    f"or set {part}=.. itself"
+                )
         place[name] = value
     return tree
 

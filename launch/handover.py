@@ -35,6 +35,8 @@ class Handover:
     """Of the code that checked the config."""
     key: str
     """By which the launchers know each other."""
+    counts_starts: bool = False
+    """Whether the scheduler bounds how often it starts the job again: a lost node is worth it."""
     words: Sequence[str] = ()
     """Of the command that submitted it, for the record of every start."""
 
@@ -57,8 +59,9 @@ def hand_over(
 
 
 def handover_texts(
-    job: Job, *, nodes: int, processes: int, restarts: int, watchdog: WatchdogSpec | None
-) -> tuple[str, str]:
+    job: Job, *, nodes: int, processes: int, restarts: int, watchdog: WatchdogSpec | None,
+    counts_starts: bool = False,
+) -> tuple[str, str]:  # fmt: skip
     """Return what both files hold."""
     import yaml
 
@@ -70,7 +73,7 @@ def handover_texts(
         folder=str(job.folder.absolute()), nodes=nodes, processes=processes, restarts=restarts,
         watchdog=vars(watchdog) if watchdog else None, stop_at=tree["stop_at"],
         deterministic=tree["deterministic"], git_commit=git_commit(), key=secrets.token_hex(16),
-        words=redact_tree(job.words),
+        counts_starts=counts_starts, words=redact_tree(job.words),
     )  # fmt: skip
     config = yaml.safe_dump(tree, sort_keys=False)
     return config, json.dumps(asdict(handover), indent=1) + "\n"

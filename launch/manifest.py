@@ -27,7 +27,7 @@ def render(spec: "KubernetesSpec", job: Job, name: str) -> str:
     """Return the documents of a run that is called `name` in the cluster."""
     config, plan = handover_texts(
         job, nodes=spec.nodes, processes=spec.processes,
-        restarts=spec.max_restarts(spec.world_size), watchdog=spec.watchdog,
+        restarts=spec.max_restarts(spec.world_size), watchdog=spec.watchdog, counts_starts=True,
     )  # fmt: skip
     documents: list[tuple[str, Tree]] = [
         ("What to train: the config as it was composed and checked.",

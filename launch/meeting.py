@@ -141,7 +141,8 @@ def _listen(ports: range) -> socket.socket:
             return socket.create_server(("", port), backlog=128)
     raise ValueError(
         f"ports {ports.start} to {ports.stop - 1} of this machine are all in use, where the "
-        "launchers of the other nodes would come; set MASTER_PORT to the first of 8 free ones"
+        "launchers of the other nodes would come; set MASTER_PORT to the first of 8 free ones "
+        "(of a Slurm job: launch.setup='export MASTER_PORT=..')"
     )
 
 

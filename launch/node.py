@@ -21,7 +21,7 @@ from launch.handover import Handover, note_outcome, read_handover
 from launch.meeting import Link, LostError, Meeting, come, ports_of
 from launch.request import LEASE_SECONDS, new_start, once_free, refuse
 from launch.restarts import standing
-from launch.signals import STOP_SIGNALS
+from launch.signals import on_stop
 from launch.supervisor import WORKER, Supervisor
 from launch.terminal import redact_tracebacks, say
 from launch.watchdog import WatchdogSpec
@@ -65,12 +65,24 @@ class Launcher:
 
     def run(self) -> int:
         """Return the exit code of the run, the same on all nodes."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        on_stop(self._receive)
         hold(self.handover.deterministic, os.environ)
         note_end(end_time(self.handover.stop_at, os.environ))
         os.environ |= safe_paths(os.environ)
-        return self._follow() if self.node.rank else self._lead()
+        try:
+            return self._follow() if self.node.rank else self._lead()
+        except TimeoutError as error:  # not all nodes have come
+            say(str(error))
+            return self._code_of(error)
+
+    def _code_of(self, error: Exception) -> int:
+        """Return the code to end with; a lost node is worth another job where this one has brought
+        the run on, or where the scheduler counts."""
+        if isinstance(error, LostError | TimeoutError) and (
+            self.handover.counts_starts or self._committed() > self._committed_before
+        ):
+            return PREEMPTED
+        return code_of(error)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if not self.signals:
@@ -88,7 +100,7 @@ class Launcher:
             attempt = None if self.signals else self._attempt()
             code = self._stopped() if attempt is None else self._supervise(attempt, links)
         except Exception as error:
-            say_end(links, self._note(code_of(error)))
+            say_end(links, self._note(self._code_of(error)))
             raise
         code = self._note(code)
         say_end(links, code)
@@ -102,7 +114,7 @@ class Launcher:
         return Supervisor(
             self.node.processes, attempt, self.worker, restarts=self.handover.restarts,
             watchdog=WatchdogSpec(**limits) if limits else None, node=self.node, links=links,
-            signals=self.signals,
+            signals=self.signals, counts_starts=self.handover.counts_starts,
         ).run()  # fmt: skip
 
     def _attempt(self) -> Path | None:
@@ -131,8 +143,8 @@ class Launcher:
         )
         try:
             return follower.run()
-        except LostError:
-            code = PREEMPTED if self._committed() > self._committed_before else INTERNAL
+        except LostError as error:
+            code = self._code_of(error)
             if self.node.rank == 1:  # one of those that are left speaks
                 code = self._note(code)
                 say(
@@ -171,7 +183,7 @@ def main(arguments: list[str], worker: str = WORKER) -> int:
         return Launcher(place, handover, node_of(os.environ, handover), worker).run()
     except Exception as error:  # whatever has a remedy is said in one line
         code = code_of(error)
-        if code == INTERNAL and not isinstance(error, TimeoutError):
+        if code == INTERNAL:
             raise
         say(str(error))
         return code

@@ -115,6 +115,8 @@ def _body(spec: "SlurmSpec", batch: Batch) -> Iterator[str]:
         yield "job=${jobs[$SLURM_ARRAY_TASK_ID]}"
     else:
         yield f"job={shlex.quote(str(batch.places[0]))}"
+    yield "# Of the shell that submitted: no node's number, and no port of this run."
+    yield "unset NODE_RANK MASTER_PORT"
     yield from spec.setup_lines
     paths = safe_paths({}) if spec.container is None else {"PYTHONSAFEPATH": "1"}
     for variable, value in paths.items():

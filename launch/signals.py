@@ -2,20 +2,53 @@
 
 import os
 import signal
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.exit_codes import PREEMPTED
 
 if TYPE_CHECKING:
     from trainer.control import StopRequest
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENTLY_STOPPING = "the run ends after this step, with a save"
 STOPPING = f"{PATIENTLY_STOPPING}; a second signal ends it at once"
+
+
+def on_stop(handler: Callable[[int, FrameType | None], object]) -> dict[signal.Signals, Any]:
+    """Let `handler` take what asks a run to stop; return the handlers of before.
+
+    SIGHUP stays ignored where it is (nohup). A terminal that closes sends it several times, so it
+    is never a second signal.
+    """
+    heard: list[int] = []
+
+    def take(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+            if heard:
+                return
+        heard.append(number)
+        handler(number, frame)
+
+    is_heeded = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    numbers = STOP_SIGNALS if is_heeded else STOP_SIGNALS[:-1]
+    return {number: signal.signal(number, take) for number in numbers}
+
+
+def _leave_terminal() -> None:
+    """Write nowhere instead: a terminal that has gone answers with errors, in the midst of a save,
+    and does not even say that it is one."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 @contextmanager
@@ -34,7 +67,7 @@ def leaving_on_signals() -> Iterator[None]:
         )
         raise SystemExit(PREEMPTED)
 
-    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    before = on_stop(leave)
     try:
         yield
     finally:
@@ -73,8 +106,7 @@ def handle_signals(
         if not request.is_polled:
             raise StoppedEarlyError
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, handle)
+    on_stop(handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 

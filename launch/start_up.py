@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -23,13 +22,13 @@ def resting_collector() -> Iterator[None]:
         gc.enable()
 
 
-def keep_compiled(engine: Mapping[str, Any], environ: MutableMapping[str, str]) -> None:
+def keep_compiled(engine: object, environ: MutableMapping[str, str]) -> None:
     """Let compiled blocks outlive the machine's start: torch's own choice is a folder in /tmp.
 
     Who sets the variable has another folder; on many nodes a local one is faster than a shared one.
     A home that cannot be written to leaves torch's.
     """
-    if not engine.get("compile"):
+    if not isinstance(engine, Mapping) or not engine.get("compile"):
         return
     folder = Path("~/.cache/tessera/compiled").expanduser()
     with suppress(OSError):

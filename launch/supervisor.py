@@ -33,7 +33,7 @@ from launch.restarts import (
     way_on,
     with_hang,
 )
-from launch.signals import PATIENTLY_STOPPING, STOP_SIGNALS, STOPPING
+from launch.signals import PATIENTLY_STOPPING, STOP_SIGNALS, STOPPING, on_stop
 from launch.stragglers import Stragglers
 from launch.terminal import say, show_cursor
 from launch.verdict import Witness
@@ -59,17 +59,18 @@ class Supervisor:
         node: Node | None = None,
         links: Sequence[Link] = (),
         signals: list[int] | None = None,
+        counts_starts: bool = False,
     ) -> None:
         """`attempt` is the folder of the first start, with its config.yaml.
 
         Under a scheduler: the first `node` of several, `links` to the launchers of the others, and
-        `signals` that came already, of which only the first counts.
+        `signals` that came already, of which only the first counts; `counts_starts` of a Handover.
         """
         self.node = node or Node(processes=processes)
         self.attempt, self.worker, self.links = attempt, worker, links
         self.watchdog = watchdog
         self.signals: list[int] = [] if signals is None else signals
-        self._is_patient = signals is not None
+        self._is_patient, self._counts_starts = signals is not None, counts_starts
         self._committed_before = self._committed()
         self.restarts = Restarts(restarts, self._committed_before)
         self.failed_at: float | None = None
@@ -79,8 +80,7 @@ class Supervisor:
     def run(self) -> int:
         """Start the workers, wait for all of them, and return the exit code of the run."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        on_stop(self._receive)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited, until workers can write stacks
         while True:
             outcome = self._start_once()
@@ -209,11 +209,12 @@ class Supervisor:
         failure = failure_of(witnesses, [INTERNAL] * len(witnesses), self._committed())
         if group.refusal:
             return replace(failure, code=BAD_CONFIG, is_final=True, sentence=group.refusal)
-        # Worth another job where this one has brought the run on: else it might go on for ever.
-        has_progressed = failure.committed > self._committed_before
+        # Worth another job where this one has brought the run on: else it might go on for ever,
+        # but where the scheduler counts.
+        is_worth_it = self._counts_starts or failure.committed > self._committed_before
         return replace(
             failure,
-            code=PREEMPTED if has_progressed else INTERNAL,
+            code=PREEMPTED if is_worth_it else INTERNAL,
             is_final=True,
             sentence=f"node {group.lost} of {self.node.count} is lost: its launcher has ended, or "
             "cannot be reached",

@@ -12,7 +12,7 @@ from typing import IO
 
 from launch.exit_codes import FINISHED
 from launch.group import safe_paths
-from launch.signals import STOP_SIGNALS
+from launch.signals import on_stop
 from launch.sweep_plan import SweepJob
 
 POLL_SECONDS = 0.1
@@ -37,7 +37,7 @@ class SweepRunner:
         self, jobs: list[SweepJob], *, stop_on_failure: bool, tell: Callable[[str], None]
     ) -> None:
         """Run all jobs, or those that start before a signal, or before one fails."""
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        before = on_stop(self._receive)
         waiting, forwarded = list(jobs), 0
         try:
             while waiting or self._running:

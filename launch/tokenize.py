@@ -63,8 +63,16 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for key, text in pairs("tokenize", arguments).items():
         group, _, name = key.rpartition(".")
-        target = options.setdefault(group, {}) if group else options
-        target[name] = yaml.safe_load(text)
+        target: Any = options.setdefault(group, {}) if group else options
+        if not isinstance(target, dict):
+            raise ValueError(f"{group}={target} stands beside {key}; leave one of them out")
+        try:
+            target[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"{key}={text} cannot be read; put quotes around text with special characters, and "
+                f"others around all for the shell: '{key}=\"...\"'"
+            ) from None
     return options
 
 

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 def _train(request: Request) -> int:
     hold(request.tree.get("deterministic"), os.environ)
-    keep_compiled(request.tree["engine"], os.environ)
+    keep_compiled(request.tree.get("engine"), os.environ)
     end = end_time(request.tree["stop_at"], os.environ)
     if not request.is_dry:
         from launch.worker import refuse_lone_rank
@@ -116,7 +116,7 @@ def read_request(arguments: list[str]) -> Request:
         if key not in tree:
             raise ValueError(f"{key} is missing; leave the root config's line for it as it is")
         convert(tree[key], kind, key)
-    if "launch" not in tree:
+    if not isinstance(tree.get("launch"), dict):
         raise ValueError("launch is missing; set launch=local")
     is_dry = truth("dry_run", own.get("dry_run", "false").lower())
     return Request(tree=tree, is_dry=is_dry, words=tuple(words))

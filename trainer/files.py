@@ -47,6 +47,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder and those above it; ValueError where the `setting` names none that can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ValueError(
+            f"{error.filename} cannot be made: {error.strerror}; set {setting} to a folder where "
+            "you may write"
+        ) from None
+
+
 def read_number(path: Path) -> int | None:
     """Return the whole number that a file holds; None where none can be read."""
     try:

@@ -30,6 +30,7 @@ POSITIVE = {
     "eval_share": "0.01, or null for all", "timeout_seconds": "60 or more",
 }  # fmt: skip
 """What a number above 0 is best set to where it is none."""
+MAX_TIMEOUT_SECONDS = 1e9  # 31 years; nanoseconds of 64 bits end after 292
 DETERMINISTIC = OFF, RUN, TOPOLOGY_FREE = "off", "run", "topology_free"
 
 
@@ -112,6 +113,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is not positive; set it to {better}")
+        if self.timeout_seconds > MAX_TIMEOUT_SECONDS:
+            raise ValueError(
+                f"timeout_seconds={self.timeout_seconds} is longer than clocks count; set it to "
+                f"{MAX_TIMEOUT_SECONDS:.0f} or less"
+            )
         check_length(self.max_steps, self.max_epochs)
         if self.stop_at is not None:
             end_of(self.stop_at, datetime.now().astimezone())

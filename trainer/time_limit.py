@@ -19,17 +19,17 @@ _KEPT = 100  # durations that are remembered
 def end_of(text: str, now: datetime) -> datetime:
     """Return the moment that `stop_at` means, `now` being the start; ValueError for no moment."""
     relative = re.fullmatch(r"\+(\d+(?:\.\d+)?)([smhd])", text)
-    if relative:
-        number, unit = relative.groups()
-        return now + timedelta(seconds=float(number) * _UNITS[unit])
     try:
-        end = datetime.fromisoformat(text)
-    except ValueError:
+        if relative:
+            number, unit = relative.groups()
+            return now + timedelta(seconds=float(number) * _UNITS[unit])
+        # Without a zone: that of this machine.
+        return datetime.fromisoformat(text).astimezone(now.tzinfo)
+    except (ValueError, OverflowError):  # no date, or one behind the year 9999
         raise ValueError(
             f"stop_at={text!r} is no time; set it to +90s, +30m, +12h or +2d from the start, "
             "or to a time like 2030-12-31T08:00"
         ) from None
-    return end.astimezone(now.tzinfo)  # without a zone: that of this machine
 
 
 class TimeLimit:

@@ -64,6 +64,8 @@ def started(
     plan.write(attempt)
     watchdog = {"stopped_seconds": 1.0} | limits
     code = (
+        # nohup around the tests does not count.
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
         "import sys, json, pathlib; from launch.supervisor import Supervisor; "
         "from launch.watchdog import WatchdogSpec; "
         f"sys.exit(Supervisor(2, pathlib.Path({str(attempt)!r}), {WORKER!r}, "
@@ -173,7 +175,7 @@ def test_hanging_rank_is_found_by_its_limit_and_all_stacks_are_kept(
     assert not list((run.run / "attempts" / "002").glob("stacks.*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_to_the_supervisor_is_told_and_ends_the_run_with_its_last_step_saved(
     tmp_path: Path, number: signal.Signals
 ) -> None:

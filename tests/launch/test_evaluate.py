@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main
-from launch.evaluate import _print
+from launch.evaluate import _of_run, _print
 from tests.ranks import run_ranks
 from tests.runs import train_words
 from trainer.distributed import Placement
@@ -73,6 +73,18 @@ def test_a_run_and_its_steps_are_evaluated_as_they_were_in_training(run: Path) -
     (text,) = run_ranks(1, printed, [f"checkpoint={run}"])
     assert f"{said(run, 4)['loss']:.6f}" in text
     assert "confusion (columns are guesses):" in text
+
+
+def test_one_other_setting_leaves_the_others_of_the_run_as_they_were(run: Path) -> None:
+    assert evaluated(f"checkpoint={run}", "seed=1") == said(run, 4)
+    exact = evaluated(f"checkpoint={run}", "precision=fp64")
+    assert exact["num_targets"] == said(run, 4)["num_targets"]
+    assert exact["loss"] == pytest.approx(said(run, 4)["loss"], rel=1e-5)
+
+
+def test_a_key_below_a_setting_without_keys_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.path=x sets a key of tokenizer, .* 'byte'"):
+        _of_run(run / "config.yaml", ["tokenizer.path=x"])
 
 
 def test_a_run_in_float8_is_evaluated_in_bf16_where_no_gpu_has_float8(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_the_files_in_the_pods_are_read_back_by_the_launcher_as_they_were(tmp_pa
     assert read_stored(tmp_path / CONFIG) == TREE
     plan = read_handover(tmp_path)
     assert (plan.folder, plan.nodes, plan.processes, plan.restarts) == ("/runs/My_Demo-2", 2, 4, 3)
+    assert plan.counts_starts  # maxRestarts: a lost pod is worth another start
     assert plan.key not in json.dumps(found["ConfigMap"])
     (container,) = pods(found)["template"]["spec"]["containers"]
     around = {each["name"]: each.get("value") for each in container["env"]}

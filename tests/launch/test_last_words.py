@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch import cli
-from launch.exit_codes import INTERNAL, NO_PROGRESS, PREEMPTED, STORAGE
+from launch.exit_codes import BAD_CONFIG, INTERNAL, NO_PROGRESS, PREEMPTED, STORAGE
 from launch.last_words import describe, leave_record, report, report_first, stopped
 from launch.restarts import Failure, Restarts, failure_of
 from launch.verdict import Witness
@@ -188,6 +188,20 @@ def test_defect_in_a_command_ends_with_its_code_behind_the_traceback(
         last = told.splitlines()[-1]
         assert last.startswith("tessera: ")
         assert f"exit code {code}" in last
+
+
+def test_path_that_cannot_be_used_is_said_in_one_line_and_is_no_defect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "doctor", ("tests.launch.test_last_words", ""))
+    for number, text in ((errno.EACCES, "Permission denied"), (errno.ENOENT, "No such file")):
+        monkeypatch.setattr("tests.launch.test_last_words.RAISED", OSError(number, text, "/no/x"))
+        assert cli.main(["doctor"]) == BAD_CONFIG
+        assert capsys.readouterr().err == (
+            f"tessera: /no/x: {text}; make that path usable, or give another one\n"
+        )
+    monkeypatch.setattr("tests.launch.test_last_words.RAISED", OSError(errno.ENOENT, "no path"))
+    assert cli.main(["doctor"]) == INTERNAL
 
 
 RAISED: BaseException = KeyError()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -152,12 +153,16 @@ def test_signals_to_any_node_save_once_and_end_all(tmp_path: Path, node: int) ->
 
 
 @pytest.mark.parametrize(("lost", "left"), [(0, 1), (1, 0)])
-@pytest.mark.parametrize(("saved", "code"), [(True, PREEMPTED), (False, INTERNAL)])
+@pytest.mark.parametrize(
+    ("saved", "counts_starts", "code"),
+    [(True, False, PREEMPTED), (False, False, INTERNAL), (False, True, PREEMPTED)],
+)
 def test_lost_launcher_ends_the_others_who_say_so(
-    tmp_path: Path, lost: int, left: int, saved: bool, code: int
+    tmp_path: Path, lost: int, left: int, saved: bool, counts_starts: bool, code: int
 ) -> None:
-    """With 75 where the job has brought the run on: it is worth another one."""
-    with started(tmp_path, Plan(steps=2000, save_every=1 if saved else 5000)) as run:
+    """With 75 where the job has brought the run on, or is counted: it is worth another one."""
+    plan = Plan(steps=2000, save_every=1 if saved else 5000)
+    with started(tmp_path, plan, counts_starts=counts_starts) as run:
         places = run.places()
         while saved and not committed_steps(tmp_path / "run" / "checkpoints"):
             time.sleep(0.02)
@@ -166,6 +171,24 @@ def test_lost_launcher_ends_the_others_who_say_so(
     assert not any(is_there(place["pid"]) for place in places)
     assert f"node {lost} of 2 is lost: its launcher has ended" in run.text
     assert outcome(run) == code
+
+
+@pytest.mark.parametrize(("counts_starts", "code"), [(True, PREEMPTED), (False, INTERNAL)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_node_to_which_nobody_comes_says_so(
+    tmp_path: Path, rank: int, counts_starts: bool, code: int
+) -> None:
+    """With 75 where the scheduler counts: the other pod may only have come late."""
+    plan = handover(tmp_path, counts_starts=counts_starts, key=secrets.token_hex(16))
+    (tmp_path / "launch.json").write_text(json.dumps(asdict(plan)))
+    impatient = f"import launch.meeting; launch.meeting.MEET_SECONDS = 1.0; {CODE}"
+    done = subprocess.run(
+        [sys.executable, "-c", impatient, str(tmp_path)], capture_output=True, text=True,
+        env=os.environ | {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "within 1 s; see wh" in done.stderr
 
 
 def test_refusal_of_node_0_ends_the_others_too(tmp_path: Path) -> None:

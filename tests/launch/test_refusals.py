@@ -100,6 +100,29 @@ REFUSALS = {
         [*TINY, "stop_at=2020-12-31T08:00"],
         ["stop_at=2020-12-31T08:00 has passed", "set it to a later time"],
     ),
+    "limit behind all calendars": (
+        [*TINY, "stop_at=+9999999d"],
+        ["stop_at='+9999999d' is no time", "+2d"],
+    ),
+    "wait that no clock counts": (
+        [*TINY, "timeout_seconds=1e15"],
+        ["timeout_seconds=1000000000000000.0 is longer", "1000000000 or less"],
+    ),
+    "manifest for a folder that is not there": (
+        [
+            *TINY,
+            "launch=kubernetes",
+            "launch.image=i",
+            "launch.claim=c",
+            "runs=/runs",
+            "launch.output={wrong}/nothing/run.yaml",
+        ],
+        ["{wrong}/nothing/run.yaml: No such file or directory", "give another one"],
+    ),
+    "cache below a file": (
+        [*TINY, "max_steps=null", "max_epochs=1", "data.cache={wrong}/body.jsonl/cache"],
+        ["{wrong}/body.jsonl/cache", "Not a directory", "set data.cache to a folder"],
+    ),
     # Names of groups, choices and keys.
     "unknown group": (["train", "modle=llama_tiny"], ["modle", "did you mean model?"]),
     "unknown choice": (
@@ -128,6 +151,12 @@ REFUSALS = {
         [*TINY, "launch.process=2"],
         ["unknown key launch.process", "did you mean launch.processes?"],
     ),
+    "null for a choice": (
+        [*TINY, "engine=null"],
+        ["engine has no choice 'null'", "accelerate, deepspeed, native"],
+    ),
+    "number for a choice": ([*TINY, "mesh=2"], ["mesh has no choice '2'", "ddp"]),
+    "deleted engine": ([*TINY, "~engine=native"], ["engine is missing", "set engine=..."]),
     "deleted group": ([*TINY, "~task=causal_lm"], ["task is missing", "set task=..."]),
     "deleted key that the launcher reads": (
         [*TINY, "~runs=runs"],

@@ -85,6 +85,19 @@ def test_one_launcher_per_node_starts_a_process_for_each_gpu() -> None:
     assert words[-4:] == ["-m", "launch.node", "$job", "&"]
 
 
+def test_shell_that_submits_lends_the_job_neither_node_number_nor_port(tmp_path: Path) -> None:
+    for name, line in {"srun": 'env >"$SEEN"', "scontrol": "echo n1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.sh").write_text(script(tmp_path, setup="export MASTER_PORT=7"))
+    around = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SEEN": str(tmp_path / "seen")}
+    around |= {"NODE_RANK": "0", "MASTER_PORT": "5", "SLURM_JOB_NODELIST": "n1"}
+    subprocess.run(["bash", str(tmp_path / "job.sh")], env=around, check=True)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert "NODE_RANK" not in seen
+    assert (seen["MASTER_PORT"], seen["MASTER_ADDR"]) == ("7", "n1")
+
+
 @pytest.mark.parametrize("folder", ["/a b/it's", "/$HOME/`id`", '/"; touch x #'])
 def test_folder_of_any_name_stays_one_word(folder: str) -> None:
     place = Path(folder) / "jobs" / "001"

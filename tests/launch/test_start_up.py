@@ -38,4 +38,5 @@ def test_nothing_is_set_where_nothing_is_compiled() -> None:
     environ: dict[str, str] = {}
     keep_compiled({"compile": False}, environ)
     keep_compiled({}, environ)  # an engine that has no such setting
+    keep_compiled(None, environ)  # no engine, which is refused later
     assert environ == {}

@@ -63,6 +63,11 @@ def test_wrong_command_lines_are_refused_in_one_line(
         ([f"megatron={tmp_path}/m", output, byte], "m.idx does not exist"),
         ([f"megatron={tmp_path}/m", output, byte, path], "and not both"),
         ([f"megatron={tmp_path}/m", output, byte, "workers=2"], "and no workers="),
+        (
+            ["data.path=*.jsonl", output, byte],
+            "data.path=*.jsonl cannot be read; put quotes around",
+        ),
+        (["data=text", path, output, byte], "data=text stands beside data.path; leave one of them"),
         ([f"check={tmp_path}"], "holds no shard"),
         ([f"check={tmp_path}", byte], "check=DIR stands alone"),
     ]:

@@ -26,7 +26,19 @@ def test_limit_is_a_time_from_the_start_or_a_moment(text: str, seconds: float) -
     assert end_of(text, NOW) - NOW == timedelta(seconds=seconds)
 
 
-@pytest.mark.parametrize("text", ["20s", "+20", "+2w", "tomorrow", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "20s",
+        "+20",
+        "+2w",
+        "tomorrow",
+        "",
+        "+9999999d",
+        f"+{400 * '9'}s",
+        "9999-12-31T23:59:00-05:00",
+    ],
+)
 def test_what_is_no_time_is_refused_with_what_would_be(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no time; set it to \+90s, \+30m, \+12h"):
         end_of(text, NOW)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from trainer.data.tokenizer_config import write_tokenizer_config
 from trainer.data.tokenizers import BOS, EOS, FileTokenizer, Tokenizer
-from trainer.files import exclusive, write_text
+from trainer.files import exclusive, make_folder, write_text
 
 
 def trained_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     """Return the BPE of a corpus; it is trained into `folder` once, by one process."""
     if not (folder / "tokenizer.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "data.cache")
         with exclusive(folder / "lock"):
             if not (folder / "tokenizer.json").exists():
                 train_bpe(folder, texts, vocab_size)

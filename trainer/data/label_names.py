@@ -6,7 +6,7 @@ import xxhash
 
 from trainer.data.labels import found_labels
 from trainer.data.sources import RowSource
-from trainer.files import exclusive, read_json, write_json
+from trainer.files import exclusive, make_folder, read_json, write_json
 
 
 def label_names(sources: list[RowSource], column: str, *, cache: Path) -> tuple[str, ...]:
@@ -18,7 +18,7 @@ def label_names(sources: list[RowSource], column: str, *, cache: Path) -> tuple[
     key = xxhash.xxh3_128_hexdigest(f"{keys}/{column}".encode())
     path = cache / "labels" / f"{key}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, "data.cache")
         with exclusive(path.with_suffix(".lock")):
             if not path.exists():
                 write_json(path, _look_up(sources, column))

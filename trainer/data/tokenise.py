@@ -16,7 +16,7 @@ from trainer.data.sources import TextSource
 from trainer.data.tokenise_progress import TokeniseProgress
 from trainer.data.tokenizers import Tokenizer
 from trainer.data.tokens import Index
-from trainer.files import exclusive
+from trainer.files import exclusive, make_folder
 
 log = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 28  # 0.5 or 1 GB: what a kill can cost, against the number of files
@@ -66,12 +66,12 @@ def build_folder(
 
     `documents` yields what the writer wants. Safe to call from any number of processes of a
     machine: one builds, the others wait for it. What a stopped one finished is kept. ValueError if
-    the folder was begun from another `recipe`.
+    the folder was begun from another `recipe`, or cannot be made.
     """
     if is_complete(folder):  # without the lock: the folder may be read-only
         claim(folder, recipe)
         return Index.read(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "data.cache")
 
     def on_wait() -> None:
         log.info("waiting for another process of this machine, which makes %s", folder)
