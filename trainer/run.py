@@ -97,6 +97,7 @@ class Run(Settings):
             check_topology_free(
                 axes, owns_sums=self.engine.owns_sums, micro_rows=self.data.micro_rows,
                 precision=PRECISIONS[self.precision], has_gpu=torch.cuda.is_available(),
+                sharding=getattr(self.engine, "fsdp", None),
             )  # fmt: skip
 
     def check_optimizer(self, model: nn.Module, axes: dict[str, int]) -> None:
