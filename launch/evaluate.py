@@ -7,7 +7,7 @@ from typing import Any
 from launch.menu import groups
 from launch.model_folders import model_folder
 from launch.truth import truth
-from launch.words import split_off
+from launch.words import refuse_idle, split_off
 
 USAGE = """usage: tessera evaluate checkpoint=DIR [data.eval_path=FILE] [key=value] ...
 
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     folder = model_folder(given)
     tree = _tree(folder, words)
     page = Path(own["html"]).expanduser() if "html" in own else None
-    _print(_evaluated(tree, page), is_json=is_json)
+    _print(_evaluated(tree, page, words), is_json=is_json)
     return 0
 
 
@@ -142,13 +142,14 @@ def _composed(folder: Path, words: list[str], is_adapter: bool) -> dict[str, Any
     return tree | {"name": tree["name"] or "evaluate"}  # the title of the page of answers
 
 
-def _evaluated(tree: dict[str, Any], page: Path | None) -> dict[str, Any]:
+def _evaluated(tree: dict[str, Any], page: Path | None, words: list[str]) -> dict[str, Any]:
     from launch.binding import bind_run
     from launch.terminal import configure_logging
     from trainer.evaluate_run import evaluate_run
 
     configure_logging(rank=0)
     run = bind_run(tree)
+    refuse_idle(words, tree)
     run.check(1)
     if page is not None and run.validation.every is None:
         raise ValueError(

@@ -38,7 +38,12 @@ class LocalSpec(Supervised):
         return self.processes > 1 or self.max_restarts(self.processes) > 0
 
     def check(self) -> None:
-        """Raise ValueError where a worker would find no GPU of its own."""
+        """Raise ValueError for limits without a watch, and where a worker would find no GPU."""
+        if self.own_limit and not self.is_supervised:
+            raise ValueError(
+                f"{self.own_limit} has no effect on one process, which nobody watches; set "
+                "launch.restarts to 1 or more, or leave it out"
+            )
         import torch
 
         count = torch.cuda.device_count()

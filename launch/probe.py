@@ -38,7 +38,7 @@ def probe(words: list[str], processes: int) -> Probe:
             "name=probe", "resume=never", *NO_EXTRAS,
         ]  # fmt: skip
         kept = [w for w in words if w.partition("=")[0] not in {o.partition("=")[0] for o in own}]
-        kept = [word for word in kept if not word.startswith("max_epochs=")]
+        kept = [w for w in kept if not w.startswith(("max_epochs=", "validation.", "best."))]
         done = subprocess.run(
             [sys.executable, "-m", "launch", "train", *kept, *own],
             env=os.environ | safe_paths(os.environ), capture_output=True, text=True, check=False,

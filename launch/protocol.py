@@ -59,3 +59,10 @@ class Supervised:
     def max_restarts(self, world_size: int) -> int:
         """Return `restarts`, or what null comes to."""
         return self.restarts if self.restarts is not None else RESTARTS * (world_size > 1)
+
+    @property
+    def own_limit(self) -> str:
+        """The first limit of the watchdog that is not its default, as it is typed; empty: none."""
+        limits = vars(self.watchdog or WatchdogSpec()).items()
+        changed = (f"launch.watchdog.{k}={v}" for k, v in limits if v != getattr(WatchdogSpec, k))
+        return next(changed, "")

@@ -116,7 +116,7 @@ def _job(
     if wandb and wandb.get("group") is None:  # so that the server shows them side by side
         words.append(f"tracker.wandb.group={quoted(runs.name)}")
         wandb["group"] = runs.name
-    run, launch = bind_with_launch(tree)
+    run, launch = bind_with_launch(tree, words)
     run.check(launch.world_size)
     run = run if run.max_steps else settled(run)
     folder = runs / name

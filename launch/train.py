@@ -1,6 +1,7 @@
 """`tessera train`: compose, check, then train: here, under our supervisor or as a torchrun rank."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from launch.deadline import end_time, refuse_past
 from launch.determinism import hold
 from launch.exit_codes import FINISHED, PREEMPTED
 from launch.menu import lines
-from launch.protocol import Job, Launch
+from launch.protocol import Job, Launch, Supervised
 from launch.request import LEASE_SECONDS, Request, once_free
 from launch.signals import leaving_on_signals
 from launch.start_up import keep_compiled, resting_collector
 from launch.truth import truth
-from launch.words import split_off
+from launch.words import refuse_idle, split_off
 
 USAGE = """usage: tessera train [experiment=NAME] [group=choice] [key=value] ...
 
@@ -63,7 +64,7 @@ def _train(request: Request) -> int:
     # Before torch is imported, where that is possible: a refusal is fast.
     may_join = bool(request.tree["launch"].get("endpoint"))  # a node that comes to others
     folder = None if max_steps is None else request.choose(max_steps, may_join=may_join)
-    run, launch = bind_with_launch(request.tree)
+    run, launch = bind_with_launch(request.tree, request.words)
     run.check(launch.world_size)
     run = settled(run)
     folder = folder or request.choose(run.num_steps, may_join=may_join)
@@ -122,9 +123,10 @@ def read_request(arguments: list[str]) -> Request:
     return Request(tree=tree, is_dry=is_dry, words=tuple(words))
 
 
-def bind_with_launch(tree: dict[str, Any]) -> tuple[Any, Launch]:
-    """Return the Run of a composed config, and how it is started."""
+def bind_with_launch(tree: dict[str, Any], words: Sequence[str] = ()) -> tuple[Any, Launch]:
+    """Return the Run of a config that was composed from `words`, and how it is started."""
     run = bind_run(tree)
+    refuse_idle(words, tree)
     launch: Launch = convert(tree["launch"], Launch, "launch")
     launch.check()
     return run, launch
@@ -136,12 +138,17 @@ def _train_as_rank(request: Request) -> int:
     from launch.worker import execute, leave, placement_from
     from trainer.parent_death import die_with
 
-    run, launch = bind_with_launch(request.tree)
+    run, launch = bind_with_launch(request.tree, request.words)
     placement = placement_from(os.environ)
     if launch.world_size not in (1, placement.world_size):
         raise ValueError(
             f"launch asks for {launch.world_size} processes, which has no effect under torchrun, "
             f"which started {placement.world_size}; leave it out"
+        )
+    if isinstance(launch, Supervised) and (launch.restarts or launch.own_limit):
+        raise ValueError(
+            f"{launch.own_limit or f'launch.restarts={launch.restarts}'} has no effect under "
+            "torchrun, which looks after its ranks itself; leave it out"
         )
     under_agent = AGENT in os.environ
     if under_agent:

@@ -1,6 +1,7 @@
 """What the `key=value` words of a command say: every key known and given once, or a refusal."""
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 
 def options_of(
@@ -60,3 +61,19 @@ def unknown_key(command: str, key: str, known: Iterable[str]) -> ValueError:
     near = get_close_matches(key.partition(".")[0], list(known), n=1)
     hint = f"did you mean {near[0]}? See" if near else "see"
     return ValueError(f"unknown key {key}; {hint} tessera {command} --help")
+
+
+def refuse_idle(words: Iterable[str], tree: Mapping[str, Any]) -> None:
+    """Raise ValueError for a typed setting of answers that nobody asks for.
+
+    Typed ones alone: a recipe keeps its own where `validation.every=null` switches it off.
+    """
+    if tree.get("validation", {}).get("every") is not None:
+        return
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if key.startswith("validation.") and key != "validation.every":
+            raise ValueError(
+                f"{word.lstrip('+')} has no effect, since the model is asked nothing; set "
+                "validation.every=1, or leave it out"
+            )

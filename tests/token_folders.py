@@ -13,7 +13,9 @@ def text_of(number: int, length: int) -> str:
     return chr(number % 100) * length
 
 
-def write_folder(folder: Path, lengths: list[int], *, shard_tokens: int, name: str) -> None:
+def write_folder(
+    folder: Path, lengths: list[int], *, shard_tokens: int, name: str, counts_bytes: bool = True
+) -> None:
     """Write a folder of documents with these numbers of bytes, tokenised by bytes."""
     tokenizer = ByteTokenizer()
     folder.mkdir(parents=True, exist_ok=True)
@@ -21,7 +23,7 @@ def write_folder(folder: Path, lengths: list[int], *, shard_tokens: int, name: s
     writer = FolderWriter(folder, vocabulary_of(tokenizer), shard_tokens)
     for number, length in enumerate(lengths):
         (ids,) = tokenizer.encode_documents([text_of(number, length)])
-        writer.add(name, ids, length)
+        writer.add(name, ids, length if counts_bytes else 0)
     writer.finish()
 
 

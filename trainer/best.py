@@ -26,8 +26,11 @@ class BestSpec:
     """Evaluations without a better one after which the run ends; null: it goes on."""
 
     def __post_init__(self) -> None:
-        if self.metric is None and (self.patience is not None or self.min_delta):
-            raise ValueError("patience and min_delta have no effect without a metric; set metric")
+        is_idle = self.patience is None and not self.min_delta and self.goal == "auto"
+        if self.metric is None and not is_idle:
+            raise ValueError(
+                "goal, patience and min_delta have no effect without a metric; set metric"
+            )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience={self.patience} is below 1; set it to 1 or more")
         if self.min_delta < 0:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from trainer.distributed import Ranks
+from trainer.drift import ALLOW_BITS
 from trainer.engines.topology_free import NUM_THREADS
 from trainer.mesh import Mesh
 from trainer.settings import OFF, RUN, TOPOLOGY_FREE, Settings
 
 log = logging.getLogger(__name__)
-ALLOWED = "deterministic"
-"""In resume_allow: to go on with other bits."""
 _OF_THE_LAYOUT = ("mesh", "ranks", "threads")
 """What topology_free does not depend on: it computes with one thread."""
 
@@ -81,9 +80,9 @@ def check_bits(
         if before == value or (mode == TOPOLOGY_FREE and name in _OF_THE_LAYOUT):
             continue
         change = f"{name} was {before} when step {step} was saved and is {value} now"
-        if ALLOWED not in settings.resume_allow:
+        if ALLOW_BITS not in settings.resume_allow:
             raise ValueError(
                 f"deterministic={mode}: {change}, which gives other bits; start as it was then, or "
-                f"go on with other bits: resume_allow=[{ALLOWED}]"
+                f"go on with other bits: resume_allow=[{ALLOW_BITS}]"
             )
         log.warning("deterministic=%s: %s: other bits from here on", mode, change)

@@ -25,6 +25,9 @@ _EXPLICIT = ("data.global_rows", "data.global_documents")
 _SOURCES = ("data.path", "data.sources.")
 ALLOW_MIX = "data.mix"
 """In resume_allow: other shares of the sources, or other sources."""
+ALLOW_BITS = "deterministic"
+"""In resume_allow: to go on with other bits."""
+ALLOWABLE = (*_EXPLICIT, ALLOW_MIX, ALLOW_BITS)
 MISSING = "(absent)"
 MAX_TOLD = 4  # keys in one message
 

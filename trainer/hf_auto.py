@@ -1,9 +1,9 @@
-"""Any other causal LM of transformers, through the same loop. The home of its model classes."""
+"""Any other causal LM of transformers, through the same loop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from models.heads import CAUSAL_LM
 from models.layout import Layout
 from models.nn.head import IGNORED, Loss
 from models.nn.init import SkipInit
+from trainer.hf_folder import HEAD, construct, read_config, refuse_mixing
 from trainer.pretrained import read_hf_config
 
 ATTENTION = ("eager", "sdpa")  # the two that separate packed documents by their positions
@@ -49,13 +50,13 @@ class HFAutoModel:
 
     @cached_property
     def _config(self) -> Any:
-        return _read(self._folder)
+        return read_config(self._folder)
 
     @cached_property
     def _names(self) -> tuple[str, str, str]:
         """Names of the trunk, of the longest list of blocks, and of the input embedding."""
         with torch.device("meta"), SkipInit():
-            model = _construct(self._config, self.attn_implementation)
+            model = construct(self._config, self.attn_implementation)
         lists = [(len(m), name) for name, m in model.named_modules() if type(m) is nn.ModuleList]
         embedding = model.get_input_embeddings()
         names = {module: name for name, module in model.named_modules()}
@@ -92,7 +93,7 @@ class HFAutoModel:
         """Build the model; ValueError where it would mix the documents of a packed row."""
         refuse_mixing(str(self._folder), self.attn_implementation)
         with _buffers_on_cpu():
-            model = _construct(self._config, self.attn_implementation)
+            model = construct(self._config, self.attn_implementation)
         return HFCausalLM(model, chunk_tokens)
 
     @property
@@ -107,7 +108,7 @@ class HFAutoModel:
 class HFCausalLM(nn.Module):
     """transformers' model under our contract: its modules and names, our batches and our loss."""
 
-    head_name = "lm_head"
+    head_name = HEAD
     _model: Any
 
     def __init__(self, model: Any, chunk_tokens: int) -> None:
@@ -160,39 +161,6 @@ class HFCausalLM(nn.Module):
         return Loss(total.detach(), (labels != IGNORED).sum(), total * scale, nll_BT)
 
 
-def _read(folder: Path) -> Any:
-    """Return transformers' config of a folder. Code that the folder brings is never run."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-
-    path, given = folder / "config.json", read_hf_config(folder)
-    model_type = given.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        own = " (its folder brings code, which is never run)" if any(folder.glob("*.py")) else ""
-        raise ValueError(
-            f"{path}: model_type={model_type!r} is no model of transformers{own}; give the folder "
-            "of one that is, or upgrade transformers"
-        )
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(given)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: {message}; give another folder") from None
-
-
-def _construct(config: Any, attn_implementation: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except ValueError as error:
-        message = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model_type={config.model_type!r} is no causal LM that transformers can build: "
-            f"{message}; give another folder"
-        ) from None
-
-
 @contextmanager
 def _buffers_on_cpu() -> Iterator[None]:
     """Plan parameters on the meta device, and compute buffers: rotary tables live nowhere else."""
@@ -209,42 +177,3 @@ def _buffers_on_cpu() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-@cache
-def refuse_mixing(folder: str, attn_implementation: str) -> None:
-    """Raise ValueError where a document's logits depend on its neighbour in a packed row.
-
-    Tried on one layer of each kind with random weights: a matter of the code, not of the weights.
-    """
-    config = _shrunk(read_hf_config(Path(folder)), _read(Path(folder)))
-    with torch.device("cpu"), torch.no_grad():  # a caller may plan on the meta device
-        model = _construct(config, attn_implementation).eval().double()
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.1, generator=generator)
-        ids = torch.randint(0, config.vocab_size, (1, 24), generator=generator)
-        positions = torch.arange(12).repeat(2)[None]
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 12:]
-        alone = model(input_ids=ids[:, 12:], position_ids=positions[:, 12:], use_cache=False).logits
-    if (packed - alone).abs().max() > 1e-5 * alone.abs().max():
-        raise ValueError(
-            f"model_type={config.model_type!r} lets packed documents see each other in "
-            "transformers; train another family"
-        )
-
-
-def _shrunk(given: dict[str, Any], config: Any) -> Any:
-    """Return the config with a small vocabulary and one layer of each kind."""
-    from transformers import AutoConfig
-
-    kinds = list(dict.fromkeys(given.get("layer_types") or ["any"]))
-    names = getattr(config, "attribute_map", {})
-    values = {**given, names.get("num_hidden_layers", "num_hidden_layers"): max(2, len(kinds))}
-    if kinds != ["any"]:
-        values["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
-    values[names.get("vocab_size", "vocab_size")] = min(256, config.vocab_size)
-    for key in [key for key in values if key.endswith("_token_id")]:
-        values[key] = None
-    model_type = values.pop("model_type")
-    return AutoConfig.for_model(model_type, **values)

@@ -11,6 +11,7 @@ from models.nn.decoupled import add_rows
 from models.nn.init import SkipInit
 from trainer.adapters.prompt import prompt_of
 from trainer.adapters.protocol import NoAdapter
+from trainer.callbacks.protocol import CheckedSpec
 from trainer.checkpoint.contents import check_contents
 from trainer.data.chat import ChatEncoder
 from trainer.determinism import check_repeatable
@@ -54,6 +55,9 @@ class Run(Settings):
         self.checkpoint.check(self.save_every)
         self.spike.check(self.save_every, self.checkpoint.keep)
         self.best.check(self._metric_names(), self.eval_every)
+        for callback in self.callbacks.values():
+            if isinstance(callback, CheckedSpec):
+                callback.check(self)
         if self.max_steps is not None:  # of max_epochs they are counted later
             self.freeze.check(self.max_steps)
         model = self.trained_model()
@@ -93,6 +97,7 @@ class Run(Settings):
             check_topology_free(
                 axes, owns_sums=self.engine.owns_sums, micro_rows=self.data.micro_rows,
                 precision=PRECISIONS[self.precision], has_gpu=torch.cuda.is_available(),
+                sharding=getattr(self.engine, "fsdp", None),
             )  # fmt: skip
 
     def check_optimizer(self, model: nn.Module, axes: dict[str, int]) -> None:

@@ -30,5 +30,10 @@ def check_tokenizer(data: DataSpec, setting: str, model: CausalLMSpec) -> None:
     """Raise ValueError where the tokenizer, or the images, do not fit the model or the data."""
     check_tokens(model.additional_tokens)
     data = fitted(data, model)
-    is_trained = setting == data.own_tokenizer == BPE  # to fit, on the data: later
-    data.check_encoding(None if is_trained else tokenizer_of(data, setting, model))
+    data.check_encoding(tokenizer_at_hand(data, setting, model))
+
+
+def tokenizer_at_hand(data: DataSpec, setting: str, model: CausalLMSpec) -> Tokenizer | None:
+    """Return the tokenizer; None for a bpe that is still to be trained on the data, to fit."""
+    is_trained = setting == data.own_tokenizer == BPE
+    return None if is_trained else tokenizer_of(data, setting, model)

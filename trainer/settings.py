@@ -1,5 +1,6 @@
 """The settings of a run, one field each, and the checks that need no other setting."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -9,6 +10,7 @@ from trainer.best import BestSpec
 from trainer.callbacks.protocol import CallbackSpec
 from trainer.checkpoint.spec import CheckpointSpec
 from trainer.data.protocol import DataSpec
+from trainer.drift import ALLOWABLE
 from trainer.engines.protocol import EngineSpec
 from trainer.freeze import FreezeSpec
 from trainer.length import check_length
@@ -121,8 +123,13 @@ class Settings:
         check_length(self.max_steps, self.max_epochs)
         if self.stop_at is not None:
             end_of(self.stop_at, datetime.now().astimezone())
-        for name, known in (("deterministic", DETERMINISTIC), ("precision", tuple(PRECISIONS))):
-            value = getattr(self, name)
-            if value not in known:
-                names = ", ".join(known)
-                raise ValueError(f"{name}={value!r} is unknown; set it to one of {names}")
+        known: dict[str, Collection[str]] = {
+            "deterministic": DETERMINISTIC, "precision": PRECISIONS, "resume_allow": ALLOWABLE
+        }  # fmt: skip
+        for name, names in known.items():
+            given = getattr(self, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value not in names:
+                    raise ValueError(
+                        f"{name}={value!r} is unknown; set it to one of {', '.join(names)}"
+                    )

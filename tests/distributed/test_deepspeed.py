@@ -1,5 +1,6 @@
 """The deepspeed engine in a real run: curves, evaluation, resume on other engines, refusals."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,11 @@ PLAIN = {"_target_": "trainer.engines.deepspeed.DeepSpeedEngine"}
         ({"config": {"zero_optimizaton": {}}}, r"zero_optimizaton .* did you mean zero_optimiza"),
         ({"config": {"gradient_clipping": 1.0}}, r"is decided by optim.max_grad_norm"),
         ({"config": {"zero_optimization": {"stage": 3}}}, r"is decided by engine.stage"),
+        ({"config": {"zero_optimization": {"offload_param": {}}}}, r"decided by engine.offload_pa"),
+        ({"config": {"zero_optimization": 5}}, r"zero_optimization=5 is .*; set it to keys of"),
+        ({"config": {"aio": {"blok_size": 1}}}, r"engine.config.aio is no DeepSpeed setting that"),
+        ({"config": {"dump_state": "yes"}}, r"dump_state='yes' is .*; set it to true or false"),
+        ({"config": {"log_level": "loud"}}, r"log_level='loud' is .*; set it to one of debug, "),
     ],
 )
 def test_settings_that_deepspeed_would_ignore_are_refused(
@@ -194,3 +200,38 @@ def test_runs_that_deepspeed_cannot_do_are_refused(
 def test_the_same_run_is_accepted_by_both_engines(cache: Path) -> None:
     for engine in (DeepSpeedEngine(), NativeEngine()):
         tiny_run(cache, engine=engine).check(2)
+
+
+@pytest.mark.parametrize(
+    ("group", "given", "message"),
+    [
+        ("zero_optimization", {"reduce_bucket_sizes": 9}, r"sizes is no .*mean reduce_bucket_size"),
+        ("zero_optimization", {"reduce_bucket_size": "auto"}, r"reduce_bucket_size='auto' is refu"),
+        (
+            "zero_optimization",
+            {"leaf_module": {"clases": []}},
+            r"leaf_module.clases=\[\] is refuse",
+        ),
+        ("zero_optimization", {"compute_grad_norm": False}, r"only with ZeRO Stage 1 or 2; change"),
+        ("flops_profiler", {"profile_stp": 3}, r"profile_stp is no .*; did you mean profile_step"),
+        ("csv_monitor", {"enabled": "perhaps"}, r"csv_monitor.enabled='perhaps' is refused"),
+    ],
+)
+def test_what_deepspeed_would_meet_in_every_worker_is_refused_in_one_line(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, group: str, given: dict[str, Any], message: str
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    run = tiny_run(cache, engine=DeepSpeedEngine(stage=3, config={group: given}))
+    with pytest.raises(ValueError, match=message) as caught:
+        run.check(2)
+    assert "\n" not in str(caught.value)
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+def test_settings_that_deepspeed_reads_are_accepted(cache: Path) -> None:
+    config = {
+        "zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 5000},
+        "communication_data_type": "fp32", "gradient_predivide_factor": 1, "steps_per_print": 9,
+        "comms_logger": {"enabled": False}, "flops_profiler": {"enabled": False},
+    }  # fmt: skip
+    tiny_run(cache, engine=DeepSpeedEngine(stage=3, config=config)).check(2)

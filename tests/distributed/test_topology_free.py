@@ -21,6 +21,7 @@ from trainer.mesh import MeshSpec
 from trainer.optim import SGD, AdamW, OptimSpec
 from trainer.optimizers.rules import Rules
 from trainer.parallel.activation_checkpointing import ActivationCheckpointing
+from trainer.parallel.fully_sharded import FullySharded
 from trainer.parallel.tree import TreeSum, pairwise_sum, row_square_sum, summed_share
 from trainer.pieces import Piece, Rows
 from trainer.record import read_lines
@@ -220,6 +221,8 @@ def updated(optim: OptimSpec, weight: Tensor, gradients: list[Tensor]) -> Tensor
          r"set mesh.dp_replicate to 1 or 2"),
         (2, {"data_micro_rows": None}, r"one size on every number of ranks; set data.micro_rows"),
         (2, {"precision": "pure_bf16"}, r"rounds the last elements of a tensor otherwise; set pre"),
+        (2, {"engine": NativeEngine(fsdp=FullySharded(gradient_sync="micro_batch")), "mesh": FSDP},
+         r"gradient_sync=micro_batch has no effect with deterministic=topology_free, .* leave"),
         (2, {"engine": DeepSpeedEngine()}, r"set engine=native, or deterministic=off"),
         (2, {"engine": AccelerateEngine()}, r"set engine=native, or deterministic=off"),
     ],

@@ -319,6 +319,31 @@ REFUSALS = {
         ["freeze.groups.a: lr_ratio=2.0 has no effect on a group that is frozen", "remove one"],
     ),
     "nothing left to train": ([*TINY, "freeze.frozen=['*']"], ["nothing to train", "remove"]),
+    # Settings of what is switched off.
+    "answers that nobody asks for": (
+        [*TINY, "validation.max_new_tokens=64"],
+        ["validation.max_new_tokens=64 has no effect", "set validation.every=1"],
+    ),
+    "measures of answers that nobody asks for": (
+        [*TINY, "validation.metrics=[bogus]"],
+        ["validation.metrics=[bogus] has no effect", "leave it out"],
+    ),
+    "direction of no number": (
+        [*TINY, "best.goal=max"],
+        ["best: goal, patience and min_delta have no effect without a metric", "set metric"],
+    ),
+    "limit of a watch over one process": (
+        [*TINY, "launch.watchdog.step_seconds=5"],
+        ["launch.watchdog.step_seconds=5", "no effect on one process", "launch.restarts"],
+    ),
+    "listener of few tokens": (
+        ["train", "experiment=demo", "tokenizer=bpe", "model.vocab_size=5000"],
+        ["at most 4096 tokens, the tokenizer has 5000", "set callbacks.ngrams=null"],
+    ),
+    "change that no resume allows": (
+        [*TINY, "resume_allow=[determinstic]"],
+        ["resume_allow='determinstic' is unknown", "data.mix, deterministic"],
+    ),
     # What is adapted.
     "adapter of a name that is not there": (
         [*TINY, "adapter=lora", "adapter.targets=[q_prj]"],
@@ -469,3 +494,21 @@ def test_rank_of_torchrun_without_its_world_is_refused(wrong: Path) -> None:
     )
     check(done.stderr, ["RANK is set", "WORLD_SIZE", "torchrun", "unset RANK"], wrong)
     assert done.returncode == BAD_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("launch.restarts=5", "launch.restarts=5 has no effect under torchrun"),
+        ("launch.watchdog.floor_seconds=5", "launch.watchdog.floor_seconds=5"),
+    ],
+)
+def test_rank_of_torchrun_is_told_that_nobody_of_ours_watches_it(
+    word: str, found: str, wrong: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    code, errors = refusal([*TINY, word], wrong)
+    check(errors, [found, "leave it out"], wrong)
+    assert code == BAD_CONFIG

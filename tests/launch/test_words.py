@@ -4,7 +4,7 @@ import pytest
 
 from launch.cli import main
 from launch.exit_codes import BAD_CONFIG
-from launch.words import options_of, split_off
+from launch.words import options_of, refuse_idle, split_off
 
 NEEDED, DEFAULTS = {"run": "DIR"}, {"json": "false"}
 
@@ -64,3 +64,12 @@ def test_an_option_among_the_words_of_a_config_is_given_once(
     key = "dry_run" if command == "train" else "json"
     assert main([command, f"{key}=true", f"{key}=false"]) == BAD_CONFIG
     assert f"tessera {command} has {key} twice" in capsys.readouterr().err
+
+
+def test_typed_settings_of_answers_need_answers_and_those_of_a_recipe_may_stay() -> None:
+    recipe = {"validation": {"every": None, "max_new_tokens": 8}}
+    refuse_idle(["experiment=idefics_vqa", "validation.every=null"], recipe)
+    typed = ["validation.every=1", "+validation.max_new_tokens=4"]
+    refuse_idle(typed, {"validation": {"every": 1, "max_new_tokens": 4}})
+    with pytest.raises(ValueError, match=r"^validation\.max_new_tokens=4 has no effect, .*every=1"):
+        refuse_idle(typed[1:], recipe)

@@ -217,6 +217,7 @@ def test_a_killed_run_on_other_ranks_ends_where_one_that_was_not_would(
     ("settings", "message"),
     [
         ({"patience": 3}, "no effect without a metric"),
+        ({"goal": "max"}, "goal, .* have no effect without a metric; set metric"),
         ({"metric": "loss", "patience": 0}, "patience=0 is below 1"),
         ({"metric": "loss", "min_delta": -0.1}, "min_delta=-0.1 is negative"),
     ],

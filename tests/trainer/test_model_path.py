@@ -133,3 +133,18 @@ def test_a_folder_without_a_config_is_refused_before_anything_else(tmp_path: Pat
 def test_a_back_end_that_cannot_separate_documents_is_refused(model_folder: Path) -> None:
     with pytest.raises(ValueError, match="none of eager, sdpa"):
         HFAutoModel(path=str(model_folder), attn_implementation="flash")
+
+
+def test_a_model_of_more_than_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    given = {"model_type": "gemma3", "text_config": {**TINY, "model_type": "gemma3_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    for name in ("vocab_size", "attention_width", "trunk_name"):
+        with pytest.raises(ValueError, match=r"'gemma3' has no vocab_size of its own, .*; give"):
+            getattr(HFAutoModel(path=str(tmp_path)), name)
+
+
+def test_a_head_by_another_name_is_refused_before_the_start(tmp_path: Path, cache: Path) -> None:
+    saved(tmp_path, "biogpt")
+    run = tiny_run(cache, model=HFAutoModel(path=str(tmp_path)), tokenizer="auto", weights="auto")
+    with pytest.raises(ValueError, match=r"'biogpt' has no lm_head.weight: .*; train another"):
+        run.check(1)

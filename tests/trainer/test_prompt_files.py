@@ -230,8 +230,10 @@ def test_a_run_samples_with_them_and_counts_no_pairs_of_tokens(
     closing = {"closing": Closing(prompt="ab", sample_tokens=3)}
     run_ranks(1, train, tmp_path / "run", run_over(model_folder, tmp_path, callbacks=closing))
     ngrams = run_over(model_folder, tmp_path, callbacks={"ngrams": NgramBaselines()})
-    with pytest.raises(RankFailedError, match=r"set callbacks\.ngrams=null"):
-        run_ranks(1, train, tmp_path / "refused", ngrams)
+    with pytest.raises(
+        ValueError, match=r"virtual tokens stand before .* set callbacks\.ngrams=null"
+    ):
+        ngrams.check(1)
 
 
 def test_generate_puts_the_virtual_tokens_in_front_as_peft_does(

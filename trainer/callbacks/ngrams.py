@@ -1,9 +1,10 @@
 """Unigram and bigram models counted on the run's training data: what any model must beat."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,15 +13,41 @@ from trainer.batch import Batch
 from trainer.callbacks.protocol import Callback, RunView
 from trainer.notes import BASELINES, write_note
 from trainer.progress import Progress
+from trainer.run_tokenizer import tokenizer_at_hand
+
+if TYPE_CHECKING:
+    from trainer.run import Run  # which lists callbacks itself
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.1  # added to every count: unseen pairs get a probability
 MAX_VOCABULARY = 4096  # the table of pairs has its square of entries
+METRIC = "bits_per_byte"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NgramBaselines:
     """At the end, compare held-out bits per byte with n-grams of the same training tokens."""
+
+    def check(self, run: "Run") -> None:
+        """Raise ValueError for a task without bits per byte, virtual tokens, or many tokens."""
+        names = run.task.metric_names(run.data.labels)
+        if METRIC not in names:
+            raise ValueError(
+                f"callbacks.ngrams compares {METRIC}, and evaluations of this task have "
+                f"{', '.join(names)}; set callbacks.ngrams=null"
+            )
+        if run.virtual_ids:
+            raise ValueError(
+                "callbacks.ngrams counts pairs of tokens, and virtual tokens stand before the "
+                "first one; set callbacks.ngrams=null"
+            )
+        tokenizer = tokenizer_at_hand(run.data, run.tokenizer_setting, run.model)
+        size = tokenizer.vocab_size if tokenizer else run.model.vocab_size  # what a bpe gets
+        if size > MAX_VOCABULARY:
+            raise ValueError(
+                f"callbacks.ngrams counts pairs of at most {MAX_VOCABULARY} tokens, "
+                f"the tokenizer has {size}; set callbacks.ngrams=null"
+            )
 
     def build(self) -> "NgramCallback":
         return NgramCallback()
@@ -33,26 +60,19 @@ class NgramCallback(Callback):
 
     def on_start(self, view: RunView, progress: Progress) -> None:
         self.view = view
-        if view.run.virtual_ids:
-            raise ValueError(
-                "callbacks.ngrams counts pairs of tokens, and virtual tokens stand before the "
-                "first one; set callbacks.ngrams=null"
-            )
-        if view.tokenizer.vocab_size > MAX_VOCABULARY:
-            raise ValueError(
-                f"callbacks.ngrams counts pairs of at most {MAX_VOCABULARY} tokens, "
-                f"the tokenizer has {view.tokenizer.vocab_size}; set callbacks.ngrams=null"
-            )
 
     def on_eval(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        self.bits_per_byte = metrics["bits_per_byte"]
+        self.bits_per_byte = metrics[METRIC]
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
         if not finished or not self.view.is_main or self.bits_per_byte is None:
             return
+        if not math.isfinite(self.bits_per_byte):  # of text whose bytes nobody counted, or diverged
+            log.info("no n-grams to compare with: bits per byte are %s", self.bits_per_byte)
+            return
         unigram, bigram = self._baselines(progress.step)
         found = {"unigram": unigram, "bigram": bigram}
-        said = {"metric": "bits_per_byte", "step": progress.step, "values": found}
+        said = {"metric": METRIC, "step": progress.step, "values": found}
         write_note(self.view.folder, BASELINES, said)
         log.info("")
         log.info("held-out bits per byte (n-grams are counted on the same training tokens):")

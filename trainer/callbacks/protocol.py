@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainer.data.eval_loader import EvalLoader
 from trainer.data.loader import StepLoader
@@ -62,3 +62,12 @@ class CallbackSpec(Protocol):
     """A callback's settings."""
 
     def build(self) -> Callback: ...
+
+
+@runtime_checkable
+class CheckedSpec(CallbackSpec, Protocol):
+    """Settings of a callback that does not fit every run."""
+
+    def check(self, run: "Run") -> None:
+        """Raise ValueError for a run that it does not fit, before any process starts."""
+        ...

@@ -24,6 +24,9 @@ from trainer.parallel.data_parallel import cast_to_compute, named_blocks
 from trainer.parallel.laid_out import LaidOut
 from trainer.precision import Precision
 
+FOLLOWED = ("ACCELERATE_USE_", "ACCELERATE_FP8_", "ACCELERATE_TORCH_DEVICE")
+"""How variables begin that no argument of Accelerator takes the place of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AccelerateEngine:
@@ -36,7 +39,8 @@ class AccelerateEngine:
     offload_optimizer: ClassVar[bool] = False
 
     ddp: dict[str, Any] = field(default_factory=dict)
-    """Settings of accelerate's DistributedDataParallelKwargs. Unknown ones are errors."""
+    """Settings of accelerate's DistributedDataParallelKwargs, for several processes. Unknown ones
+    are errors, and those of hooks: how gradients are summed is not accelerate's to say."""
     activation_checkpointing: ActivationCheckpointing = field(
         default_factory=ActivationCheckpointing
     )
@@ -60,20 +64,36 @@ class AccelerateEngine:
                 )
         if precision.is_float8:
             raise ValueError("precision=fp8 needs engine=native; set it, or precision=bf16")
+        self._check_ddp(axes["dp_replicate"])
+        for name, value in sorted(os.environ.items()):
+            if name.startswith(FOLLOWED) and value.lower() != "false":  # what its launcher leaves
+                raise ValueError(
+                    f"{name} is set, and accelerate would follow it instead of this config; "
+                    "unset it"
+                )
+
+    def _check_ddp(self, num_processes: int) -> None:
+        """Raise ValueError for settings that DDP does not have, or would not be told."""
         from accelerate.utils import DistributedDataParallelKwargs
 
-        known = [one.name for one in fields(DistributedDataParallelKwargs)]
-        for key in self.ddp:
+        every = fields(DistributedDataParallelKwargs)
+        known = {one.name: type(one.default) for one in every if not one.name.startswith("comm_")}
+        for key, value in self.ddp.items():
             if key not in known:
                 raise ValueError(
-                    f"engine.ddp.{key} is no setting of DistributedDataParallelKwargs; "
-                    f"set one of {', '.join(known)}"
+                    f"engine.ddp.{key} is no setting of DistributedDataParallelKwargs that applies "
+                    f"here; set one of {', '.join(known)}"
                 )
-        if variables := sorted(name for name in os.environ if name.startswith("ACCELERATE_USE_")):
-            raise ValueError(
-                f"{variables[0]} is set, and accelerate would follow it instead of this config; "
-                "unset it"
-            )
+            if type(value) is not known[key]:
+                raise ValueError(
+                    f"engine.ddp.{key}={value!r} is of type {type(value).__name__}; set it to one "
+                    f"of type {known[key].__name__}"
+                )
+            if num_processes == 1:
+                raise ValueError(
+                    f"engine.ddp.{key}={value!r} has no effect on one process; leave it out, or "
+                    "start several"
+                )
 
     def lay_out(self, model: nn.Module, around: Surroundings) -> LaidOut:
         """Prepare the meta model in place: recompute."""
@@ -96,14 +116,17 @@ class AccelerateEngine:
 def _accelerator(ddp: dict[str, Any], mesh: Mesh, device: torch.device) -> Any:
     """Return an Accelerator that runs what was asked for; RuntimeError if it runs another thing."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     # Else it sets the number of threads to its own liking.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        gradient_accumulation_steps=1,
+        # What is not said here it takes from variables that its launcher sets: ACCELERATE_*.
+        mixed_precision="no",
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(**ddp)],
     )
     runs = (accelerator.num_processes, accelerator.process_index)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.layout import Layout
-from trainer.engines.deepspeed_config import check_settings, config_for
+from trainer.engines.deepspeed_config import check_groups, check_settings, config_for
 from trainer.engines.deepspeed_state import ShardedState, initialize
 from trainer.engines.deepspeed_trainer import DeepSpeedTrainer
 from trainer.engines.protocol import Surroundings
@@ -47,7 +47,8 @@ class DeepSpeedEngine:
     )
     """Whether blocks are computed again in the backward pass: less memory for more time."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed settings, in the layout of its JSON file. Unknown keys are errors."""
+    """Further DeepSpeed settings, in the layout of its JSON file. Unknown keys are errors, as are
+    those that a setting of ours decides."""
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -74,7 +75,7 @@ class DeepSpeedEngine:
         micro_batches: int | None,
         precision: Precision,
     ) -> None:
-        """Raise ValueError for a mesh or a precision that is not DeepSpeed's here."""
+        """Raise ValueError for a mesh, a precision or a config that is not DeepSpeed's here."""
         for check in (check_packed, check_memory):
             check(model, {"engine=deepspeed": True})
         if axes["pp"] > 1:
@@ -102,6 +103,7 @@ class DeepSpeedEngine:
             row_tokens=row_tokens, micro_batches=micro_batches,
         )  # fmt: skip
         check_exchange(model, layout, axes["cp"], axes["tp"])
+        check_groups(self.config, self.stage)
 
     def lay_out(self, model: nn.Module, around: Surroundings) -> LaidOut:
         """Prepare the meta model in place: split, recompute. DeepSpeed shards what is filled."""

@@ -11,7 +11,7 @@ from trainer.batch import Batch
 from trainer.engines.counting import loss_sums
 from trainer.engines.passes import Keys, PlainPasses
 from trainer.mesh import Mesh
-from trainer.parallel.fully_sharded import FullySharded
+from trainer.parallel.fully_sharded import MICRO_BATCH, FullySharded
 from trainer.parallel.pieces import is_dtensor
 from trainer.parallel.tree import TreeSum, pairwise_sum, reduce_pairwise, summed_share
 from trainer.precision import Precision
@@ -26,6 +26,7 @@ def check_topology_free(
     micro_rows: int | None,
     precision: Precision,
     has_gpu: bool,
+    sharding: FullySharded | None,
 ) -> None:
     """Raise ValueError for a run that cannot be the same bits on other meshes."""
     key = "deterministic=topology_free"
@@ -58,6 +59,11 @@ def check_topology_free(
         raise ValueError(
             f"{key}: an update in bf16 rounds the last elements of a tensor otherwise; "
             "set precision=bf16, whose weights are fp32"
+        )
+    if sharding is not None and sharding.gradient_sync == MICRO_BATCH:
+        raise ValueError(
+            f"engine.fsdp.gradient_sync={MICRO_BATCH} has no effect with {key}, whose tree sums "
+            "the gradients of each micro-batch anyway; leave it out"
         )
     if has_gpu:
         raise ValueError(f"{key} is proved on CPUs only; set deterministic=off")
