@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for part in ("launch", "trainer", "models") for p in (ROOT / part).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 250, 60
 # Code lines when every feature of the design works; a breach needs a reason in docs/decisions.md.
-CODE_LINES = {"models": 4_060, "trainer": 22_065, "launch": 9_075}
+CODE_LINES = {"models": 4_100, "trainer": 22_300, "launch": 9_175}
 TOP_LEVEL = {
     "pyproject.toml", "trainer", "models", "configs", "launch", "tests", "README.md",
     "docs", "benchmarks", ".ci", "LICENSE", ".gitignore",
