@@ -88,13 +88,17 @@ def run_rounds(
 
 
 def _run_side(module: str, side: str, inputs: Path, output: Path, threads: int) -> dict[str, Any]:
-    """Run one side in a fresh process, so that its memory and its caches are its own."""
+    """Run one side in a fresh process, so that its memory and its caches are its own.
+
+    It sees one GPU: with several, the Trainer would share its rows out to them.
+    """
     output.mkdir()
+    device, _, _ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")
     words = ["-m", module, side, str(inputs), str(output), str(threads)]
     with open(output / "output.txt", "w+") as log:
         done = subprocess.run(
             [sys.executable, *words],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": device},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

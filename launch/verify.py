@@ -1,6 +1,7 @@
 """`tessera verify`: a table of how far every layout lies from one process, on the user's model."""
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ COLUMNS = ("loss", "gradients", "norm", "SGD", "AdamW", "curve", "loaded", "resu
 
 def main(arguments: list[str]) -> int:
     """Run `tessera verify` and return the exit code."""
+    # Its ranks are forked, and CUDA cannot be used in a fork of a process that has seen a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from trainer.verify.faults import FAULTS
     from trainer.verify.layouts import LAYOUTS, chosen
 

@@ -16,6 +16,7 @@ from tests.sharing import run_share
 
 Figure = Callable[..., None]
 LONGEST = ("test_readme", "test_supervisor")
+GPU_TESTS = Path(__file__).resolve().parent / "gpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The same examples each time, on a slow machine too: no change lands or fails by luck.
 # Other ones each time: `pytest --hypothesis-profile=default`.
@@ -34,6 +35,13 @@ def _one_thread() -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, unless tests of them alone are run: others fork ranks, where CUDA cannot start."""
+    paths = [Path(text.partition("::")[0]).resolve() for text in config.args]
+    if not all(path.is_relative_to(GPU_TESTS) for path in paths):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

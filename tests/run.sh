@@ -30,4 +30,6 @@ for index in "${!others[@]}"; do
   wait "${others[index]}" || code=$?
   cat "$scratch/$((index + 2))"
 done
+# Tests of a GPU in a process of their own: the others do not see it.
+if command -v nvidia-smi >/dev/null; then pytest tests/gpu || code=$?; fi
 exit $code

@@ -2,9 +2,13 @@
 
 import gc
 import os
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from tqdm import tqdm
 
+from tests.conftest import GPU_TESTS, pytest_configure
 from tests.ranks import COLLECTIVE_SECONDS, run_ranks
 from trainer.distributed import Placement, Ranks
 
@@ -36,3 +40,21 @@ def test_a_process_that_ends_with_the_lock_of_progress_bars_leaves_it_to_the_oth
     assert lock.acquire(timeout=30.0)
     lock.release()
     assert tqdm.monitor is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "visible"),
+    [
+        ([f"{GPU_TESTS}/test_levers.py::test_a_step"], "0,1"),
+        ([str(GPU_TESTS)], "0,1"),
+        ([str(GPU_TESTS.parent)], ""),
+        ([str(GPU_TESTS), f"{GPU_TESTS.parent}/models"], ""),
+    ],
+)
+def test_a_gpu_is_hidden_from_tests_that_may_fork(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], visible: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    config: Any = SimpleNamespace(args=arguments)
+    pytest_configure(config)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible

@@ -42,6 +42,9 @@ def fix_bits(settings: Settings) -> None:
     if settings.deterministic == RUN:
         # An operation without a deterministic way raises an error that names it.
         torch.use_deterministic_algorithms(True)
+        # Nor would torch fill what is not written yet, a kernel for each tensor: nothing reads it.
+        # It fills with NaN, and steps under it gave the finite bits that they give without.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         if settings.engine.is_compiled:
             from torch._inductor import config

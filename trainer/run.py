@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -160,8 +161,11 @@ class Run(Settings):
     def plan_model(self) -> nn.Module:
         """Return the model on the meta device: shapes without memory."""
         labels = self.data.labels  # reads files: not on the meta device
+        spec: Any = self.model
+        if self.precision == "fp64" and getattr(spec, "attn_implementation", "") == AUTO:
+            spec = replace(spec, attn_implementation="sdpa")  # flex adds up in fp32 on CUDA
         with torch.device("meta"), SkipInit():
-            model = self.task.build_model(self.model, labels)
+            model = self.task.build_model(spec, labels)
             if self.model.additional_tokens:
                 add_rows(model, self.model.layout.embedding, len(self.model.additional_tokens))
         return model.to(PRECISIONS[self.precision].master)

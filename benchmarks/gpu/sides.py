@@ -49,6 +49,9 @@ class Curve:
     """Of each timed step, until the host had its loss."""
     losses: list[float] = field(default_factory=list)
     peak_gib: float = 0.0
+    """Of tensors."""
+    reserved_gib: float = 0.0
+    """That torch took for them from the device; 0 on a CPU."""
     retries: int = 0
     """Of CUDA's allocator, in timed steps."""
     recompiles: int = 0
@@ -94,7 +97,7 @@ def ours(run: Run, output: Path) -> Curve:
     curve.retries, curve.recompiles = (
         now - then for now, then in zip(_counts(), before, strict=True)
     )
-    curve.peak_gib = peak_memory_gib(ranks.device)
+    curve.peak_gib, curve.reserved_gib = peak_memory_gib(ranks.device), _reserved_gib()
     _watch(curve, partial(step, WARMUP + TIMED + 1), ranks.device)
     engine.close()
     ranks.close()
@@ -149,6 +152,10 @@ def _counts() -> tuple[int, int]:
 
     retries = torch.cuda.memory_stats().get("num_alloc_retries", 0) if _has_cuda() else 0
     return retries, counters["stats"]["unique_graphs"]
+
+
+def _reserved_gib() -> float:
+    return torch.cuda.max_memory_reserved() / 2**30 if _has_cuda() else 0.0
 
 
 def _has_cuda() -> bool:
@@ -211,7 +218,7 @@ def theirs(run: Run, output: Path, *, is_compiled: bool = False) -> Curve:
     trainer.train()
     curve.seconds = [b - a for a, b in pairwise(stamps)][WARMUP:]
     curve.losses = curve.losses[WARMUP:]
-    curve.peak_gib = peak_memory_gib(device)
+    curve.peak_gib, curve.reserved_gib = peak_memory_gib(device), _reserved_gib()
     return curve
 
 

@@ -193,8 +193,8 @@ def _of_case(one: Measured, ours: dict[str, Measured], found: list[Measured]) ->
         rate = median(one.rates)
         figures.append(_lower(f"{name}, tokens/s", rate, case.least_tokens, theirs=theirs))
     if case.most_gib is not None:
-        peak = max(curve.peak_gib for curve in one.curves)
-        figures.append(_upper(f"{name}, peak memory, GiB", peak, case.most_gib))
+        peak = max(curve.reserved_gib for curve in one.curves)
+        figures.append(_upper(f"{name}, memory taken, GiB", peak, case.most_gib))
     if case.least_ratio is not None and case.beside in ours:
         ratio = median(one.rates) / median(ours[case.beside].rates)
         figures.append(_lower(f"{name} beside {case.beside}, tokens/s", ratio, case.least_ratio))

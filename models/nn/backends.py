@@ -69,7 +69,10 @@ def backend(name: str, *, dropout: float = 0.0) -> Backend:
 
 
 def automatic(dropout: float = 0.0) -> str:
-    """Return what `auto` picks: flex on CUDA without dropout, else sdpa. Both take any dtype."""
+    """Return what `auto` picks: flex on CUDA without dropout, else sdpa, which takes any dtype.
+
+    flex refuses float64 there: a run in it asks for sdpa.
+    """
     return "flex" if torch.cuda.is_available() and not dropout else "sdpa"
 
 

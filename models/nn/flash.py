@@ -10,6 +10,7 @@ from torch import Tensor
 from models.nn.runs import Runs, check_half, pack, runs_of, unpack
 from models.nn.segments import Segments
 
+REPEATABLE = (10, 11)  # compute capabilities where flash-attn-4 has a deterministic backward pass
 MINIMUM = (2, 8)  # what the extra `flash` asks for; < 2.1 aligned causal masks top-left
 
 
@@ -20,7 +21,10 @@ class Flash:
     """
 
     def __init__(self) -> None:
+        """Raise ValueError where the run has to be deterministic, and the kernel cannot be."""
         self.major = 4 if installed("flash-attn") is None else 2
+        if self.major == 4 and torch.are_deterministic_algorithms_enabled():
+            _check_repeatable(torch.cuda.get_device_capability())
         self.kernel = _kernel(self.major)
 
     def prepare(self, segments: Segments) -> Runs:
@@ -89,6 +93,15 @@ def flash_problem() -> str | None:
             "run pip install -U 'tessera-train[flash]', or set it to auto"
         )
     return None
+
+
+def _check_repeatable(capability: tuple[int, int]) -> None:
+    if capability[0] not in REPEATABLE:
+        found = ".".join(map(str, capability))
+        raise ValueError(
+            "deterministic=run with flash-attn-4 needs a GPU of compute capability 10 or 11, found "
+            f"{found}; install flash-attn 2.x, or set model.attn_implementation=auto"
+        )
 
 
 def _kernel(major: int) -> Any:

@@ -1,6 +1,7 @@
 """torch's flex_attention: a fused kernel that skips the blocks which a mask leaves empty."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Flex:
     def prepare(self, segments: Segments) -> BlockMask:
         (batch, length), device = segments.query.shape, segments.query.device
         create = self.block_mask if device.type == "cuda" else create_block_mask
-        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+        with _fusing():
             return create(
                 _looks(segments),
                 B=batch,
@@ -51,11 +52,16 @@ class Flex:
         dropout: float,
         scale: float,
     ) -> Tensor:
-        """Raise ValueError for dropout, and for gradients on the CPU."""
+        """Raise ValueError for dropout, for float64 but on the CPU, and for gradients there."""
         if dropout > 0:
             raise ValueError(
                 f"attn_implementation='flex' has no attention dropout, and attention_dropout="
                 f"{dropout}; set it to 0, or attn_implementation to sdpa"
+            )
+        if query_BNTH.dtype == torch.float64 and query_BNTH.device.type != "cpu":
+            raise ValueError(
+                "attn_implementation='flex' got torch.float64, and its kernels add up in float32; "
+                "set attn_implementation to sdpa, or the precision to fp32 or bf16"
             )
         inputs = (query_BNTH, key_BKSH, value_BKSH)
         if query_BNTH.device.type == "cpu" and any(x.requires_grad for x in inputs):
@@ -67,8 +73,18 @@ class Flex:
         if torch.compiler.is_compiling():  # inside a compiled block, which fuses it
             return flex_attention(*inputs, **settings)
         attention = self.fused if query_BNTH.device.type == "cuda" else self.unfused
-        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+        with _fusing():
             return attention(*inputs, **settings)
+
+
+@contextmanager
+def _fusing() -> Iterator[None]:
+    """Compile under force_eager too: it is there for blocks, and whole scores take memory."""
+    with (
+        torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS),
+        torch.compiler.set_stance("default"),
+    ):
+        yield
 
 
 def _looks(segments: Segments) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.parity.oracle import built, inputs, specs
+from models.nn.runs import TILE, Runs
+from models.nn.varlen import Varlen
 from tests.distributed.test_layouts import DDP, FSDP, curve
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
@@ -101,6 +103,30 @@ def test_as_much_is_computed_again_as_the_mode_says(
         model(**batch).sum().backward()
     assert count.calls["silu"] == silus
     assert count.calls["mm"] == products
+
+
+class Mixing(torch.nn.Module):
+    """A block that is attention by lengths: two documents."""
+
+    def forward(self, x_BNTH: torch.Tensor) -> torch.Tensor:
+        starts = torch.tensor([0, 4, 8], dtype=torch.int32, device="meta")
+        runs = Runs(cu_query=starts, cu_key=starts, max_query=TILE, max_key=TILE, causal=True)
+        mixed = Varlen().attend(x_BNTH, x_BNTH, x_BNTH, runs, dropout=0.0, scale=1.0)
+        return torch.nn.functional.silu(mixed).sin()
+
+
+@pytest.mark.parametrize(("recompute", "attentions"), [(FULL, 2), (SELECTIVE, 1)])
+def test_attention_by_lengths_is_not_computed_again(
+    recompute: ActivationCheckpointing, attentions: int
+) -> None:
+    """On `meta`, where the operation has shapes: its kernel is for CUDA alone."""
+    block = Mixing()
+    recompute.apply([block])
+    x = torch.empty(1, 2, 8, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with _Count() as count:
+        block(x).sum().backward()
+    assert count.calls["silu"] == 2
+    assert count.calls["_varlen_attn"] == attentions
 
 
 def test_a_budget_is_spread_over_blocks_and_never_exceeded() -> None:

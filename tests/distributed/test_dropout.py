@@ -1,5 +1,6 @@
 """Dropout over tensor-parallel ranks: heads differ, the stream does not, and copies stay equal."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,3 +85,20 @@ def test_own_numbers_differ_by_rank_and_leave_the_common_ones_alone() -> None:
     assert not torch.equal(drawn[0], drawn[1])
     assert torch.equal(after[0], after[1])
     assert set(DROPOUT) <= set(specs())
+
+
+def test_own_numbers_keep_the_state_of_the_gpu_that_is_used_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = []
+
+    def fork_rng(devices: list[int] | None = None) -> AbstractContextManager[None]:
+        kept.append(devices)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    OwnNumbers(0).begin()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    OwnNumbers(0).begin()
+    assert kept == [[], [3]]

@@ -104,6 +104,22 @@ def test_sdpa_in_fp32_is_eager(case: str) -> None:
     assert_near_eager("sdpa", moved(CASES[case]()), (4, 2), torch.float32)
 
 
+def test_flex_holds_no_scores_where_blocks_are_not_compiled() -> None:
+    """As for logits of a run with engine.compile=true."""
+    torch._dynamo.reset()
+    segments = Segments.within(torch.ones(1, 8192, dtype=torch.int64, device="cuda"))
+    qkv = inputs(segments, (4, 2), torch.bfloat16)
+    attention = chosen("flex")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        mask = attention.prepare(segments)  # type: ignore[attr-defined]
+        attention.attend(*qkv, mask, dropout=0.0, scale=SCALE)  # type: ignore[attr-defined]
+    assert (
+        torch.cuda.max_memory_allocated() - before < 8192 * 8192
+    )  # a byte of each score of a head
+
+
 def test_auto_is_flash_where_it_is_installed_and_else_flex() -> None:
     assert (automatic(), automatic(dropout=0.1)) == ("flex", "sdpa")
 

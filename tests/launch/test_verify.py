@@ -1,8 +1,10 @@
 """`tessera verify` as people run it: tables, faults that it must find, refusals."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from launch.verify import main
 from trainer.verify.layouts import LAYOUTS
@@ -107,3 +109,15 @@ def test_help_lists_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in LAYOUTS)
+
+
+def test_a_gpu_of_this_machine_stays_out_of_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks are forked: CUDA cannot start in them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != ""
+    )
+    assert main([*QUICK, "layouts=[ddp]"]) == 0
+    assert "all 1 layouts agree" in capsys.readouterr().out

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from models.nn.backends import NAMES, Backend, automatic, backend
 from models.nn.cache import Cache, GrowingCache, StaticCache
@@ -259,3 +261,22 @@ def test_auto_is_sdpa_on_the_cpu() -> None:
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=f"'fast' is unknown.*{', '.join(NAMES)}"):
         backend("fast")
+
+
+def test_flex_refuses_float64_where_kernels_add_up_in_float32() -> None:
+    qkv = [x.to("meta") for x in inputs(CASES["causal"]())]
+    mask: Any = None
+    with pytest.raises(ValueError, match=r"got torch.float64.*set attn_implementation to sdpa"):
+        Flex().attend(*qkv, mask, dropout=0.0, scale=SCALE)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_flex_is_compiled_where_blocks_are_not() -> None:
+    """As for logits of a run with engine.compile=true."""
+    segments = CASES["packed"]()
+    qkv = inputs(segments)
+    counters.clear()
+    with torch.compiler.set_stance("force_eager"):
+        found = attended(Flex(), segments, qkv)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_equal([found], [attended(Eager(), segments, qkv)], 1e-14)

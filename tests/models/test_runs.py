@@ -272,6 +272,25 @@ def test_flash_2_gets_the_dropout(install: Install) -> None:
     assert torch.equal(found, flash.attend(*qkv, runs, dropout=0.0, scale=SCALE) + 0.5)
 
 
+@pytest.mark.parametrize(
+    ("version", "capability", "is_refused"),
+    [("4.0.0b36", (9, 0), True), ("4.0.0b36", (10, 0), False), ("2.8.3", (9, 0), False)],
+)
+def test_flash_4_is_deterministic_on_new_gpus_alone(
+    version: str, capability: tuple[int, int], is_refused: bool, install: Install,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    install("flash-attn-4" if version.startswith("4") else "flash-attn", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    Flash()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    if not is_refused:
+        Flash()
+        return
+    with pytest.raises(ValueError, match=r"capability 10 or 11, found 9\.0; install flash-attn 2"):
+        Flash()
+
+
 def test_flash_4_refuses_dropout(install: Install) -> None:
     install("flash-attn-4", "4.0.0b36")
     segments, flash = CASES["packed"](), Flash()

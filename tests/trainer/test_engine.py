@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from trainer.data.pretraining import PretrainingData
 from trainer.distributed import Placement, Ranks
 from trainer.engines.native import NativeEngine
 from trainer.engines.protocol import Surroundings
+from trainer.engines.update import Update
 from trainer.freeze import FreezeSpec
 from trainer.mesh import MeshSpec
 from trainer.optim import SGD, AdamW
@@ -172,6 +174,17 @@ def test_clipping_scales_the_update_to_the_norm(cache: Path) -> None:
     for world_size, mesh in ((1, DDP), (2, FSDP)):
         (found, *_) = run_ranks(world_size, one_step, cache, mesh, 2, {"optim": optim})
         assert_equal(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_clipping_has_the_bits_of_a_factor_in_fp64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(n, generator=generator).to(dtype) for n in (1, 7, 999)]
+    norm = torch.tensor(3.0, dtype=torch.float64).sqrt()
+    expected = [gradient * (0.7 / (norm + 1e-6)) for gradient in gradients]
+    update: Any = SimpleNamespace(optim=SGD(lr=1.0, max_grad_norm=0.7))
+    Update._clip(update, gradients, norm, None)
+    assert all(map(torch.equal, gradients, expected))
 
 
 @pytest.mark.parametrize(("world_size", "mesh"), [(1, DDP), (2, DDP), (2, FSDP)])

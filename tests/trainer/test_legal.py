@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from benchmarks.parity.oracle import specs
+from models.nn.flash import Flash
+from models.nn.varlen import Varlen
 from tests.conftest import tiny_spec
+from trainer.engines.native import NativeEngine
 from trainer.parallel.legal import check_axes
+from trainer.precision import PRECISIONS
 from trainer.verify.shrink import shrink_spec
 
 PLAIN = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
@@ -62,6 +66,21 @@ def test_an_impossible_mesh_is_refused(spec: Any, settings: dict[str, int], mess
 )
 def test_a_possible_mesh_passes(spec: Any, settings: dict[str, int]) -> None:
     check(spec, **settings)
+
+
+@pytest.mark.parametrize("kind", [Varlen, Flash])
+def test_attention_by_lengths_is_not_compiled(kind: type) -> None:
+    spec = tiny_spec()
+    with torch.device("meta"):
+        model = spec.build_causal_lm(chunk_tokens=8)
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = object.__new__(kind)
+    axes: Any = (model, spec.layout, PLAIN)
+    others: Any = {"row_tokens": 32, "micro_batches": 4, "precision": PRECISIONS["bf16"]}
+    NativeEngine().check(*axes, **others)
+    with pytest.raises(ValueError, match=r"varlen or flash.*set model.attn_implementation=auto"):
+        NativeEngine(compile=True).check(*axes, **others)
 
 
 @pytest.mark.parametrize("name", list(specs()))

@@ -1,14 +1,22 @@
 """What a plan counts is what closed formulas say, and nothing is started or allocated for it."""
 
+import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from models.llama import LlamaSpec
+from models.nn import backends
+from models.nn.dense import Sdpa
+from models.nn.flex import Flex
 from tests.runs import tiny_run
+from trainer.auto_mesh import AutoMesh
 from trainer.data.chat import ChatEncoder
 from trainer.data.document_data import DocumentData
 from trainer.engines.native import NativeEngine
@@ -96,6 +104,50 @@ def test_on_a_gpu_attention_keeps_no_mask_and_the_host_what_is_offloaded(run: Ru
     assert memory.by_category["optimizer"] == 0
     # Copies of weights and gradients, and two moments.
     assert memory.host == FP32 * (4 * PARAMETERS + WEIGHTS)
+
+
+@pytest.fixture
+def seen_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that this process has seen: what wakes it in a fork gets torch's error."""
+    parent = os.getpid()
+
+    def wake(*_: Any) -> Any:
+        if os.getpid() != parent:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+        return SimpleNamespace(total_memory=1 << 30)
+
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", wake)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", wake)
+    monkeypatch.setattr(torch.cuda, "synchronize", wake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "find_spec", lambda _: "triton")
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, of Inductor
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_a_gpu_of_this_machine_changes_no_plan(
+    run: Run, is_gpu: bool, request: pytest.FixtureRequest
+) -> None:
+    runs = {
+        "plain": run,
+        "flex": replace(run, model=replace(SPEC, attn_implementation="flex")),
+        "offloaded": replace(run, engine=NativeEngine(offload_optimizer=True)),
+        "auto": replace(run, mesh=AutoMesh()),
+    }
+    plans = {name: partial(memory_of, one, 1, is_gpu=is_gpu) for name, one in runs.items()}
+    expected = {name: plan() for name, plan in plans.items()}
+    request.getfixturevalue("seen_gpu")
+    assert {name: plan() for name, plan in plans.items()} == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.usefixtures("seen_gpu")
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", Flex), ("fp64", Sdpa)])
+def test_in_fp64_auto_is_not_flex(run: Run, precision: str, kind: type) -> None:
+    model = replace(run, precision=precision).plan_model()
+    found = [backend for m in model.modules() if (backend := getattr(m, "backend", None))]
+    assert {type(backend) for backend in found} == {kind}
 
 
 def test_a_ledger_knows_what_was_alive_when() -> None:

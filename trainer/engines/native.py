@@ -22,7 +22,7 @@ from trainer.parallel.context_parallel import share_context
 from trainer.parallel.data_parallel import cast_to_compute, named_blocks, replicate
 from trainer.parallel.fully_sharded import FullySharded
 from trainer.parallel.laid_out import LaidOut
-from trainer.parallel.legal import check_axes, check_packed
+from trainer.parallel.legal import check_axes, check_compiled, check_packed
 from trainer.parallel.pieces import Splits
 from trainer.parallel.pipeline import Elsewhere, Stages
 from trainer.parallel.tensor_parallel import split_tensors
@@ -80,6 +80,8 @@ class NativeEngine:
         cuts = {f"mesh.{name}={axes[name]}": axes[name] > 1 for name in ("pp", "dp_shard", "tp")}
         check_memory(model, cuts)
         check_packed(model, cuts | {"engine.compile=true": self.compile})
+        if self.compile:
+            check_compiled(model)
         check_axes(
             model, layout, axes, sequence=self.sequence_parallel, chunks=self.pipeline_chunks,
             row_tokens=row_tokens, micro_batches=micro_batches,

@@ -136,7 +136,9 @@ class Update:
             most = limit if most is None else limit.clamp(max=most)
         if most is not None and gradients:
             coefficient = (most / (grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, coefficient)
+            # CUDA multiplies many at once by a factor of their dtype only. Halves keep one of fp32.
+            dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+            torch._foreach_mul_(gradients, coefficient.to(dtype))
 
     def _given(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradients where the optimizer is."""

@@ -34,6 +34,8 @@ _KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
 }
+# Of libraries that may not be imported. flash-attn-4 has no operation that torch could see.
+_KEPT_NAMES = {"torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def _recomputing(block: nn.Module, mode: str) -> Callable[..., Any]:
 
 
 def _policy(_context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_kept = operator in _KEPT
+    is_kept = operator in _KEPT or operator.name() in _KEPT_NAMES
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -6,7 +6,9 @@ from torch import nn
 
 from models.layout import HeadRows, Layout
 from models.lora import packed_linears
+from models.nn.flash import Flash
 from models.nn.preferences import PreferenceModel
+from models.nn.varlen import Varlen
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pipeline import num_scheduled
 
@@ -55,6 +57,16 @@ def check_packed(model: nn.Module, settings: dict[str, bool]) -> None:
             f"{found[0]} with adapter.quantize: weights in 4 bits are whole on every rank and are "
             "unpacked in each pass; use engine=native or accelerate with mesh=ddp and "
             "engine.compile=false, or set adapter.quantize=none"
+        )
+
+
+def check_compiled(model: nn.Module) -> None:
+    """Raise ValueError where blocks would be compiled anew for each number of documents."""
+    if any(isinstance(getattr(m, "backend", None), Varlen | Flash) for m in model.modules()):
+        raise ValueError(
+            "engine.compile=true with attn_implementation=varlen or flash, whose shapes are those "
+            "of the documents in a row: each step would compile again; set "
+            "model.attn_implementation=auto, or engine.compile=false"
         )
 
 

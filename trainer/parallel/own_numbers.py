@@ -24,7 +24,9 @@ class OwnNumbers:
         self.end()  # recomputation may have stopped in between: the state was put back by it
         # Drawn alike on all ranks, and another one at every layer.
         seed = int(torch.randint(1 << 62, (), device="cpu"))
-        self.open = torch.random.fork_rng()
+        # Of this rank's GPU alone: by itself torch keeps the state of every one of the machine.
+        used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        self.open = torch.random.fork_rng(devices=used)
         self.open.__enter__()
         torch.manual_seed(seed + self.rank)
 

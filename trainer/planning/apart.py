@@ -5,6 +5,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 
 def apart(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Return what `work` returns in a forked process, or raise what it raises; both are pickled.
@@ -32,6 +34,9 @@ def apart(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 def _answer(
     sender: Connection, work: Callable[..., Any], arguments: Any, options: dict[str, Any]
 ) -> None:
+    # CUDA cannot be used in a fork of a process that has seen a GPU: torch would try to, as
+    # AdamW looks whether its step is being captured. (torch 2.13.)
+    torch.cuda.is_available = lambda: False
     try:
         answer = (True, work(*arguments, **options))
     except Exception as error:

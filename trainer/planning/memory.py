@@ -1,7 +1,7 @@
 """The most that a rank holds during a step, by what it is, and where in the step that is."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -18,6 +18,8 @@ from trainer.planning.step import BUFFERS, GRADIENTS, HOST, OPTIMIZER, WEIGHTS, 
 from trainer.run import Run
 
 COPIES, ACTIVATIONS, LOGITS = "copies of weights", "activations", "logits"
+MASKED = ("eager", "sdpa")
+"""Back-ends that keep a mask on a GPU."""
 CATEGORIES = (WEIGHTS, GRADIENTS, OPTIMIZER, COPIES, ACTIVATIONS, LOGITS, BUFFERS)
 
 
@@ -40,29 +42,32 @@ def memory_of(run: Run, world_size: int, *, is_gpu: bool) -> Memory:
 
     On a GPU attention keeps no mask, and offloaded state lies on the host.
     """
-    planned = _plannable(run, is_gpu=is_gpu)
-    pp = run.chosen_mesh(world_size)[0].axes(world_size)["pp"]
+    has_masks = getattr(run.model, "attn_implementation", "auto") in MASKED
+    planned = _plannable(run, world_size)
+    pp = planned.mesh.axes(world_size)["pp"]
     # The first stage keeps most micro-batches, the last one has the logits.
     ranks = (0, world_size - world_size // pp) if pp > 1 else (0,)
-    found = [apart(_of_rank, planned, world_size, rank, is_gpu=is_gpu) for rank in ranks]
+    change = partial(as_on_gpu, has_masks=has_masks) if is_gpu else _as_it_is
+    found = [apart(_of_rank, planned, world_size, rank, change, is_gpu=is_gpu) for rank in ranks]
     return max(found, key=lambda memory: memory.peak)
 
 
-def _plannable(run: Run, *, is_gpu: bool) -> Run:
-    """Return the run as its step can be taken here."""
+def _plannable(run: Run, world_size: int) -> Run:
+    """Return the run as its step can be taken on a CPU, on the mesh that is chosen here."""
     run = without_float8(run)
     engine: Any = run.engine
     if engine.is_compiled:
         engine = replace(engine, compile=False)
     model: Any = run.model
-    if is_gpu and getattr(model, "attn_implementation", "auto") in ("flex", "varlen", "flash"):
-        model = replace(model, attn_implementation="auto")
-    return replace(run, engine=engine, model=model)
+    if getattr(model, "attn_implementation", "sdpa") not in MASKED:
+        model = replace(model, attn_implementation="sdpa")  # auto may be flex here
+    mesh = run.chosen_mesh(world_size)[0]
+    return replace(run, engine=engine, model=model, mesh=mesh)
 
 
-def _of_rank(run: Run, world_size: int, rank: int, *, is_gpu: bool) -> Memory:
-    has_masks = getattr(run.model, "attn_implementation", "auto") in ("eager", "sdpa")
-    change = partial(as_on_gpu, has_masks=has_masks) if is_gpu else _as_it_is
+def _of_rank(
+    run: Run, world_size: int, rank: int, change: Callable[[nn.Module], None], *, is_gpu: bool
+) -> Memory:
     ledger, parts = pretend(run, world_size, rank, change)
     on_host = [block for block in ledger.blocks if is_gpu and block.kind == HOST]
     here = [block for block in ledger.blocks if not (is_gpu and block.kind == HOST)]
