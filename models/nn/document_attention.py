@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from models.nn.blocked_attention import blocked_gradients, blocked_mixture
 from models.nn.documents import Documents, Layout
+from models.nn.segments import has_values_here
 
 _aten = torch.ops.aten
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -155,8 +156,10 @@ def _flops(query: Tensor, sizes: Tensor, causal: bool, places: Tensor) -> int:
     """Return what one product of all queries with the keys of their documents computes.
 
     As torch counts it: a causal mask makes it no less, padding of documents no more than the kernel
-    computes.
+    computes. Where documents have no values, as for a compiler, each row is one.
     """
+    if not has_values_here(sizes):
+        return 2 * len(places) * query.shape[2] * query.shape[1] * query.shape[3]
     layout = Layout.of(places, places, sizes, rows=len(query), causal=causal)
     pairs = sum(count * length * length for count, length in layout.groups)
     return 2 * pairs * query.shape[1] * query.shape[3]

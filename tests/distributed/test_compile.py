@@ -1,6 +1,7 @@
 """Compiled blocks: the numbers of plain ones on every layout, and no graph made twice."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.parity.oracle import built, inputs, specs
+from models.nn import document_attention
 from tests.distributed.test_layouts import DDP, FSDP, curve
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, train
@@ -140,6 +142,42 @@ def test_a_traced_block_keeps_no_more_than_its_budget() -> None:
     least, most = kept[0.0], kept[None]
     # The partitioner counts what it forbids to compute again, and may keep a little else.
     assert least < kept[0.4] <= least + (0.4 + 0.05) * (most - least)
+    for budget in (0.0, 0.4):
+        assert all(map(torch.equal, gradients[budget], gradients[None]))
+
+
+def test_attention_that_the_budget_holds_is_not_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In rows that are long beside the width of the model nothing is as dear for its bytes."""
+    calls: list[float | None] = []
+    mixture = document_attention._mixture
+
+    def counted(*args: Any) -> Any:
+        calls.append(budget)
+        return mixture(*args)
+
+    monkeypatch.setattr(document_attention, "_mixture", counted)
+    spec = replace(
+        specs()["Llama"], num_hidden_layers=1, max_position_embeddings=256,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    gradients: dict[float | None, list[Any]] = {}
+    for budget in (None, 0.0, 0.4):
+        recompute = ActivationCheckpointing()
+        if budget is not None:
+            recompute = ActivationCheckpointing(mode="budget", budget=budget)
+        torch.manual_seed(0)
+        model = spec.build_causal_lm(chunk_tokens=16)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        blocks = [block for _, block in named_blocks(model, spec.layout)]
+        recompute.apply(blocks, is_compiled=True)
+        for block in blocks:
+            block.compile(dynamic=False, backend=PARTITIONED)
+        model(**inputs(spec, length=256)).square().sum().backward()
+        gradients[budget] = [p.grad for p in model.parameters()]
+    assert Counter(calls) == {None: 1, 0.0: 2, 0.4: 1}
     for budget in (0.0, 0.4):
         assert all(map(torch.equal, gradients[budget], gradients[None]))
 

@@ -81,6 +81,10 @@ class ActivationCheckpointing:
 
     def apply(self, blocks: list[nn.Module], *, is_compiled: bool = False) -> None:
         """Make the blocks recompute, in place; names of modules and weights stay."""
+        if is_compiled and self.budget is not None:
+            from torch._functorch import config
+
+            config.is_non_builtin_to_include = True  # else attention, of our own, counts as free
         for block, mode in zip(blocks, self.modes(len(blocks)), strict=True):
             if is_compiled and self.budget is not None:
                 block.forward = _within(block, self.budget)
