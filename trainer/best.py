@@ -121,7 +121,7 @@ class Best:
             self.step, self.num_worse = state["step"], state["num_worse"]
             self.value = math.nan if state["value"] is None else state["value"]
             self.recent = dict(state.get("recent", ()))  # version 0.1 had none
-        elif state["step"] is not None:
+        elif state["step"] is not None and self.spec.metric is not None:
             log.info(
                 "best and patience begin anew: step %d was best by %s on %s, now it is %s on %s",
                 state["step"], state["metric"], state.get("sample", "rows that it does not say"),

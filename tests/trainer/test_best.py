@@ -84,6 +84,9 @@ def test_the_state_is_forgotten_for_another_sample(caplog: pytest.LogCaptureFixt
         caplog.clear()
         assert (other.step, other.num_worse, other.recent) == (None, 0, {})
         assert other.judge(5, {"loss": 9.0})
+    with caplog.at_level("INFO"):
+        Best(BestSpec(), "3840 of a").load(state)
+    assert not caplog.text  # nothing begins where nothing is judged
 
 
 def test_the_best_is_one_of_the_steps_that_have_a_checkpoint() -> None:
