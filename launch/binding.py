@@ -9,10 +9,11 @@ reads a stored config.
 import dataclasses
 import types
 from collections.abc import Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from trainer.near_names import did_you_mean
 
 ALLOWED_PACKAGES = ("trainer", "models", "launch")
 TARGET = "_target_"
@@ -55,9 +56,8 @@ def _bind_as(spec: type, tree: Mapping[str, Any], path: str) -> Any:
     hints = get_type_hints(spec)
     for key in tree:
         if key != TARGET and key not in fields:
-            near = get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {_join(path, near[0])}?" if near else "remove it."
-            raise ValueError(f"unknown key {_join(path, key)}; {hint} Known: {', '.join(fields)}")
+            hint = did_you_mean(str(key), fields, prefix=_join(path, "")) or "remove it. "
+            raise ValueError(f"unknown key {_join(path, key)}; {hint}Known: {', '.join(fields)}")
     for name, field in fields.items():
         has_default = (
             field.default is not dataclasses.MISSING

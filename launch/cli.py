@@ -16,6 +16,7 @@ from launch.exit_codes import (
     code_of,
     in_words,
 )
+from trainer.near_names import did_you_mean
 
 # With a path, before anything trains: a setting names what is not there, or not the user's.
 _WRONG_PATHS = (
@@ -101,10 +102,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 0 if words else BAD_CONFIG
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(command, COMMANDS)
         print(f"tessera: no command {command!r}; {hint}see tessera --help", file=sys.stderr)
         return BAD_CONFIG
     from launch.terminal import redact_tracebacks

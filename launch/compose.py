@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from launch.config_secrets import named_variable, refuse_secrets
 from launch.menu import config_folder, groups
 from launch.words import unknown_key
+from trainer.near_names import did_you_mean
 
 ROOT = "train"
 LENGTHS = ("max_steps", "max_epochs")
@@ -218,6 +218,5 @@ def _explain(message: str) -> str:
 
 def _unknown_choice(group: str, choice: str) -> str:
     choices = groups()[group]
-    near = get_close_matches(choice, choices, n=1)
-    hint = f"did you mean {group}={near[0]}? " if near else ""
+    hint = did_you_mean(choice, choices, prefix=f"{group}=")
     return f"{group} has no choice {choice!r}; {hint}Choices: {', '.join(choices)}"

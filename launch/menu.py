@@ -1,9 +1,10 @@
 """The menu: experiments and config groups, read off the YAML files without Hydra."""
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+
+from trainer.near_names import did_you_mean
 
 USAGE = """usage: tessera list [GROUP]
 
@@ -52,8 +53,7 @@ def choices_of(group: str) -> Iterator[str]:
     """Yield one line for each choice of a group; ValueError for a group that there is not."""
     known = groups()
     if group not in known:
-        near = get_close_matches(group, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(group, known)
         raise ValueError(f"there is no group {group!r}; {hint}Groups: {', '.join(known)}")
     width = max(map(len, known[group]))
     for choice in known[group]:

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from trainer.near_names import did_you_mean
+
 
 def options_of(
     command: str,
@@ -56,11 +58,8 @@ def pairs(command: str, words: Iterable[str]) -> dict[str, str]:
 
 def unknown_key(command: str, key: str, known: Iterable[str]) -> ValueError:
     """Return the refusal of a key, with the nearest of the known names to its first part."""
-    from difflib import get_close_matches  # here: who mistypes may wait for it
-
-    near = get_close_matches(key.partition(".")[0], list(known), n=1)
-    hint = f"did you mean {near[0]}? See" if near else "see"
-    return ValueError(f"unknown key {key}; {hint} tessera {command} --help")
+    hint = did_you_mean(key.partition(".")[0], known)
+    return ValueError(f"unknown key {key}; {hint}see tessera {command} --help")
 
 
 def refuse_idle(words: Iterable[str], tree: Mapping[str, Any]) -> None:

@@ -4,8 +4,9 @@ import logging
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal
+
+from trainer.near_names import did_you_mean
 
 log = logging.getLogger(__name__)
 MAX_RECENT = 16
@@ -43,8 +44,7 @@ class BestSpec:
         if eval_every is None:
             raise ValueError(f"best.metric={self.metric} needs evaluations; set eval_every")
         if self.metric not in known:
-            near = get_close_matches(self.metric, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(self.metric, known)
             raise ValueError(
                 f"best.metric={self.metric!r} is no number of this task's evaluations; {hint}"
                 f"Set it to one of {', '.join(known)}"

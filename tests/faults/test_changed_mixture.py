@@ -19,6 +19,7 @@ from tests.ledgers import committed, ledgers
 from tests.mixtures import Stretch, slow_order
 from tests.ranks import run_ranks
 from tests.runs import DieAt, tiny_run, train
+from tests.texts import texts_in
 from tests.token_folders import write_folder
 from tests.trainer.test_replay import again
 from trainer.checkpoint.spec import CheckpointSpec
@@ -244,16 +245,14 @@ def test_a_rewind_over_a_change_keeps_what_follows_also_in_another_process(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The change lies behind step 24; step 28 is nonsense, and step 20 is gone back to."""
-    (tmp_path / "more").mkdir()
-    for name in ("decoder", "encoder", "scanner", "tool"):
-        text = Path(json.__file__).with_name(f"{name}.py").read_text()
-        (tmp_path / "more" / f"{name}.txt").write_text(text)
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(texts_in(cache).read_text().splitlines(keepends=True)[20:40]))
     old = nonsense_run(cache, range(0), **(BACK | {"max_steps": 24}))
     run_ranks(1, train, tmp_path / "whole", old)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     sources = {
-        "lib": Source(path="stdlib", weight=3),  # what data.path was
-        "more": Source(path=str(tmp_path / "more"), weight=1),
+        "text": Source(path=old.data.path, weight=3),
+        "more": Source(path=str(more), weight=1),
     }
     changes = {"data_path": None, "data_sources": sources, "resume_allow": ["data.mix"]}
     new = nonsense_run(cache, range(27 * SIZE, 28 * SIZE), **BACK, **changes)
@@ -264,7 +263,7 @@ def test_a_rewind_over_a_change_keeps_what_follows_also_in_another_process(
         run_ranks(1, train, tmp_path / "killed", replace(new, callbacks={"die": DieAt(22)}))
     run_ranks(1, train, tmp_path / "killed", replace(new, resume_allow=[]))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    stretches = [Stretch({"lib": 1}, 24 * SIZE), Stretch({"lib": 3, "more": 1}, 24 * SIZE)]
+    stretches = [Stretch({"text": 1}, 24 * SIZE), Stretch({"text": 3, "more": 1}, 24 * SIZE)]
     trained = [n for n in range(48 * SIZE) if not 20 * SIZE <= n < 28 * SIZE]
     expected = Counter(slow_order(stretches, 0)[n][0] for n in trained)
     for name in ("whole", "killed"):

@@ -40,7 +40,7 @@ def test_damaged_checkpoint_is_named_with_its_file_and_fails_the_check(
         ([], "run is missing; set run=DIR"),
         (["run=nowhere"], "run=nowhere has no checkpoint; give the folder of a run"),
         (["run=nowhere", "hash=yes"], "hash=yes is neither true nor false"),
-        (["runs=nowhere"], r"unknown key runs; did you mean run\? See tessera checkpoints"),
+        (["runs=nowhere"], r"unknown key runs; did you mean run\? see tessera checkpoints"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(words: list[str], complaint: str) -> None:

@@ -119,7 +119,7 @@ def test_ledger_of_a_run_whose_checkpoints_are_gone_is_proved_up_to_a_step_that_
         (["run=nowhere"], "nowhere holds no ledger; give the folder of a run"),
         (
             ["run=nowhere", "stop=3"],
-            "unknown key stop; did you mean step? See tessera ledger --help",
+            "unknown key stop; did you mean step? see tessera ledger --help",
         ),
         (["run=nowhere", "json=yes"], "json=yes is neither true nor false"),
     ],

@@ -87,7 +87,7 @@ REFUSALS = {
     # The command line itself.
     "unknown command": (
         ["trian", "experiment=demo"],
-        ["no command 'trian'", "did you mean 'train'", "tessera --help"],
+        ["no command 'trian'", "did you mean train?", "tessera --help"],
     ),
     "option of another style": (["train", "--max-steps=3"], ["'--max-steps=3'", "key=value"]),
     "word without a value": (["train", "max_steps"], ["'max_steps'", "key=value"]),
@@ -465,7 +465,7 @@ def test_input_that_cannot_be_read_has_its_own_code_in_one_line(
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
-        (["trian"], ["no command 'trian'", "did you mean 'train'"]),
+        (["trian"], ["no command 'trian'", "did you mean train?"]),
         (
             [*TINY, "launch.processes=3"],
             ["data.global_rows=4 is not divisible by 3", "[1, 2, 4]", "multiple of 3"],

@@ -21,9 +21,9 @@ def test_options_have_their_text_or_their_default_and_optional_ones_may_be_absen
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stp=3"], "unknown key stp; did you mean step? See tessera peek --help"),
+        (["stp=3"], "unknown key stp; did you mean step? see tessera peek --help"),
         (["xyzzy=3"], "unknown key xyzzy; see tessera peek --help"),
-        (["run.x=3"], "unknown key run.x; did you mean run? See tessera peek --help"),
+        (["run.x=3"], "unknown key run.x; did you mean run? see tessera peek --help"),
         (["--run=x"], "'--run=x' is no option; write key=value, see tessera peek --help"),
         (["run"], "'run' is no option; write key=value, see tessera peek --help"),
         (["run=x", "run=x"], "tessera peek has run twice; leave one of them out"),

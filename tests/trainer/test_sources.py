@@ -80,7 +80,7 @@ def test_texts_are_read(tmp_path: Path, files: dict[str, bytes], expected: list[
 REFUSED = {
     "empty": "holds empty files only; give one with text|cannot be read: .*; correct or remove it",
     "without rows": "holds no rows; give a file that has some|holds empty files only",
-    "column": "no column 'text', only texts; set data.column to texts, which is near",
+    "column": "no column 'text', only texts; did you mean texts[?] set data.column to one of them",
     "not UTF-8": r"is not UTF-8 at byte \d+; convert it|cannot be read: .*(?i:utf).*; correct or",
     "number": "row 0 of .*: column 'text' holds int, needed text; correct the row or drop it",
     "null": "row 1 of .*: column 'text' holds null, needed text; correct the row or drop it",

@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
@@ -20,6 +19,7 @@ from trainer.data.streams import (
     with_encoded_media,
 )
 from trainer.errors import DataError
+from trainer.near_names import did_you_mean
 
 log = logging.getLogger(__name__)
 PREFIX = "hf://"
@@ -127,11 +127,10 @@ class HubRows:
 
     def _is_unknown(self, name: str, value: str | None, known: list[str]) -> ValueError:
         """Return the refusal of a subset or split, with the config key beside that of the path."""
-        near = get_close_matches(value or "", known, n=1)
-        hint = f"did you mean {near[0]}? Set" if near else "set"
+        hint = did_you_mean(value or "", known)
         found = f"has no {name} {value!r}" if value else f"has several {name}s"
         return ValueError(
-            f"{self.name}={self.path} {found}; {hint} "
+            f"{self.name}={self.path} {found}; {hint}set "
             f"{self.name.removesuffix('path')}{name} to one of {', '.join(known)}"
         )
 

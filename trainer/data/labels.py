@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any
 
 from trainer.data.examples import PREFERENCE, BadRowError, Labels
 from trainer.data.tokenizers import Tokenizer
+from trainer.near_names import did_you_mean
 
 _MAX_FOUND = 1000  # more different values are no labels
 
@@ -48,8 +48,7 @@ def label_index(value: Any, labels: tuple[str, ...]) -> int:
     is_index = _is_number(name) and not isinstance(value, str) and not all(map(_is_number, labels))
     if is_index and 0 <= int(name) < len(labels):
         return int(name)
-    near = get_close_matches(name, labels, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(name, labels)
     raise BadRowError(
         f"label {value!r} is unknown; {hint}Known: {', '.join(labels)}; correct the row, or set "
         "data.encoder.labels to all of them"
@@ -94,8 +93,7 @@ def column_of(row: dict[str, Any], column: str, setting: str, where: str) -> Any
     """Return the value of a first row's column; ValueError where there is none."""
     if column in row:
         return row[column]
-    near = get_close_matches(column, row, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(column, row)
     raise ValueError(
         f"{where} has no column {column!r}, only {', '.join(sorted(row))}; {hint}set "
         f"data.encoder.{setting} to one of them"

@@ -10,10 +10,11 @@ The first of these whose columns a row has decides; a column that holds null is 
 """
 
 from dataclasses import dataclass
-from difflib import SequenceMatcher, get_close_matches
+from difflib import SequenceMatcher
 from typing import Any
 
 from trainer.data.examples import BadRowError
+from trainer.near_names import did_you_mean
 
 SHAPES = (
     ("messages",),
@@ -158,8 +159,7 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
     fields = {key: value for key, value in turn.items() if value is not None}
     role = fields.pop("role", None) or fields.pop("from", None)
     if role not in _ROLES:
-        near = get_close_matches(str(role), _ROLES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(str(role), _ROLES)
         raise BadRowError(f"{place} has role {role!r}; {hint}Known: {', '.join(_ROLES)}")
     content = _joined(fields.pop("content", fields.pop("value", None)))
     if content is None and "tool_calls" not in fields:
@@ -178,8 +178,7 @@ def check_names(columns: dict[str, str], known: tuple[str, ...]) -> None:
     """Raise ValueError for a name of `data.encoder.columns` that is none of ours."""
     for name in columns:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, known)
             raise ValueError(f"columns.{name} is unknown; {hint}Choose among {', '.join(known)}")
 
 

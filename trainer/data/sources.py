@@ -4,7 +4,6 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from trainer.data.hub import HubRows, is_on_hub
 from trainer.data.local_files import LocalFiles, hash_of
 from trainer.data.named_sources import Source
 from trainer.errors import DataError
+from trainer.near_names import did_you_mean
 
 STANDARD_LIBRARY = "stdlib"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -125,11 +125,10 @@ class ColumnTexts:
 
     def _text(self, row: dict[str, Any], number: int) -> str:
         if self.column not in row:
-            near = get_close_matches(self.column, row, n=1)
+            hint = did_you_mean(self.column, row)
             raise ValueError(
                 f"{self.name}={self.path} has no column {self.column!r}, only "
-                f"{', '.join(sorted(row))}; set data.column to "
-                f"{f'{near[0]}, which is near' if near else 'one of them'}"
+                f"{', '.join(sorted(row))}; {hint}set data.column to one of them"
             )
         text = row[self.column]
         if not isinstance(text, str):

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Collection
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer.engines.deepspeed_state import import_deepspeed
 from trainer.engines.protocol import Surroundings
+from trainer.near_names import did_you_mean
 
 if TYPE_CHECKING:
     from trainer.engines.deepspeed import DeepSpeedEngine
@@ -114,8 +114,7 @@ def check_groups(config: dict[str, Any], stage: int) -> None:
 def _check_known(path: str, key: str, known: Collection[str]) -> None:
     if key in known:
         return
-    near = get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(str(key), known)
     raise ValueError(
         f"{path} is no DeepSpeed setting that applies here; {hint}Known: {', '.join(known)}"
     )

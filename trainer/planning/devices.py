@@ -1,11 +1,11 @@
 """Accelerators by name: memory and peak of dense products, each with where the number is from."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 
 from trainer.auto_mesh import local_memory_gib
+from trainer.near_names import did_you_mean
 from trainer.precision import Precision
 
 CPU = "cpu"
@@ -65,7 +65,6 @@ def device(name: str, processes: int) -> Device:
         )
     if name not in DEVICES:
         known = (CPU, *DEVICES)
-        near = get_close_matches(name.lower(), known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name.lower(), known)
         raise ValueError(f"device={name} is unknown; {hint}Known: {', '.join(known)}")
     return DEVICES[name]

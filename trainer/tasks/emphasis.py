@@ -1,7 +1,6 @@
 """Class weights and label smoothing of a classification task, by the names of the labels."""
 
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Literal, Self
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from models.nn.classifiers import Emphasis
 from trainer.data.examples import Labels
 from trainer.errors import DataError
+from trainer.near_names import did_you_mean
 
 BALANCED = "balanced"
 
@@ -55,8 +55,7 @@ class Emphasised:
             return Emphasis(weights=(float("nan"),) * len(labels.names))
         for name in weights:
             if name not in labels.names:
-                near = get_close_matches(name, labels.names, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
+                hint = did_you_mean(name, labels.names)
                 raise ValueError(
                     f"task.class_weights.{name} is no label; {hint}"
                     f"Labels: {', '.join(labels.names)}"

@@ -1,7 +1,6 @@
 """The layouts that `tessera verify` knows, by name."""
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from math import prod
 from typing import Any
 
@@ -9,6 +8,7 @@ from trainer.engines.accelerate import AccelerateEngine
 from trainer.engines.deepspeed import STAGES, DeepSpeedEngine
 from trainer.engines.native import NativeEngine
 from trainer.mesh import MeshSpec
+from trainer.near_names import did_you_mean
 from trainer.run import Run
 
 NATIVE = NativeEngine()
@@ -82,7 +82,6 @@ def chosen(names: list[str]) -> list[NamedLayout]:
     """Return the named layouts, or all; ValueError with the nearest name for an unknown one."""
     for name in names:
         if name not in LAYOUTS:
-            near = get_close_matches(name, LAYOUTS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, LAYOUTS)
             raise ValueError(f"layouts={name} is unknown; {hint}Known: {', '.join(LAYOUTS)}")
     return [LAYOUTS[name] for name in names or LAYOUTS]
