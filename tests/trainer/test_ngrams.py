@@ -48,3 +48,12 @@ def test_text_whose_bytes_nobody_counted_has_nothing_to_compare(
         assert train(Placement(), tmp_path / "run", replace(run, data=data, tokenizer="auto"))
     assert bool(read_note(tmp_path / "run", BASELINES)) is counts_bytes
     assert ("no n-grams to compare with: bits per byte are nan" in caplog.text) is not counts_bytes
+
+
+def test_a_run_without_evaluations_says_that_there_is_nothing_to_compare(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run(tmp_path, max_steps=1, eval_every=None, callbacks={"ngrams": NgramBaselines()})
+    with caplog.at_level(logging.INFO, "trainer"):
+        assert train(Placement(), tmp_path / "run", run)
+    assert "no n-grams to compare with: the run evaluates nothing; set eval_every" in caplog.text

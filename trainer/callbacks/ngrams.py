@@ -65,7 +65,11 @@ class NgramCallback(Callback):
         self.bits_per_byte = metrics[METRIC]
 
     def on_end(self, progress: Progress, *, finished: bool) -> None:
-        if not finished or not self.view.is_main or self.bits_per_byte is None:
+        if not finished or not self.view.is_main:
+            return
+        if self.view.run.eval_every is None:
+            log.info("no n-grams to compare with: the run evaluates nothing; set eval_every")
+        if self.bits_per_byte is None:  # or an earlier start came to the end
             return
         if not math.isfinite(self.bits_per_byte):  # of text whose bytes nobody counted, or diverged
             log.info("no n-grams to compare with: bits per byte are %s", self.bits_per_byte)
