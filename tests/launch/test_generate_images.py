@@ -29,13 +29,17 @@ MEAN = (0.4, 0.5, 0.6)  # no defaults: what the folder says is used
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Idefics with tokenizer, processor and pictures."""
+    """A tiny Idefics with tokenizer, processor and pictures, of which three cannot be shown."""
     folder = tmp_path_factory.mktemp("idefics")
     save_pretrained(folder, built(SPEC), SPEC.hf_config())
     tokenizer(TEMPLATE).save(folder)
     ImageProcessor(image_size=12, image_mean=MEAN, image_std=(0.2, 0.3, 0.4)).save(folder)
     for number in range(2):
         (folder / f"{number}.png").write_bytes(encoded(picture(number)))
+    (folder / "cut.png").write_bytes(encoded(picture(0))[:90])
+    (folder / "bomb.png").write_bytes(encoded(picture(0, (1, 1)).resize((9000, 9000))))
+    with open(folder / "huge.png", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
     return folder
 
 
@@ -162,10 +166,6 @@ def test_an_adapter_is_asked_with_the_processor_of_its_base(folder: Path, tmp_pa
 def test_what_cannot_be_shown_is_refused_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    (folder / "cut.png").write_bytes(encoded(picture(0))[:90])
-    (folder / "bomb.png").write_bytes(encoded(picture(0, (1, 1)).resize((9000, 9000))))
-    with open(folder / "huge.png", "wb") as file:
-        file.truncate(MAX_BYTES + 1)
     given = [word.format(folder=folder) for word in (*words, f"max_new_tokens={NEW}")]
     assert main(["generate", f"checkpoint={folder}", *given]) == 64
     output = capsys.readouterr()
