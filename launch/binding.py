@@ -13,8 +13,6 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from trainer.near_names import did_you_mean
-
 ALLOWED_PACKAGES = ("trainer", "models", "launch")
 TARGET = "_target_"
 
@@ -56,6 +54,8 @@ def _bind_as(spec: type, tree: Mapping[str, Any], path: str) -> Any:
     hints = get_type_hints(spec)
     for key in tree:
         if key != TARGET and key not in fields:
+            from trainer.near_names import did_you_mean  # here: who mistypes may wait
+
             hint = did_you_mean(str(key), fields, prefix=_join(path, "")) or "remove it. "
             raise ValueError(f"unknown key {_join(path, key)}; {hint}Known: {', '.join(fields)}")
     for name, field in fields.items():

@@ -16,7 +16,6 @@ from launch.exit_codes import (
     code_of,
     in_words,
 )
-from trainer.near_names import did_you_mean
 
 # With a path, before anything trains: a setting names what is not there, or not the user's.
 _WRONG_PATHS = (
@@ -102,6 +101,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 0 if words else BAD_CONFIG
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
+        from trainer.near_names import did_you_mean  # here: who mistypes may wait
+
         hint = did_you_mean(command, COMMANDS)
         print(f"tessera: no command {command!r}; {hint}see tessera --help", file=sys.stderr)
         return BAD_CONFIG

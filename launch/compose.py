@@ -8,7 +8,6 @@ from typing import Any
 from launch.config_secrets import named_variable, refuse_secrets
 from launch.menu import config_folder, groups
 from launch.words import unknown_key
-from trainer.near_names import did_you_mean
 
 ROOT = "train"
 LENGTHS = ("max_steps", "max_epochs")
@@ -218,5 +217,7 @@ def _explain(message: str) -> str:
 
 def _unknown_choice(group: str, choice: str) -> str:
     choices = groups()[group]
+    from trainer.near_names import did_you_mean  # here: who mistypes may wait
+
     hint = did_you_mean(choice, choices, prefix=f"{group}=")
     return f"{group} has no choice {choice!r}; {hint}Choices: {', '.join(choices)}"

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from trainer.near_names import did_you_mean
-
 USAGE = """usage: tessera list [GROUP]
 
   tessera list               experiments with a line each, groups with their choices
@@ -53,6 +51,8 @@ def choices_of(group: str) -> Iterator[str]:
     """Yield one line for each choice of a group; ValueError for a group that there is not."""
     known = groups()
     if group not in known:
+        from trainer.near_names import did_you_mean  # here: who mistypes may wait
+
         hint = did_you_mean(group, known)
         raise ValueError(f"there is no group {group!r}; {hint}Groups: {', '.join(known)}")
     width = max(map(len, known[group]))

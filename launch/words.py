@@ -3,8 +3,6 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from trainer.near_names import did_you_mean
-
 
 def options_of(
     command: str,
@@ -58,6 +56,8 @@ def pairs(command: str, words: Iterable[str]) -> dict[str, str]:
 
 def unknown_key(command: str, key: str, known: Iterable[str]) -> ValueError:
     """Return the refusal of a key, with the nearest of the known names to its first part."""
+    from trainer.near_names import did_you_mean  # here: who mistypes may wait
+
     hint = did_you_mean(key.partition(".")[0], known)
     return ValueError(f"unknown key {key}; {hint}see tessera {command} --help")
 

@@ -30,15 +30,16 @@ from trainer.schedule import Constant
 from trainer.tasks.causal_lm import CausalLMTask
 
 
-def tiny_run(cache: Path, **changes: Any) -> Run:
+def tiny_run(cache: Path | None, **changes: Any) -> Run:
     """Ten steps of a two-layer Llama on ten short programs, logged at every step.
 
     Keys with a `data_` prefix change the data spec; all others are fields of Run. It waits for its
-    checkpoints: whoever kills it then knows what is on disk.
+    checkpoints: whoever kills it then knows what is on disk. Without `cache` it can be looked at,
+    and not be trained.
     """
     data = PretrainingData(
-        path=str(texts_in(cache)), row_tokens=32, global_rows=8, micro_rows=2, max_documents=10,
-        cache=str(cache),
+        path=str(texts_in(cache)) if cache else "stdlib", row_tokens=32, global_rows=8,
+        micro_rows=2, max_documents=10, cache=str(cache or "unused"),
     )  # fmt: skip
     data_changes = {k.removeprefix("data_"): v for k, v in changes.items() if k.startswith("data_")}
     settings: dict[str, Any] = {

@@ -26,6 +26,7 @@ from trainer.notes import ABOUT, write_note
 from trainer.numerics.guard import Guard
 from trainer.numerics.watch import RewindError, Watch
 from trainer.out_of_memory import in_words
+from trainer.parallel.legal import check_gradients
 from trainer.parallel.materialise import Values, random_values
 from trainer.phases import PhasedEngine
 from trainer.precision import PRECISIONS
@@ -174,11 +175,12 @@ def phased_engine(
     run: Run, ranks: Ranks, mesh: Mesh, guard: Guard, progress: Progress
 ) -> PhasedEngine:
     """Return the engine of all phases of a run, which one guard judges."""
-    return PhasedEngine(
-        run,
-        lambda model, values: build_engine(run, model, ranks, mesh, values, guard),
-        progress.stopwatch,
-    )
+
+    def build(model: nn.Module, values: Values | None) -> Engine:
+        check_gradients(model, ranks.device)
+        return build_engine(run, model, ranks, mesh, values, guard)
+
+    return PhasedEngine(run, build, progress.stopwatch)
 
 
 def build_engine(

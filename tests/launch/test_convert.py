@@ -58,7 +58,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
 ) -> None:
     new = f"output={tmp_path / 'out'}"
     assert "source is missing" in refusal(capsys, BAD_CONFIG, new, "to=hf")
-    assert "unknown key too; did you mean to? See" in refusal(capsys, BAD_CONFIG, "too=hf")
+    assert "unknown key too; did you mean to? see" in refusal(capsys, BAD_CONFIG, "too=hf")
     source = f"source={gemma}"
     assert "to='onnx' is unknown" in refusal(capsys, BAD_CONFIG, source, new, "to=onnx")
     full = refusal(capsys, BAD_CONFIG, source, f"output={gemma}", "to=flax")

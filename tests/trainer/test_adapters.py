@@ -27,7 +27,7 @@ LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def run_with(adapter: Any, **changes: Any) -> Run:
-    return tiny_run(Path("unused"), adapter=adapter, **changes)
+    return tiny_run(None, adapter=adapter, **changes)
 
 
 def targets(run: Run, *patterns: str) -> list[str]:
@@ -91,7 +91,7 @@ def test_modules_to_save_train_as_a_whole() -> None:
 
 
 def test_the_base_starts_as_without_an_adapter() -> None:
-    plain, run = tiny_run(Path("unused")).plan_model(), run_with(LoRA(use_dora=True))
+    plain, run = tiny_run(None).plan_model(), run_with(LoRA(use_dora=True))
     adapted = run.trained_model()
     inits = initializers(plain, 0.02)
     assert inits.items() <= initializers(adapted, 0.02).items()

@@ -65,7 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> VisionTextData:
 
 def run_of(model: Any, data: Any = None, **changes: Any) -> Run:
     settings = {"tokenizer": "auto", "weights": "auto", "max_steps": 2} | changes
-    run = tiny_run(Path("unused"), model=model, **settings)
+    run = tiny_run(None, model=model, **settings)
     return run if data is None else replace(run, data=data)
 
 

@@ -1,6 +1,7 @@
 """Meshes that a model cannot be laid out on are refused with the legal choices."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from benchmarks.parity.oracle import specs
 from models.nn.flash import Flash
 from models.nn.varlen import Varlen
 from tests.conftest import tiny_spec
+from tests.ranks import run_ranks
+from tests.runs import tiny_run, train
 from trainer.engines.native import NativeEngine
-from trainer.parallel.legal import check_axes
+from trainer.parallel.legal import check_axes, check_gradients
 from trainer.precision import PRECISIONS
+from trainer.verify.forked import RankFailedError
 from trainer.verify.shrink import shrink_spec
 
 PLAIN = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
@@ -107,3 +111,15 @@ def test_what_a_shrunk_model_changes_is_said() -> None:
         "dropout switched off: attention_dropout",
         "attention by sdpa, not flex: this runs on the CPU",
     ]
+
+
+def test_attention_without_gradients_on_a_cpu_is_refused_before_a_step(
+    tmp_path: Path, cache: Path
+) -> None:
+    run = tiny_run(cache, model=tiny_spec(attn_implementation="flex"))
+    with torch.device("meta"):
+        model = run.model.build_causal_lm(chunk_tokens=64)
+    check_gradients(model, torch.device("cuda"))
+    with pytest.raises(RankFailedError, match="flex has no backward pass on a CPU; train on"):
+        run_ranks(1, train, tmp_path / "run", run)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

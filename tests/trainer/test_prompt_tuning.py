@@ -56,7 +56,7 @@ def documents(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Docum
 
 def run_on(data: Any, **changes: Any) -> Run:
     settings = {"adapter": PROMPT, "precision": "fp64"}
-    return replace(tiny_run(Path("unused"), **settings | changes), data=data)
+    return replace(tiny_run(None, **settings | changes), data=data)
 
 
 def batches(data: DocumentData, virtual: Any = VIRTUAL) -> list[Batch]:
@@ -331,7 +331,7 @@ def test_an_embedding_of_transformers_that_computes_otherwise_is_refused(tmp_pat
 
 
 def test_an_idefics_with_additional_rows_is_refused() -> None:
-    run = tiny_run(Path("unused"), adapter=PROMPT, model=specs()["Idefics"])
+    run = tiny_run(None, adapter=PROMPT, model=specs()["Idefics"])
     with pytest.raises(ValueError, match="has additional rows already"):
         run.trained_model()
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from models.layout import HeadRows, Layout
 from models.lora import packed_linears
 from models.nn.flash import Flash
+from models.nn.flex import Flex
 from models.nn.preferences import PreferenceModel
 from models.nn.varlen import Varlen
 from trainer.parallel.data_parallel import named_blocks
@@ -67,6 +69,17 @@ def check_compiled(model: nn.Module) -> None:
             "engine.compile=true with attn_implementation=varlen or flash, whose shapes are those "
             "of the documents in a row: each step would compile again; set "
             "model.attn_implementation=auto, or engine.compile=false"
+        )
+
+
+def check_gradients(model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError where attention has no backward pass on `device`."""
+    if device.type == "cpu" and any(
+        isinstance(getattr(m, "backend", None), Flex) for m in model.modules()
+    ):
+        raise ValueError(
+            "attn_implementation=flex has no backward pass on a CPU; train on a CUDA GPU, or set "
+            "model.attn_implementation to sdpa or auto"
         )
 
 
