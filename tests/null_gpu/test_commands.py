@@ -44,14 +44,13 @@ LEVERS = {
     "accelerate": "engine=accelerate",
     "ZeRO": "engine=deepspeed",
 }
-LAYOUTS = {  # without PP, whose stages read of each other what nobody sent
+LAYOUTS = {  # without PP and several ranks of ZeRO, which read what nobody sent
     "DDP": "launch.processes=2",
     "FSDP2": "launch.processes=2 mesh=fsdp",
     "FSDP2, compiled": "launch.processes=2 mesh=fsdp engine.compile=true",
     "HSDP": "launch.processes=4 mesh.dp_replicate=2 mesh.dp_shard=2",
     "TP": "launch.processes=2 mesh.tp=2",
     "CP": "launch.processes=2 mesh.cp=2 precision=bf16",  # fp32: minutes of ptxas
-    "ZeRO 3": "launch.processes=2 engine=deepspeed engine.stage=3",
 }
 
 
