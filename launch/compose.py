@@ -216,8 +216,8 @@ def _explain(message: str) -> str:
 
 
 def _unknown_choice(group: str, choice: str) -> str:
-    choices = groups()[group]
     from trainer.near_names import did_you_mean  # here: who mistypes may wait
 
+    choices = groups()[group]
     hint = did_you_mean(choice, choices, prefix=f"{group}=")
     return f"{group} has no choice {choice!r}; {hint}Choices: {', '.join(choices)}"

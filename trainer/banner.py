@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from models.nn.backends import back_ends
 from trainer.adapters.nf4 import describe_packed
 from trainer.data.eval_loader import EvalLoader
 from trainer.data.loader import StepLoader
@@ -25,19 +26,13 @@ _PROMISES = {
 """What `deterministic` says of a run."""
 
 
-def _back_ends(model: nn.Module) -> set[str]:
-    """Return the names of the attention back-ends that the model's modules use."""
-    used = (getattr(module, "backend", None) for module in model.modules())
-    return {type(backend).__name__.lower() for backend in used if backend is not None}
-
-
 def _describe_model(model: nn.Module) -> str:
     """Return a line on the size of the whole model, which is not laid out yet."""
     total = sum(parameter.numel() for _, parameter in unique_parameters(model))
     memory = getattr(getattr(model, "trunk", None), "image_memory", None)
     kept = f", keeps {memory.max_bytes / 2**30:g} GiB of what it says of images" if memory else ""
     return f"{total / 1e6:.2f} M parameters{describe_packed(model)}{kept}" + "".join(
-        f", attention by {name}" for name in sorted(_back_ends(model))
+        f", attention by {name}" for name in sorted(back_ends(model))
     )
 
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.nn.flash import flash_problem
 from models.nn.segments import Segments
@@ -74,6 +74,12 @@ def automatic(dropout: float = 0.0) -> str:
     flex refuses float64 there: a run in it asks for sdpa.
     """
     return "flex" if torch.cuda.is_available() and not dropout else "sdpa"
+
+
+def back_ends(model: nn.Module) -> set[str]:
+    """Return the names of the back-ends that the model's modules use."""
+    used = (getattr(module, "backend", None) for module in model.modules())
+    return {type(backend).__name__.lower() for backend in used if backend is not None}
 
 
 def check_name(name: str) -> None:

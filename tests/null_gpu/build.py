@@ -8,11 +8,12 @@ libraries make, and every other one of the driver, does nothing and says that al
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
-SITE = Path((find_spec("torch") or sys.exit("install torch first")).origin or "").parents[1]
+SITE = Path(torch.__file__).parents[1]
 INCLUDE = SITE / "nvidia" / "cu13" / "include"
 CALLERS = ("c10_cuda", "torch_cuda", "torch_cuda_linalg", "torch_python")
 PREFIXES = r"(__cuda|cuda|cublas|nccl)[A-Z]\w*"

@@ -7,10 +7,8 @@ from torch import nn
 
 from models.layout import HeadRows, Layout
 from models.lora import packed_linears
-from models.nn.flash import Flash
-from models.nn.flex import Flex
+from models.nn.backends import back_ends
 from models.nn.preferences import PreferenceModel
-from models.nn.varlen import Varlen
 from trainer.parallel.data_parallel import named_blocks
 from trainer.parallel.pipeline import num_scheduled
 
@@ -64,7 +62,7 @@ def check_packed(model: nn.Module, settings: dict[str, bool]) -> None:
 
 def check_compiled(model: nn.Module) -> None:
     """Raise ValueError where blocks would be compiled anew for each number of documents."""
-    if any(isinstance(getattr(m, "backend", None), Varlen | Flash) for m in model.modules()):
+    if back_ends(model) & {"varlen", "flash"}:
         raise ValueError(
             "engine.compile=true with attn_implementation=varlen or flash, whose shapes are those "
             "of the documents in a row: each step would compile again; set "
@@ -74,9 +72,7 @@ def check_compiled(model: nn.Module) -> None:
 
 def check_gradients(model: nn.Module, device: torch.device) -> None:
     """Raise ValueError where attention has no backward pass on `device`."""
-    if device.type == "cpu" and any(
-        isinstance(getattr(m, "backend", None), Flex) for m in model.modules()
-    ):
+    if device.type == "cpu" and "flex" in back_ends(model):
         raise ValueError(
             "attn_implementation=flex has no backward pass on a CPU; train on a CUDA GPU, or set "
             "model.attn_implementation to sdpa or auto"
